@@ -1,0 +1,1 @@
+"""The run config: schema, checks, loading. Imports no torch."""

@@ -1,0 +1,97 @@
+"""RunConfig: one frozen value that describes a whole run."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from megatron_ext.config.base import NonNegativeInt, Section
+from megatron_ext.config.checks import check_run
+from megatron_ext.config.curriculum import ConstantPacing, CurriculumConfig
+from megatron_ext.config.data import DataConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import (
+    CheckpointConfig,
+    LearningRateConfig,
+    MetricsConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+# Sections that change neither the weights nor the data order: a run may be resumed with other values.
+_NOT_IN_DIGEST = {"name", "output_dir", "validation", "checkpoint", "metrics", "parallel"}
+
+
+class RunConfig(Section):
+    """One training run, as its JSON file says it."""
+
+    name: str = "run"
+    """Name of the run directory under ``output_dir``."""
+
+    output_dir: str = "runs"
+    """Where run directories are made; relative paths start at the working directory."""
+
+    seed: NonNegativeInt = 1234
+    """Seeds initial weights, dropout and the order of samples."""
+
+    model: ModelConfig
+    """Shape and numerics of the GPT."""
+
+    data: DataConfig
+    """Token files and their order."""
+
+    training: TrainingConfig
+    """Budget, batch and precision."""
+
+    curriculum: CurriculumConfig = ConstantPacing()
+    """How the sequence length grows."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW's settings."""
+
+    learning_rate: LearningRateConfig
+    """Warmup and decay."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over ranks and micro-batches."""
+
+    validation: ValidationConfig = ValidationConfig()
+    """Validation loss."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints and resume."""
+
+    metrics: MetricsConfig = MetricsConfig()
+    """Metrics and logs."""
+
+    deepspeed: dict[str, Any] = {}
+    """Further DeepSpeed settings, passed through; what another section decides may not be set here."""
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "RunConfig":
+        check_run(self)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own directory."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens one rank may hold in one pass, with the default filled in."""
+        return self.parallel.micro_batch_tokens or self.training.seq_len
+
+    @property
+    def max_positions(self) -> int:
+        """Rows of the position table, with the default filled in."""
+        return self.model.max_position_embeddings or self.training.seq_len
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that determines weights and data order; layout and bookkeeping do not count."""
+        content = self.model_dump(mode="json", exclude=_NOT_IN_DIGEST)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

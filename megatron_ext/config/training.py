@@ -1,0 +1,118 @@
+"""Sections that say how much and how to train: budget, optimizer, learning rate, validation, checkpoints, metrics."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_ext.config.base import (
+    Duration,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from megatron_ext.config.curriculum import BatchSizeWarmup
+
+
+class TrainingConfig(Section):
+    """The budget, the batch and the precision."""
+
+    seq_len: PositiveInt
+    """Full sequence length in tokens: what samples are cut to, and the length of validation."""
+
+    batch_size: PositiveInt
+    """Sequences per optimizer step over all ranks."""
+
+    duration: Duration
+    """The run ends with the step that reaches this many steps or tokens."""
+
+    batch_size_warmup: BatchSizeWarmup | None = None
+    """GPT-3's comparator to SLW; not together with a growing length."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of weights and activations in forward and backward; fp16 with dynamic loss scaling."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the square root of the second moment."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; biases and LayerNorm parameters are not decayed (GPT-2 here: 0.01)."""
+
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+
+    implementation: Literal["auto", "torch", "deepspeed_fused", "deepspeed_cpu"] = "auto"
+    """Adam kernel: torch's fused AdamW (auto, nothing to compile), or DeepSpeed's FusedAdam (GPU) or CPUAdam, which
+    are compiled at first use; offloading the optimizer needs DeepSpeed's CPUAdam and auto picks it."""
+
+
+class LearningRateConfig(Section):
+    """Linear warmup, then decay by consumed tokens."""
+
+    peak: PositiveFloat
+    """Learning rate at the end of the warmup."""
+
+    min: NonNegativeFloat = 0.0
+    """Learning rate from the end of the decay on; at most ``peak``."""
+
+    warmup: Duration | None = None
+    """Linear warmup from 0; under SLW in steps (paper, A.2). None starts at the peak."""
+
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay. wsd (warmup, stable, decay) stays at the peak and falls linearly over ``cooldown``."""
+
+    decay_duration: Duration | None = None
+    """When the decay ends, counted from the start of the run; by default with the run. Progress between the end of
+    the warmup and this point is measured in consumed tokens (paper, A.2)."""
+
+    cooldown: Duration | None = None
+    """Last part of the decay in which wsd falls from ``peak`` to ``min``; needed with wsd and with nothing else."""
+
+
+class ValidationConfig(Section):
+    """Loss at full length, whatever the training length is."""
+
+    every: Duration | None = None
+    """Validate each time this many steps or tokens have passed, and after the last step; None: after the last only."""
+
+    samples: PositiveInt = 256
+    """Full-length sequences per validation, the same ones each time."""
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    every: Duration | None = None
+    """Save each time this many steps or tokens have passed, and after the last step; None: after the last only."""
+
+    keep_last: PositiveInt = 3
+    """Complete checkpoints to keep; older ones are removed after a newer one is complete."""
+
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run directory, if there is one."""
+
+
+class MetricsConfig(Section):
+    """What is measured and where it goes; metrics.jsonl is always written."""
+
+    log_every: PositiveInt = 10
+    """Steps between log lines where the output is no terminal."""
+
+    tensorboard: bool = True
+    """Also write TensorBoard events, once by tokens and once by steps."""
+
+    flush_every: PositiveInt = 10
+    """Steps whose losses are fetched from the device together."""
+
+    peak_tflops: NonNegativeFloat = 0.0
+    """Peak rate of one device at the run's precision, for the model FLOPs utilization; 0: mfu is not reported."""
+
+    keep_sample_ids: bool = False
+    """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""
