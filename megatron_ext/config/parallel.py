@@ -21,9 +21,9 @@ class ParallelConfig(Section):
     """Where parameters live between uses (ZeRO 3)."""
 
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens that one rank may hold in one forward and backward pass. Each step uses as few micro-batches as fit, so that short
-    lengths run with more sequences at once; at least ``training.seq_len``, which is also the default (one full-length
-    sequence)."""
+    """Tokens that one rank may hold in one forward and backward pass. Each step uses as few micro-batches as fit, so
+    that short lengths run with more sequences at once; at least ``training.seq_len``, which is also the default (one
+    full-length sequence)."""
 
     activation_checkpointing: Literal["none", "full"] = "none"
     """Recompute every layer's activations in the backward pass to save memory."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_ext.config.base import NonNegativeInt, Section
 from megatron_ext.config.checks import check_run
@@ -68,7 +68,7 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and logs."""
 
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed settings, passed through; what another section decides may not be set here."""
 
     @model_validator(mode="after")
