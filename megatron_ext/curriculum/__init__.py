@@ -1,0 +1,1 @@
+"""The run as a function of the step: pacing, learning rate, plan, sampler. Imports no torch."""

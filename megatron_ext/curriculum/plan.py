@@ -1,0 +1,226 @@
+"""TrainingPlan: everything a run will do, known before it starts.
+
+Batch size, sequence length and learning rate are functions of the step; consumed tokens are their cumulative sum; the
+decay and the end of the run are measured on that sum. A plan is a few segments (see segments.py) and a learning rate
+(see schedule.py), so it is built without a loop over steps and any step is found by a binary search. Nothing here
+depends on ranks.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_ext.config.base import Duration
+from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.pacing import batch_ladder, length_ladder
+from megatron_ext.curriculum.schedule import Floats, Ints, LearningRate, learning_rate
+from megatron_ext.curriculum.segments import Segment, Stretch, climb, cut, segment_of, steps_to_reach, tokens_after
+from megatron_ext.errors import UserError
+
+Tail = Literal["truncate", "recycle"]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step. ``consumed_*`` are the counts before it."""
+
+    step: int
+    """0-based."""
+
+    batch_size: int
+    """Sequences over all ranks."""
+
+    seq_len: int
+    """Tokens per sequence."""
+
+    lr: float
+    tokens: int
+    """Tokens of this step: ``batch_size * seq_len``."""
+
+    consumed_tokens: int
+    consumed_samples: int
+    """Dataset samples drawn, in whole or in part."""
+
+
+@dataclass(frozen=True)
+class PlanArrays:
+    """All steps as columns of shape [steps]; what the names mean is said at PlannedStep."""
+
+    step: Ints
+    batch_size: Ints
+    seq_len: Ints
+    lr: Floats
+    tokens: Ints
+    consumed_tokens: Ints
+    consumed_samples: Ints
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The run, step by step: ``plan[t]`` for t in [0, steps)."""
+
+    segments: tuple[Segment, ...]
+    """Stretches of constant batch size and length, in order; at least one."""
+
+    learning_rate: LearningRate
+    duration: Duration
+    """What the run was asked to last; ``steps`` and ``tokens`` are what it lasts."""
+
+    seq_len: int
+    """Full length in tokens: that of a dataset sample."""
+
+    tail: Tail
+    """What becomes of the rest of a sample when a step is shorter (see sampler.py)."""
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> "TrainingPlan":
+        """The plan of a run.
+
+        Raises UserError where durations in different units contradict each other: a warmup of length, batch size or
+        learning rate that does not end within the run, a cooldown that begins before the warmup ends.
+        """
+        training = config.training
+        lengths = length_ladder(config.curriculum, training.seq_len)
+        batch_sizes = batch_ladder(training.batch_size_warmup, training.batch_size)
+        stretches = climb(lengths, batch_sizes)
+        segments = cut(stretches, training.duration)
+        _check_warmups_end(stretches, segments, training.duration)
+        tail = config.data.tail
+        if tail == "recycle":
+            segments = tuple(_recycled(segment, training.seq_len) for segment in segments)
+        return cls(
+            segments=segments,
+            learning_rate=learning_rate(config.learning_rate, segments, training.duration),
+            duration=training.duration,
+            seq_len=training.seq_len,
+            tail=tail,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.segments[-1].end_step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.segments[-1].end_tokens
+
+    @property
+    def overshoot(self) -> int:
+        """Tokens beyond the budget: less than the last step's batch, 0 for a run that is counted in steps."""
+        return 0 if self.duration.tokens is None else self.tokens - self.duration.tokens
+
+    @property
+    def samples(self) -> int:
+        """Dataset samples that the run needs.
+
+        truncate: one for every sequence. recycle: for each of the batch's lanes as many as hold the lane's tokens.
+        """
+        return int(self._samples_after(self.segments[-1], np.array([self.segments[-1].steps]))[0])
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[PlannedStep]:
+        return (self[step] for step in range(self.steps))
+
+    def __getitem__(self, step: int) -> PlannedStep:
+        """Step number ``step``, found in O(log segments). Raises IndexError outside [0, steps)."""
+        step = operator.index(step)
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is outside the plan's steps [0, {self.steps})")
+        segment = segment_of(self.segments, step)
+        columns = self._columns(segment, np.array([step]))
+        return PlannedStep(
+            step=step,
+            batch_size=segment.batch_size,
+            seq_len=segment.seq_len,
+            lr=float(columns.lr[0]),
+            tokens=segment.step_tokens,
+            consumed_tokens=int(columns.consumed_tokens[0]),
+            consumed_samples=int(columns.consumed_samples[0]),
+        )
+
+    def step_at_tokens(self, tokens: int) -> int:
+        """Fewest steps after which at least ``tokens`` tokens are consumed: the inverse of ``consumed_tokens``.
+
+        ``step_at_tokens(plan[t].consumed_tokens) == t``, and the whole run's tokens give ``steps``. Raises ValueError
+        outside [0, tokens of the run].
+        """
+        if not 0 <= tokens <= self.tokens:
+            raise ValueError(f"{tokens:,} tokens are outside the plan's [0, {self.tokens:,}]")
+        return steps_to_reach(self.segments, tokens)
+
+    def tokens_at_step(self, step: int) -> int:
+        """Tokens consumed before ``step``, for steps in [0, steps]; ValueError outside."""
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step {step:,} is outside the plan's [0, {self.steps:,}]")
+        return tokens_after(self.segments, step)
+
+    def arrays(self) -> PlanArrays:
+        """All steps at once, for plots and sums."""
+        parts = [self._columns(seg, np.arange(seg.first_step, seg.end_step)) for seg in self.segments]
+        names = PlanArrays.__dataclass_fields__
+        return PlanArrays(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Segments and totals, as plan.json holds them."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "overshoot_tokens": self.overshoot,
+            "duration": self.duration.model_dump(exclude_none=True),
+            "seq_len": self.seq_len,
+            "tail": self.tail,
+            "learning_rate": asdict(self.learning_rate),
+            "segments": [asdict(segment) for segment in self.segments],
+        }
+
+    def _columns(self, segment: Segment, step: Ints) -> PlanArrays:
+        """The rows of ``step`` ([n], all within ``segment``)."""
+        done = step - segment.first_step
+        consumed = segment.first_tokens + done * segment.step_tokens
+        return PlanArrays(
+            step=step,
+            batch_size=np.full_like(step, segment.batch_size),
+            seq_len=np.full_like(step, segment.seq_len),
+            lr=self.learning_rate.at(step + 1, consumed + segment.step_tokens),
+            tokens=np.full_like(step, segment.step_tokens),
+            consumed_tokens=consumed,
+            consumed_samples=self._samples_after(segment, done),
+        )
+
+    def _samples_after(self, segment: Segment, steps: Ints) -> Ints:
+        """Samples drawn in the run after ``steps`` ([n]) steps of ``segment``."""
+        if self.tail == "truncate":
+            return segment.first_samples + steps * segment.batch_size
+        return _samples_of_lanes(segment.batch_size, segment.first_tokens + steps * segment.step_tokens, self.seq_len)
+
+
+def _samples_of_lanes(batch_size: int, tokens: Ints, seq_len: int) -> Ints:
+    """Samples that ``batch_size`` lanes have opened when together they have read ``tokens`` tokens."""
+    return batch_size * -(-(tokens // batch_size) // seq_len)
+
+
+def _recycled(segment: Segment, seq_len: int) -> Segment:
+    first_samples = _samples_of_lanes(segment.batch_size, np.array([segment.first_tokens]), seq_len)
+    return replace(segment, first_samples=int(first_samples[0]))
+
+
+def _check_warmups_end(stretches: list[Stretch], segments: tuple[Segment, ...], duration: Duration) -> None:
+    """Raise UserError if the run ends before a step at the full length and batch size."""
+    run_steps, run_tokens = segments[-1].end_step, segments[-1].end_tokens
+    for key, field in (("curriculum", "seq_len"), ("training.batch_size_warmup", "batch_size")):
+        final = getattr(stretches[-1], field)
+        reached = next(stretch for stretch in stretches if getattr(stretch, field) == final)
+        if reached.first_step >= run_steps:
+            raise UserError(
+                f"{key} reaches {field} {final:,} at step {reached.first_step} ({reached.first_tokens:,} tokens), "
+                f"but the run (training.duration {duration}) ends after {run_steps:,} steps ({run_tokens:,} tokens): "
+                f"shorten the durations of {key} or lengthen training.duration"
+            )
