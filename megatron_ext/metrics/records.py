@@ -1,0 +1,183 @@
+"""The lines of metrics.jsonl as typed values.
+
+One JSON object a line, told apart by ``kind``: ``train``, ``eval`` or ``event``. ``step`` is the number of finished
+optimizer steps (1 after the first), ``tokens`` and ``samples`` are what was consumed up to and including that step.
+
+JSON has no NaN and no infinity, and Python's spelling of them breaks parsers of other languages. A value that is not
+finite is therefore written as null, with its name and spelling in an object ``non_finite``::
+
+    {"kind": "train", "step": 7, "loss": null, ..., "non_finite": {"loss": "nan"}}
+
+(spellings: "nan", "inf", "-inf"), so that tables read it as a missing number and this module reads back the value.
+A null without an entry there means "not known" (``mfu`` without a known peak rate, ``grad_norm`` of a skipped step).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import ClassVar
+
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRecord:
+    """One optimizer step."""
+
+    kind: ClassVar[str] = "train"
+
+    step: int
+    """Finished steps, this one included."""
+    tokens: int
+    """Tokens consumed, this step's included."""
+    samples: int
+    """Dataset samples consumed, this step's included."""
+    seq_len: int
+    """Tokens of each sequence of this step."""
+    batch_size: int
+    """Sequences of the global batch."""
+    micro_batch_size: int
+    """Sequences of the largest micro-batch of one rank."""
+    micro_batches: int
+    """Micro-batches of one rank."""
+    lr: float
+    """Learning rate of this step."""
+    loss: float
+    """Mean loss over the tokens of the global batch, nats per token."""
+    loss_ratio: float
+    """Loss over the lowest loss of any earlier step."""
+    grad_norm: float | None
+    """Global l2 norm of the gradient before clipping; None where it is not known."""
+    step_time_s: float
+    """Seconds of the step; validation and checkpoints are not in it."""
+    tokens_per_s: float
+    """Tokens of the global batch per second of step time."""
+    mfu: float | None = None
+    """Model FLOPs utilization, 0..1; None where the peak rate is not known."""
+    skipped: bool = False
+    """The optimizer was not stepped because the gradient overflowed."""
+    adam_var_l1: float | None = None
+    """l1 norm of sqrt(Adam's second moment) over all parameters; None on steps where it was not measured."""
+    adam_var_max: float | None = None
+    """Largest element of sqrt(Adam's second moment); None on steps where it was not measured."""
+    sample_ids: tuple[int, ...] | None = None
+    """Dataset sample of each sequence of the global batch, where the run keeps them."""
+    offsets: tuple[int, ...] | None = None
+    """First token of each sequence inside its sample, where the run keeps them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecord:
+    """One validation at full length."""
+
+    kind: ClassVar[str] = "eval"
+
+    step: int
+    """Finished steps; 0 for a validation before the first step."""
+    tokens: int
+    """Tokens consumed by training."""
+    loss: float
+    """Mean loss, nats per token."""
+    perplexity: float
+    """exp(loss)."""
+
+    @classmethod
+    def from_loss(cls, *, step: int, tokens: int, loss: float) -> "EvalRecord":
+        """The record of a validation loss (nats per token); a perplexity beyond the range of floats is infinite."""
+        try:
+            perplexity = math.exp(loss)
+        except OverflowError:
+            perplexity = math.inf
+        return cls(step=step, tokens=tokens, loss=loss, perplexity=perplexity)
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """Something that happened to the run: start, resume, checkpoint, preemption, rollback."""
+
+    kind: ClassVar[str] = "event"
+
+    name: str
+    details: Mapping[str, object] = field(default_factory=dict)
+    """Further JSON values of the line, beside ``kind`` and ``name``."""
+
+
+Record = TrainRecord | EvalRecord | EventRecord
+
+_OPTIONAL = frozenset({"adam_var_l1", "adam_var_max", "sample_ids", "offsets"})
+"""Fields that a line leaves out where they are None."""
+
+_FIELDS: dict[type[TrainRecord] | type[EvalRecord], tuple[Field[object], ...]] = {
+    TrainRecord: fields(TrainRecord),
+    EvalRecord: fields(EvalRecord),
+}
+_NAMES = {cls: tuple(item.name for item in items) for cls, items in _FIELDS.items()}
+_REQUIRED = {cls: frozenset(item.name for item in items if item.default is MISSING) for cls, items in _FIELDS.items()}
+_CLASSES: dict[str, type[TrainRecord] | type[EvalRecord]] = {cls.kind: cls for cls in _FIELDS}
+
+
+def encode(record: Record) -> str:
+    """The record as one line of JSON, without the newline.
+
+    Raises:
+        TypeError: an event's detail is no JSON value.
+        ValueError: an event's detail is called ``kind``, ``name`` or ``non_finite``.
+    """
+    line: dict[str, object] = {"kind": record.kind}
+    if isinstance(record, EventRecord):
+        taken = {"kind", "name", "non_finite"} & record.details.keys()
+        if taken:
+            raise ValueError(f"an event's detail cannot be called {', '.join(sorted(taken))}")
+        line["name"] = record.name
+        line.update(record.details)
+    else:
+        for name in _NAMES[type(record)]:
+            value = getattr(record, name)
+            if value is not None or name not in _OPTIONAL:
+                line[name] = value
+    non_finite = {
+        name: str(value) for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    if non_finite:
+        line.update(dict.fromkeys(non_finite))
+        line["non_finite"] = non_finite
+    return json.dumps(line, allow_nan=False)
+
+
+def decode(line: Mapping[str, object]) -> Record | None:
+    """The record of a parsed line; None for a kind that this version does not know.
+
+    Fields that this version does not know are left out, so that it can read what a later one wrote.
+
+    Raises:
+        UserError: the line has no kind, or a required field is missing.
+    """
+    values = dict(line)
+    non_finite = values.pop("non_finite", None)
+    if isinstance(non_finite, dict):
+        values.update({name: float(spelling) for name, spelling in non_finite.items()})
+    kind = values.pop("kind", None)
+    if kind == EventRecord.kind:
+        name = values.pop("name", None)
+        if not isinstance(name, str):
+            raise UserError(f'"name" of an event is {name!r}, not a string')
+        return EventRecord(name, values)
+    if not isinstance(kind, str):
+        raise UserError(f'"kind" is {kind!r}, not train, eval or event')
+    cls = _CLASSES.get(kind)
+    if cls is None:
+        return None
+    missing = _REQUIRED[cls] - values.keys()
+    if missing:
+        raise UserError(f"a record of kind {kind} lacks {', '.join(sorted(missing))}")
+    return _build(cls, values)
+
+
+def _build(cls: type[TrainRecord] | type[EvalRecord], values: dict[str, object]) -> TrainRecord | EvalRecord:
+    known = {name: values[name] for name in _NAMES[cls] if name in values}
+    for name in ("sample_ids", "offsets"):
+        listed = known.get(name)
+        if isinstance(listed, list):
+            known[name] = tuple(listed)
+    return cls(**known)  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""Records to lines of JSON and back."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.errors import UserError
+from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord, decode, encode
+
+
+def train_record(**changes: Any) -> TrainRecord:
+    values: dict[str, Any] = {
+        "step": 3,
+        "tokens": 192,
+        "samples": 24,
+        "seq_len": 8,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "micro_batches": 2,
+        "lr": 1e-4,
+        "loss": 5.5,
+        "loss_ratio": 0.97,
+        "grad_norm": 1.25,
+        "step_time_s": 0.5,
+        "tokens_per_s": 128.0,
+    }
+    return TrainRecord(**{**values, **changes})
+
+
+def same(left: object, right: object) -> bool:
+    """Equality in which nan equals nan."""
+    return repr(left) == repr(right)
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+train_records = st.builds(
+    train_record,
+    step=st.integers(1, 10**9),
+    tokens=st.integers(1, 10**13),
+    loss=numbers,
+    loss_ratio=numbers,
+    grad_norm=st.none() | numbers,
+    mfu=st.none() | numbers,
+    skipped=st.booleans(),
+    adam_var_l1=st.none() | numbers,
+    sample_ids=st.none() | st.lists(st.integers(0, 10**9), max_size=4).map(tuple),
+)
+
+
+@given(train_records)
+def test_every_value_survives_strict_json(record: TrainRecord) -> None:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = encode(record)
+    assert "\n" not in line
+    assert same(decode(json.loads(line, parse_constant=refuse)), record)
+
+
+def test_the_fields_of_a_train_line() -> None:
+    line = json.loads(encode(train_record()))
+    assert line.pop("kind") == "train"
+    assert line == {
+        "step": 3,
+        "tokens": 192,
+        "samples": 24,
+        "seq_len": 8,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "micro_batches": 2,
+        "lr": 1e-4,
+        "loss": 5.5,
+        "loss_ratio": 0.97,
+        "grad_norm": 1.25,
+        "step_time_s": 0.5,
+        "tokens_per_s": 128.0,
+        "mfu": None,
+        "skipped": False,
+    }
+    measured = json.loads(encode(train_record(adam_var_l1=2.0, adam_var_max=0.5, sample_ids=(4, 7), offsets=(0, 8))))
+    assert (measured["adam_var_l1"], measured["adam_var_max"]) == (2.0, 0.5)
+    assert (measured["sample_ids"], measured["offsets"]) == ([4, 7], [0, 8])
+
+
+def test_non_finite_values_are_null_and_named() -> None:
+    line = json.loads(encode(train_record(loss=math.nan, loss_ratio=math.inf)))
+    assert line["loss"] is None
+    assert line["loss_ratio"] is None
+    assert line["non_finite"] == {"loss": "nan", "loss_ratio": "inf"}
+    assert "non_finite" not in json.loads(encode(train_record(mfu=None)))
+
+
+def test_perplexity_of_a_loss() -> None:
+    assert EvalRecord.from_loss(step=1, tokens=8, loss=2.0).perplexity == pytest.approx(math.e**2)
+    assert EvalRecord.from_loss(step=1, tokens=8, loss=1e6).perplexity == math.inf
+    assert math.isnan(EvalRecord.from_loss(step=1, tokens=8, loss=math.nan).perplexity)
+
+
+def test_event_keeps_its_details() -> None:
+    event = EventRecord("resume", {"step": 5, "path": "checkpoints/step_5", "lag": math.inf})
+    line = encode(event)
+    assert json.loads(line)["name"] == "resume"
+    assert decode(json.loads(line)) == event
+    with pytest.raises(ValueError, match="kind"):
+        encode(EventRecord("resume", {"kind": "train"}))
+
+
+def test_what_a_later_version_wrote_is_read() -> None:
+    line = json.loads(encode(train_record()))
+    assert decode({**line, "new_field": 1}) == train_record()
+    assert decode({"kind": "profile", "step": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"step": 1}, '"kind" is None'),
+        ({"kind": "eval", "step": 1, "tokens": 8}, "lacks loss, perplexity"),
+        ({"kind": "event", "name": 3}, '"name" of an event is 3'),
+    ],
+)
+def test_what_is_no_record_is_refused(line: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decode(line)
