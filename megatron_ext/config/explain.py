@@ -11,14 +11,25 @@ from megatron_ext.config.base import Section
 from megatron_ext.config.files import Layer
 from megatron_ext.config.keys import field_at, suggest
 from megatron_ext.config.merging import KeyPath, Tree, dotted, lookup
+from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
 _PACINGS: Final = '"constant", "linear", "root", "discrete"'
 _SHOWN: Final = 80
 
 
-def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: Sequence[Layer]) -> str:
-    """One message for all errors of ``error``, one line each.
+class ConfigError(UserError):
+    """A run config with problems; its message lists all of them, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        single = len(self.problems) == 1
+        heading = [] if single else [f"{len(self.problems)} problems in the run config:"]
+        super().__init__("\n  ".join([*heading, *self.problems]))
+
+
+def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: Sequence[Layer]) -> ConfigError:
+    """All errors of ``error`` as one exception to raise.
 
     Args:
         error: what validating ``tree`` against ``root`` raised.
@@ -31,10 +42,7 @@ def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: 
         path = _key_path(detail["loc"], tree)
         source = _source(path, layers)
         lines.extend(f"{source}: {line}" for line in _describe(detail, path=path, root=root, tree=tree, source=source))
-    unique = list(dict.fromkeys(lines))
-    if len(unique) == 1:
-        return unique[0]
-    return "\n  ".join([f"{len(unique)} problems in the run config:", *unique])
+    return ConfigError(list(dict.fromkeys(lines)))
 
 
 def show(value: Any) -> str:

@@ -99,7 +99,7 @@ def _neighbors(path: Path) -> str:
         names = [file.name for file in path.parent.glob("*.json")]
     except OSError:
         return ""
-    close = get_close_matches(path.name, names, n=1)
+    close = get_close_matches(path.name, names, n=1, cutoff=0.8)
     return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 

@@ -10,7 +10,6 @@ from megatron_ext.config.explain import explain
 from megatron_ext.config.files import Layer, read_layers
 from megatron_ext.config.merging import merge_all, parse_overrides
 from megatron_ext.config.run import RunConfig
-from megatron_ext.errors import UserError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -23,8 +22,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``section.key=value`` strings; the value is JSON, or else a string.
 
     Raises:
-        UserError: for everything that is wrong with the files or the values: one message that lists all problems it
-            found, each with its key, the value found, what is expected, and the file.
+        UserError: a file cannot be used at all.
+        ConfigError: (a UserError) values are wrong: one message that lists all problems found, each with its key,
+            the value found, what is expected, and the file.
     """
     layers = read_layers(Path(path))
     if overrides:
@@ -38,4 +38,4 @@ def parse_layers(layers: Sequence[Layer]) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise UserError(explain(error, root=RunConfig, tree=tree, layers=layers)) from None
+        raise explain(error, root=RunConfig, tree=tree, layers=layers) from None

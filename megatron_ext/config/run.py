@@ -22,8 +22,11 @@ from megatron_ext.config.training import (
     ValidationConfig,
 )
 
-# Sections that change neither the weights nor the data order: a run may be resumed with other values.
-_NOT_IN_DIGEST = {"name", "output_dir", "validation", "checkpoint", "metrics", "parallel"}
+# What changes neither the weights nor the data order: a run may be resumed with other values of these.
+_NOT_DETERMINING: dict[str, Any] = {
+    **dict.fromkeys(("name", "output_dir", "validation", "checkpoint", "metrics", "parallel"), True),
+    "data": {"prefetch", "index_cache"},
+}
 
 
 class RunConfig(Section):
@@ -91,7 +94,10 @@ class RunConfig(Section):
         """Rows of the position table, with the default filled in."""
         return self.model.max_position_embeddings or self.training.seq_len
 
+    def determining_values(self) -> dict[str, Any]:
+        """Everything that determines weights and data order, as JSON values; layout and bookkeeping do not count."""
+        return self.model_dump(mode="json", exclude=_NOT_DETERMINING)
+
     def digest(self) -> str:
-        """SHA-256 (hex) of everything that determines weights and data order; layout and bookkeeping do not count."""
-        content = self.model_dump(mode="json", exclude=_NOT_IN_DIGEST)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hex) of ``determining_values``."""
+        return hashlib.sha256(json.dumps(self.determining_values(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""The command line's entry point: finds each command's module when it is asked for, and turns errors into exit codes.
+
+A command is a function ``command`` with typer annotations in its module; its docstring is the help text and ends with
+an example. A group of commands is a ``typer.Typer`` under the name the table gives. Modules must import torch and
+what needs it inside their functions, so that help and the commands without torch answer at once.
+"""
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any, Final
+
+import typer
+import typer.core
+
+from megatron_ext import __version__
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a command is found."""
+
+    module: str
+    group: str = ""
+    """Name of a Typer in the module that holds subcommands; empty: the module's ``command`` is the command."""
+
+
+_COMMANDS: Final[dict[str, _Entry]] = {
+    "doctor": _Entry("megatron_ext.cli.doctor"),
+    "schema": _Entry("megatron_ext.cli.schema"),
+    "validate": _Entry("megatron_ext.cli.validate"),
+    "plan": _Entry("megatron_ext.cli.plan"),
+    "tokenizer": _Entry("megatron_ext.cli.tokenizer", group="tokenizer_app"),
+    "preprocess": _Entry("megatron_ext.cli.preprocess"),
+    "train": _Entry("megatron_ext.cli.train"),
+    "generate": _Entry("megatron_ext.cli.generate"),
+    "report": _Entry("megatron_ext.cli.report"),
+}
+
+
+class _LazyGroup(typer.core.TyperGroup):
+    """A group whose commands are imported when they are named, or all of them for the group's own help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """Names of the commands, in the order of the table."""
+        return [name for name, entry in _COMMANDS.items() if find_spec(entry.module)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command called ``cmd_name``, or None."""
+        return _load(cmd_name) if cmd_name in self.list_commands(ctx) else None
+
+
+def _load(name: str) -> Any:
+    entry = _COMMANDS[name]
+    module = import_module(entry.module)
+    if entry.group:
+        command = typer.main.get_group(getattr(module, entry.group))
+        command.name = name
+        return command
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name)(module.command)
+    return typer.main.get_command(app)
+
+
+app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"megatron-ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrain GPT-2 and GPT-3 models with Sequence Length Warmup.
+
+    Example: megatron-ext validate configs/gpt2/117m_slw.json
+    """
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names.
+
+    Exits with 0 when it is done, 2 for input that the user has to change (one message on stderr, no traceback), 130
+    when interrupted, and 1 for a run that failed.
+    """
+    try:
+        typer.main.get_command(app)(prog_name="megatron-ext")
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

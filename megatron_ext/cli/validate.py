@@ -1,0 +1,65 @@
+"""``megatron-ext validate``: is this config right, and what does it say."""
+
+import json
+
+import typer
+
+from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
+from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing
+from megatron_ext.config.explain import ConfigError
+from megatron_ext.config.loading import load_config
+from megatron_ext.config.run import RunConfig
+from megatron_ext.errors import UserError
+
+
+def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False) -> None:
+    """Check a run config and say in a few lines what it describes.
+
+    Prints every problem it finds, each with its key, the value found and what to write, and exits with 2.
+
+    Example: megatron-ext validate configs/gpt2/117m_slw.json --set training.batch_size=256
+    """
+    try:
+        run = load_config(config, overrides or ())
+    except UserError as error:
+        if not as_json:
+            raise
+        problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+        typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
+        raise typer.Exit(2) from None
+    if as_json:
+        answer = {"ok": True, "digest": run.digest(), "config": run.model_dump(mode="json")}
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in summary(run))]))
+
+
+def summary(run: RunConfig) -> list[str]:
+    """What a run config says, one aspect a line."""
+    model, training, rate = run.model, run.training, run.learning_rate
+    lines = [
+        f"run         {run.run_dir}",
+        f"model       {model.num_layers} layers, width {model.hidden_size}, {model.num_attention_heads} heads, "
+        f"{model.vocab_size:,} tokens in the vocabulary",
+        f"training    {training.duration}, {training.batch_size} sequences of up to {training.seq_len} tokens a step, "
+        f"{training.precision}",
+        f"curriculum  {_curriculum(run)}",
+        f"LR          {rate.peak:g} after {rate.warmup or 'no warmup'}, {rate.decay} decay to {rate.min:g}",
+        f"layout      {run.parallel.tensor} tensor rank(s), ZeRO {run.parallel.zero_stage}, "
+        f"{run.micro_batch_tokens:,} tokens a micro-batch",
+    ]
+    if training.batch_size_warmup is not None:
+        warmup = training.batch_size_warmup
+        lines.insert(3, f"batch size  from {warmup.start} by {warmup.increment} over {warmup.duration}")
+    return lines
+
+
+def _curriculum(run: RunConfig) -> str:
+    curriculum, full = run.curriculum, run.training.seq_len
+    if isinstance(curriculum, ConstantPacing):
+        return f"none: {full} tokens from the first step on"
+    if isinstance(curriculum, DiscretePacing):
+        stages = ", ".join(f"{stage.seq_len} for {stage.duration}" for stage in curriculum.stages)
+        return f"discrete: {stages}, then {full}"
+    lengths = f"{curriculum.start} to {curriculum.end or full} over {curriculum.duration}"
+    return f"{curriculum.pacing}: {lengths}, multiples of {curriculum.multiple}"
