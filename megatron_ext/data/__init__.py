@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers, token files, datasets, loaders. The only door to megatron.core.datasets."""

@@ -1,0 +1,227 @@
+"""Text files to token files: read, tokenize in worker processes, write in the order of the input."""
+
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.data.reading import Chunk, InvalidRecordError, check_files, parse_record, read_chunks
+from megatron_ext.data.token_files import Sidecar, TokenFileWriter, TokenPaths, read_sidecar, token_dtype
+from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ext.errors import UserError
+
+_AHEAD = 4  # chunks per worker that may be under way: keeps workers busy while the first result is awaited
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """How text becomes tokens. The number of workers changes the speed, never the output."""
+
+    tokenizer: str = "gpt2"
+    """``gpt2`` or the path of a tokenizers JSON file."""
+
+    json_key: str = "text"
+    """Key that holds the text in JSON lines."""
+
+    append_eod: bool = True
+    """End every document with the tokenizer's end-of-document token."""
+
+    workers: int = 1
+    """Processes that tokenize; 1 works in the calling process."""
+
+    skip_invalid: bool = False
+    """Count records that are no document and go on, where otherwise the first one ends it."""
+
+    overwrite: bool = False
+    """Replace existing output."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State after another chunk; the last one of a finished run has ``finished`` set."""
+
+    bytes_read: int
+    """Bytes of the input files (compressed, where they are) done so far."""
+
+    documents: int
+    """Documents written."""
+
+    tokens: int
+    """Tokens written, separators included."""
+
+    empty: int
+    """Documents without text, which are left out."""
+
+    invalid: int
+    """Records skipped under ``skip_invalid``."""
+
+    first_invalid: str | None = None
+    """Why the first of them was."""
+
+    finished: Sidecar | None = None
+    """Set when the files have been written."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One chunk's result. ``tokens`` are all documents' ids one after the other."""
+
+    tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    empty: int
+    problems: tuple[str, ...]
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """What a worker does to a chunk."""
+
+    tokenizer: Tokenizer
+    json_key: str
+    append_eod: bool
+
+    def encode(self, chunk: Chunk) -> _Encoded:
+        tokens: list[int] = []
+        lengths: list[int] = []
+        problems: list[str] = []
+        empty = 0
+        for record in chunk.records:
+            try:
+                text = parse_record(chunk.path, record, self.json_key)
+            except InvalidRecordError as error:
+                problems.append(str(error))
+                continue
+            ids = self.tokenizer.encode(text)
+            if not ids:
+                empty += 1
+                continue
+            if self.append_eod:
+                ids.append(self.tokenizer.eod)
+            tokens.extend(ids)
+            lengths.append(len(ids))
+        return _Encoded(
+            tokens=np.array(tokens, dtype=np.int32),
+            lengths=np.array(lengths, dtype=np.int32),
+            empty=empty,
+            problems=tuple(problems),
+            bytes_read=chunk.bytes_read,
+        )
+
+
+# A worker process has one encoder for its whole life, put here by the pool's initializer.
+_WORKER: dict[str, _Encoder] = {}
+
+
+def _start_worker(tokenizer: str, json_key: str, append_eod: bool) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent alone ends the run.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _WORKER["encoder"] = _Encoder(load_tokenizer(tokenizer), json_key, append_eod)
+
+
+def _encode_in_worker(chunk: Chunk) -> _Encoded:
+    return _WORKER["encoder"].encode(chunk)
+
+
+def preprocess(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Progress:
+    """Like :func:`preprocess_steps`, all at once: the last progress, with ``finished`` set."""
+    return deque(preprocess_steps(files, output, options), maxlen=1)[0]
+
+
+def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Iterator[Progress]:
+    """Write PREFIX.bin, .idx and .json for ``output`` = PREFIX, yielding the progress after every chunk.
+
+    Memory is bounded by the chunks under way (about 256 KiB each, :data:`_AHEAD` per worker) and the longest document.
+    Nothing is left behind when the iteration ends early.
+
+    Raises:
+        UserError: input missing, damaged or without a document; an invalid record (unless skipped); existing output.
+    """
+    check_files(files)
+    _check_output(files, output, options)
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: at least 1 is needed")
+    tokenizer = load_tokenizer(options.tokenizer)
+    chunks = (chunk for path in files for chunk in read_chunks(path))
+    encoder = _Encoder(tokenizer, options.json_key, options.append_eod)
+    results = map(encoder.encode, chunks) if options.workers == 1 else _in_workers(chunks, options)
+    with TokenFileWriter(output, dtype=token_dtype(tokenizer.vocab_size)) as writer:
+        done = Progress(bytes_read=0, documents=0, tokens=0, empty=0, invalid=0)
+        for result in results:
+            if result.problems and not options.skip_invalid:
+                raise UserError(f"{result.problems[0]}; --skip-invalid goes on without such records")
+            writer.add(result.tokens, result.lengths)
+            done = _advance(done, result, writer)
+            yield done
+        if not writer.documents:
+            skipped = f" ({done.invalid} invalid records skipped)" if done.invalid else ""
+            raise UserError(f"empty corpus: no document in {', '.join(map(str, files))}{skipped}")
+        finished = writer.commit(
+            tokenizer=options.tokenizer,
+            tokenizer_digest=tokenizer.digest,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod if options.append_eod else None,
+        )
+    yield Progress(
+        bytes_read=done.bytes_read,
+        documents=done.documents,
+        tokens=done.tokens,
+        empty=done.empty,
+        invalid=done.invalid,
+        first_invalid=done.first_invalid,
+        finished=finished,
+    )
+
+
+def _advance(done: Progress, result: _Encoded, writer: TokenFileWriter) -> Progress:
+    return Progress(
+        bytes_read=done.bytes_read + result.bytes_read,
+        documents=writer.documents,
+        tokens=writer.tokens,
+        empty=done.empty + result.empty,
+        invalid=done.invalid + len(result.problems),
+        first_invalid=done.first_invalid or (result.problems[0] if result.problems else None),
+    )
+
+
+def _in_workers(chunks: Iterator[Chunk], options: PreprocessOptions) -> Generator[_Encoded, None, None]:
+    """Encode in processes, results in the order of ``chunks``, with a bounded number under way."""
+    # Spawned, not forked: the tokenizer library has threads, and a fork would copy their locks.
+    pool = ProcessPoolExecutor(
+        max_workers=options.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(options.tokenizer, options.json_key, options.append_eod),
+    )
+    try:
+        pending: deque[Future[_Encoded]] = deque(
+            pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, _AHEAD * options.workers)
+        )
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, 1))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_output(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> None:
+    if output.suffix in {".bin", ".idx"}:
+        raise UserError(f"--output {output}: give the prefix without {output.suffix}")
+    if not output.name:
+        raise UserError(f"--output {output}: a prefix such as data/corpus is needed")
+    paths = TokenPaths.of(output)
+    inputs = {path.resolve() for path in files}
+    for path in (paths.bin, paths.idx, paths.sidecar):
+        if path.resolve() in inputs:
+            raise UserError(f"--output {output} would write {path}, which is an input file; choose another prefix")
+        if path.exists() and not options.overwrite:
+            raise UserError(f"{path} exists; choose another --output or add --overwrite")
+    if paths.sidecar.exists() and read_sidecar(paths.sidecar) is None:
+        raise UserError(f"{paths.sidecar} exists and is not a description of token files; choose another --output")
