@@ -87,7 +87,7 @@ bench: venv
 test-lowest:
 	rm -rf $(LOWEST_VENV)
 	$(PYTHON) .ci/lowest.py hf dev > .lowest-constraints.txt
-	$(MAKE) test VENV=$(LOWEST_VENV) TORCH='-c .lowest-constraints.txt torch' EXTRAS=hf,dev \
+	$(MAKE) test VENV=$(LOWEST_VENV) TORCH=torch EXTRAS=hf,dev \
 		PIP='$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c .lowest-constraints.txt'
 
 clean:

@@ -29,4 +29,4 @@ def bounds(pyproject: Path, extras: tuple[str, ...]) -> dict[str, tuple[str, str
 
 if __name__ == "__main__":
     lowest = bounds(Path(__file__).parents[1] / "pyproject.toml", tuple(sys.argv[1:]))
-    print("\n".join(f"{name}=={low}" for name, (low, _) in sorted(lowest.items())))
+    sys.stdout.writelines(f"{name}=={low}\n" for name, (low, _) in sorted(lowest.items()))

@@ -1,0 +1,67 @@
+"""The table of docs/architecture.md: layers, doors, and limits."""
+
+from collections.abc import Mapping
+
+# A module imports only from smaller numbers; same number: strangers. errors is below everything so that config, too,
+# may raise UserError.
+LAYERS: Mapping[str, int] = {
+    "errors": -1,
+    "config": 0,
+    "runtime": 1,
+    "ops": 2,
+    "parallel": 2,
+    "curriculum": 2,
+    "data": 3,
+    "model": 3,
+    "engine": 4,
+    "stability": 5,
+    "evaluate": 5,
+    "checkpoint": 5,
+    "metrics": 5,
+    "train": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+
+# What is behind a door, and the parts that may open it. The longest prefix that fits decides.
+DOORS: Mapping[str, frozenset[str]] = {
+    "os.environ": frozenset({"runtime"}),
+    "os.environb": frozenset({"runtime"}),
+    "os.getenv": frozenset({"runtime"}),
+    "os.putenv": frozenset({"runtime"}),
+    "sys.argv": frozenset({"cli", "__main__"}),
+    "argparse": frozenset({"cli"}),
+    "typer": frozenset({"cli"}),
+    "torch.cuda": frozenset({"runtime"}),
+    "torch.utils.cpp_extension": frozenset({"ops"}),
+    "deepspeed": frozenset({"engine"}),
+    "megatron.core.parallel_state": frozenset({"parallel"}),
+    "megatron.core.tensor_parallel": frozenset({"parallel"}),
+    "megatron.core.datasets": frozenset({"data"}),
+    "megatron.core.models": frozenset({"model"}),
+    "megatron.core.transformer": frozenset({"model"}),
+    # Everything else of megatron-core, and the package itself.
+    "megatron": frozenset({"parallel", "data", "model"}),
+}
+
+# Parts that never import torch or what imports it, not even inside a function.
+TORCH_FREE = frozenset({"errors", "config", "curriculum"})
+# Modules that do not import it when they are imported (a function may).
+TORCH_FREE_AT_IMPORT = (
+    "__init__",
+    "errors",
+    "config",
+    "curriculum",
+    "cli",
+    "__main__",
+    "model.presets",
+    "model.counts",
+)
+IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
+
+CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
+NO_ITEM_IN = frozenset({"train", "engine.step"})
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 7
