@@ -1,0 +1,125 @@
+"""What people see while a run goes on: a progress bar on a terminal, lines in the log."""
+
+import logging
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
+
+from megatron_ext.metrics.rate import TokenRate, format_count, format_duration
+from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
+
+
+class ProgressBar:
+    """One line that shows tokens done and to do, length, loss, speed and time left; validations scroll above it.
+
+    Args:
+        console: where it is drawn; whoever else writes to that terminal has to go through the same console.
+        total_tokens: tokens of the whole run.
+        tokens: tokens that the run goes on from.
+    """
+
+    def __init__(self, console: Console, *, total_tokens: int, tokens: int) -> None:
+        self._total = total_tokens
+        self._rate = TokenRate()
+        self._progress = Progress(
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            # It is drawn by a thread of the training process.
+            refresh_per_second=2,
+        )
+        start = f"{format_count(tokens)}/{format_count(total_tokens)} tok"
+        self._task = self._progress.add_task("", total=total_tokens, completed=tokens, status=start)
+        self._progress.start()
+
+    def train(self, record: TrainRecord) -> None:
+        """Move the bar."""
+        self._rate.add(tokens=record.batch_size * record.seq_len, seconds=record.step_time_s)
+        status = " · ".join(
+            [
+                f"{format_count(record.tokens)}/{format_count(self._total)} tok",
+                f"len {record.seq_len}",
+                f"loss {record.loss:.3f}",
+                f"{format_count(self._rate.tokens_per_s or 0.0)} tok/s",
+                f"ETA {format_duration(self._rate.seconds_left(self._total - record.tokens))}",
+            ]
+        )
+        self._progress.update(self._task, completed=record.tokens, status=status)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Print a validation above the bar."""
+        self._progress.console.print(evaluation_line(record), highlight=False, markup=False)
+
+    def event(self, record: EventRecord) -> None:
+        """Print an event above the bar."""
+        self._progress.console.print(event_line(record), highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the bar where it is and give the terminal back."""
+        self._progress.stop()
+
+
+class LogLines:
+    """Lines in the log: one every `log_every` steps and at the last, each validation, each event.
+
+    Args:
+        logger: where they go.
+        log_every: steps between lines.
+        total_tokens: tokens of the whole run.
+    """
+
+    def __init__(self, logger: logging.Logger, *, log_every: int, total_tokens: int) -> None:
+        self._logger = logger
+        self._every = log_every
+        self._total = total_tokens
+        self._rate = TokenRate()
+
+    def train(self, record: TrainRecord) -> None:
+        """Log the step where it is due."""
+        self._rate.add(tokens=record.batch_size * record.seq_len, seconds=record.step_time_s)
+        if record.step % self._every == 0 or record.tokens >= self._total:
+            self._logger.info("%s", train_line(record, rate=self._rate, total_tokens=self._total))
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Log a validation."""
+        self._logger.info("%s", evaluation_line(record))
+
+    def event(self, record: EventRecord) -> None:
+        """Log an event."""
+        self._logger.info("%s", event_line(record))
+
+    def close(self) -> None:
+        """Nothing to close: the logger is its owner's."""
+
+
+def train_line(record: TrainRecord, *, rate: TokenRate, total_tokens: int) -> str:
+    """One line about a step."""
+    grad_norm = "?" if record.grad_norm is None else f"{record.grad_norm:.3f}"
+    parts = [
+        f"step {record.step:,}",
+        f"tokens {format_count(record.tokens)}/{format_count(total_tokens)} ({record.tokens / total_tokens:.1%})",
+        f"length {record.seq_len}",
+        f"loss {record.loss:.4f}",
+        f"lr {record.lr:.3e}",
+        f"grad norm {grad_norm}",
+        f"{format_count(rate.tokens_per_s or 0.0)} tokens/s",
+        f"ETA {format_duration(rate.seconds_left(total_tokens - record.tokens))}",
+    ]
+    return " | ".join([*parts, "skipped (gradient overflow)"] if record.skipped else parts)
+
+
+def evaluation_line(record: EvalRecord) -> str:
+    """One line about a validation."""
+    return (
+        f"validation after step {record.step:,} ({format_count(record.tokens)} tokens): "
+        f"loss {record.loss:.4f}, perplexity {record.perplexity:.2f}"
+    )
+
+
+def event_line(record: EventRecord) -> str:
+    """One line about an event."""
+    details = ", ".join(f"{name} {value}" for name, value in record.details.items())
+    return f"{record.name}: {details}" if details else record.name

@@ -1,0 +1,88 @@
+"""One place that the loop reports to; where the values go was decided when it was made."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from megatron_ext.config.training import MetricsConfig
+from megatron_ext.metrics.console import LogLines, ProgressBar
+from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink
+from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
+from megatron_ext.metrics.tensorboard import TensorBoardSink
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def train(self, record: TrainRecord) -> None:
+        """Take a step."""
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Take a validation."""
+
+    def event(self, record: EventRecord) -> None:
+        """Take an event."""
+
+    def close(self) -> None:
+        """Write out everything; nothing comes after."""
+
+
+class Recorder:
+    """Hands every record to all sinks, in order. Without sinks it does nothing: what ranks other than 0 have."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = tuple(sinks)
+
+    def train(self, record: TrainRecord) -> None:
+        """Record a step."""
+        for sink in self._sinks:
+            sink.train(record)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Record a validation."""
+        for sink in self._sinks:
+            sink.evaluation(record)
+
+    def event(self, name: str, **details: object) -> None:
+        """Record an event (resume, checkpoint, preemption, rollback) with details that are JSON values."""
+        record = EventRecord(name, details)
+        for sink in self._sinks:
+            sink.event(record)
+
+    def close(self) -> None:
+        """Close all sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_sinks(
+    run_dir: Path,
+    config: MetricsConfig,
+    *,
+    total_tokens: int,
+    step: int,
+    tokens: int,
+    console: Console,
+) -> list[Sink]:
+    """The sinks of rank 0 for a run that goes on from `step` finished steps and `tokens` consumed ones (0, 0: new).
+
+    What an earlier process recorded after that step is dropped, events excepted. Where `console` is a terminal it gets
+    a progress bar, elsewhere this module's logger gets lines.
+
+    Raises:
+        UserError: metrics.jsonl of the directory is broken, or TensorBoard is wanted and not installed.
+    """
+    jsonl = JsonlSink(run_dir / FILE_NAME)
+    jsonl.rewind(step)
+    sinks: list[Sink] = [jsonl]
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", step=step, tokens=tokens))
+    if console.is_terminal:
+        sinks.append(ProgressBar(console, total_tokens=total_tokens, tokens=tokens))
+    else:
+        logger = logging.getLogger(__name__)
+        sinks.append(LogLines(logger, log_every=config.log_every, total_tokens=total_tokens))
+    return sinks

@@ -1,0 +1,67 @@
+"""Losses fetched from the device in batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_ext.metrics.pending import FetchedStep, PendingSteps, fetch
+
+doubles = st.floats(width=64, allow_nan=False)
+values_strategy = st.lists(
+    st.one_of(
+        st.none(),
+        doubles,
+        doubles.map(lambda value: torch.tensor(value, dtype=torch.float64)),
+        st.floats(width=32, allow_nan=False).map(lambda value: torch.tensor([value], dtype=torch.float32)),
+    )
+)
+
+
+@given(values_strategy)
+def test_fetch_keeps_values_and_order(values: list[Tensor | float | None]) -> None:
+    assert fetch(values) == [value.item() if isinstance(value, Tensor) else value for value in values]
+
+
+def test_tensors_of_a_drain_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    to_list = Tensor.tolist
+
+    def counted(tensor: Tensor) -> object:
+        copies.append(tensor.shape)
+        return to_list(tensor)
+
+    def refused(_tensor: Tensor) -> object:
+        raise AssertionError("a value was fetched alone")
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    monkeypatch.setattr(Tensor, "item", refused)
+    monkeypatch.setattr(Tensor, "__float__", refused)
+    pending: PendingSteps[int] = PendingSteps()
+    for step in range(5):
+        pending.add(step, loss=torch.tensor(float(step)), grad_norm=torch.tensor(0.5, dtype=torch.bfloat16))
+    assert copies == []
+    assert [step.loss for step in pending.drain()] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert copies == [(10,)]
+
+
+def test_drain_returns_steps_once_and_in_order() -> None:
+    pending: PendingSteps[str] = PendingSteps()
+    pending.add("a", loss=torch.tensor(2.0, requires_grad=True), grad_norm=1.5)
+    pending.add("b", loss=torch.tensor(math.inf), grad_norm=None)
+    assert len(pending) == 2
+    assert pending.drain() == [FetchedStep("a", 2.0, 1.5), FetchedStep("b", math.inf, None)]
+    assert len(pending) == 0
+    assert pending.drain() == []
+
+
+def test_a_buffer_that_is_used_again_does_not_change_what_was_added() -> None:
+    buffer = torch.tensor(1.0)
+    pending: PendingSteps[int] = PendingSteps()
+    for step in range(3):
+        pending.add(step, loss=buffer, grad_norm=buffer)
+        buffer += 1
+    assert [(step.loss, step.grad_norm) for step in pending.drain()] == [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
