@@ -1,0 +1,190 @@
+"""Small run configs for the curriculum's tests, and a reference that walks a run one step at a time.
+
+The reference shares no code with the plan: it evaluates each pacing formula at every step, in fractions.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from megatron_ext.config.run import RunConfig
+
+Json = dict[str, Any]
+
+# No deadline: how long an example takes says more about the machine's other work than about the code.
+property_test = settings(deadline=None, max_examples=60)
+
+
+def run_config(
+    *,
+    seq_len: int,
+    batch_size: int,
+    duration: Json,
+    curriculum: Json | None = None,
+    learning_rate: Json | None = None,
+    **sections: Json,
+) -> RunConfig:
+    """A tiny model with this run."""
+    training = {"seq_len": seq_len, "batch_size": batch_size, "duration": duration} | sections.pop("training", {})
+    content = {
+        "model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1},
+        "data": {"sources": [{"prefix": "corpus"}]} | sections.pop("data", {}),
+        "training": training,
+        "curriculum": curriculum or {"pacing": "constant"},
+        "learning_rate": learning_rate or {"peak": 1e-3},
+        **sections,
+    }
+    return RunConfig.model_validate_json(json.dumps(content))
+
+
+def formula_value(pacing: Json, *, end: int, progress: int) -> int:
+    """Linear and root pacing, exactly: start + rise * min(x/T, 1)^(1/r), floored to a multiple."""
+    total = pacing["duration"].get("steps") or pacing["duration"].get("tokens")
+    degree = pacing.get("degree", 1)
+    start, multiple = pacing["start"], pacing["multiple"]
+    share = min(Fraction(progress, total), Fraction(1))
+    height = 0
+    while height + multiple <= end - start and Fraction(height + multiple, end - start) ** degree <= share:
+        height += multiple
+    return int(start + height)
+
+
+@dataclass
+class WalkedStep:
+    """What the reference says of one step."""
+
+    batch_size: int
+    seq_len: int
+    consumed_tokens: int
+
+
+def walk(seq_len: int, batch_size: int, curriculum: Json, batch_warmup: Json | None) -> Iterator[WalkedStep]:
+    """Steps of a run without end, by the formulas."""
+    step = tokens = 0
+    stage, stage_step, stage_tokens = 0, 0, 0
+    while True:
+        if curriculum["pacing"] == "constant":
+            length = seq_len
+        elif curriculum["pacing"] == "discrete":
+            stages = curriculum["stages"]
+            if stage < len(stages):
+                duration = stages[stage]["duration"]
+                done = step - stage_step if "steps" in duration else tokens - stage_tokens
+                if done >= (duration.get("steps") or duration.get("tokens")):
+                    stage, stage_step, stage_tokens = stage + 1, step, tokens
+            length = stages[stage]["seq_len"] if stage < len(stages) else seq_len
+        else:
+            progress = step if "steps" in curriculum["duration"] else tokens
+            length = formula_value(curriculum, end=curriculum.get("end") or seq_len, progress=progress)
+        batch = batch_size
+        if batch_warmup:
+            pacing = batch_warmup | {"multiple": batch_warmup["increment"]}
+            progress = step if "steps" in batch_warmup["duration"] else tokens
+            batch = formula_value(pacing, end=batch_size, progress=progress)
+        yield WalkedStep(batch_size=batch, seq_len=length, consumed_tokens=tokens)
+        step, tokens = step + 1, tokens + batch * length
+
+
+@st.composite
+def durations(draw: st.DrawFn, steps: int = 40, tokens: int = 800) -> Json:
+    """Steps or tokens."""
+    if draw(st.booleans()):
+        return {"steps": draw(st.integers(1, steps))}
+    return {"tokens": draw(st.integers(1, tokens))}
+
+
+@st.composite
+def curricula(draw: st.DrawFn) -> tuple[int, Json]:
+    """(full length, curriculum)."""
+    multiple = draw(st.sampled_from([1, 2, 8]))
+    start = multiple * draw(st.integers(1, 4))
+    end = start + multiple * draw(st.integers(0, 12))
+    pacing = draw(st.sampled_from(["constant", "linear", "root", "discrete"]))
+    if pacing == "constant":
+        return end, {"pacing": pacing}
+    if pacing == "discrete":
+        heights = draw(st.lists(st.integers(0, (end - start) // multiple), min_size=1, max_size=4, unique=True))
+        lengths = [start + multiple * height for height in sorted(heights)]
+        stages = [{"seq_len": length, "duration": draw(durations(steps=15, tokens=300))} for length in lengths]
+        return end, {"pacing": pacing, "stages": stages, "multiple": multiple}
+    seq_len = end + multiple * draw(st.integers(0, 1))
+    curriculum = {"pacing": pacing, "start": start, "end": end, "multiple": multiple, "duration": draw(durations())}
+    if pacing == "root":
+        curriculum["degree"] = draw(st.integers(1, 4))
+    return seq_len, curriculum
+
+
+@dataclass
+class Case:
+    """A run that the plan accepts, and the reference's steps up to its end (and one more, for the totals)."""
+
+    config: RunConfig
+    steps: list[WalkedStep] = field(repr=False)
+    tokens: int
+
+
+@st.composite
+def cases(draw: st.DrawFn, tail: str = "truncate") -> Case:
+    """Runs of a few dozen steps that last beyond their warmups, with every shape of learning rate."""
+    seq_len, curriculum = draw(curricula())
+    batch_size, batch_warmup = draw(st.integers(1, 12)), None
+    if curriculum["pacing"] == "constant" and tail == "truncate" and draw(st.booleans()):
+        increment = draw(st.integers(1, 3))
+        start = draw(st.integers(1, 3))
+        batch_size = start + increment * draw(st.integers(0, 5))
+        batch_warmup = {"start": start, "increment": increment, "duration": draw(durations())}
+    steps = _until_full(seq_len, batch_size, curriculum, batch_warmup, extra=draw(st.integers(1, 25)))
+    last = steps[-1]
+    tokens = last.consumed_tokens + last.batch_size * last.seq_len
+    budget = draw(st.integers(last.consumed_tokens + 1, tokens))
+    by_steps = draw(st.booleans())
+    config = run_config(
+        seq_len=seq_len,
+        batch_size=batch_size,
+        duration={"steps": len(steps)} if by_steps else {"tokens": budget},
+        curriculum=curriculum,
+        learning_rate=draw(_learning_rates(steps, tokens if by_steps else budget)),
+        data={"tail": tail},
+        training={"batch_size_warmup": batch_warmup} if batch_warmup else {},
+    )
+    return Case(config=config, steps=steps, tokens=tokens)
+
+
+def _until_full(
+    seq_len: int, batch_size: int, curriculum: Json, batch_warmup: Json | None, *, extra: int
+) -> list[WalkedStep]:
+    """The reference's steps up to ``extra`` steps at the full length and batch."""
+    steps: list[WalkedStep] = []
+    full_length = curriculum.get("end") or seq_len
+    for step in walk(seq_len, batch_size, curriculum, batch_warmup):
+        steps.append(step)
+        extra -= step.seq_len == full_length and step.batch_size == batch_size
+        if extra == 0:
+            return steps
+    raise AssertionError("walk has no end")
+
+
+@st.composite
+def _learning_rates(draw: st.DrawFn, steps: list[WalkedStep], end_tokens: int) -> Json:
+    peak = draw(st.floats(1e-5, 1.0))
+    rates: Json = {"peak": peak, "min": peak * draw(st.floats(0, 1))}
+    warmup_steps = draw(st.integers(0, len(steps) - 1))
+    warmup_end = steps[warmup_steps].consumed_tokens
+    if warmup_steps:
+        earlier = steps[warmup_steps - 1].consumed_tokens
+        in_tokens = {"tokens": draw(st.integers(earlier + 1, warmup_end))}
+        rates["warmup"] = draw(st.sampled_from([{"steps": warmup_steps}, in_tokens]))
+    rates["decay"] = draw(st.sampled_from(["cosine", "linear", "constant", "wsd"]))
+    if rates["decay"] == "constant":
+        return rates
+    if draw(st.booleans()):
+        end_tokens = draw(st.integers(warmup_end + 1, 2 * end_tokens))
+        rates["decay_duration"] = {"tokens": end_tokens}
+    if rates["decay"] == "wsd":
+        rates["cooldown"] = {"tokens": draw(st.integers(1, end_tokens - warmup_end))}
+    return rates
