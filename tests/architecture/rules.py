@@ -124,8 +124,13 @@ def sizes(module: Module) -> Iterator[Violation]:
             yield module.violation(node, "function-length", message)
         names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         count = len(names) - (names[:1] in (["self"], ["cls"]))
-        if count > MAX_PARAMETERS:
+        if count > MAX_PARAMETERS and not _is_command(module, node):
             yield module.violation(node, "parameters", f"{node.name} takes {count}, at most {MAX_PARAMETERS}")
+
+
+def _is_command(module: Module, node: FunctionNode) -> bool:
+    decorators = {ast.unparse(item).split("(", maxsplit=1)[0].rpartition(".")[2] for item in node.decorator_list}
+    return module.part == "cli" and (node.name == "command" or "command" in decorators)
 
 
 def shared_state(module: Module) -> Iterator[Violation]:

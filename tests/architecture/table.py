@@ -19,6 +19,7 @@ LAYERS: Mapping[str, int] = {
     "checkpoint": 5,
     "metrics": 5,
     "train": 6,
+    "worker": 7,
     "cli": 7,
     "__main__": 8,
 }
@@ -29,8 +30,8 @@ DOORS: Mapping[str, frozenset[str]] = {
     "os.environb": frozenset({"runtime"}),
     "os.getenv": frozenset({"runtime"}),
     "os.putenv": frozenset({"runtime"}),
-    "sys.argv": frozenset({"cli", "__main__"}),
-    "argparse": frozenset({"cli"}),
+    "sys.argv": frozenset({"cli", "worker", "__main__"}),
+    "argparse": frozenset({"cli", "worker"}),
     "typer": frozenset({"cli"}),
     "torch.cuda": frozenset({"runtime"}),
     "torch.utils.cpp_extension": frozenset({"ops"}),
@@ -64,4 +65,5 @@ NO_ITEM_IN = frozenset({"train", "engine.step"})
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+# Not counted for a typer command: its parameters are the options of the command line.
 MAX_PARAMETERS = 7

