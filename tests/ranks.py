@@ -73,11 +73,12 @@ def run_ranks(
 @contextlib.contextmanager
 def single_rank() -> Iterator[None]:
     """A gloo group of one rank in this process, with megatron-core's groups destroyed after it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        _destroy_groups()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            _destroy_groups()
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _rank_main(setting: _Setting, sender: Connection, fn: Callable[..., Any], ar
         if setting.init:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(str(Path(setting.folder) / "store"), world_size),
+                init_method=f"file://{setting.folder}/store",
                 rank=rank,
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=setting.timeout),

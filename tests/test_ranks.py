@@ -1,6 +1,7 @@
 """The harness itself: results, failures, deaths and hangs of ranks are reported, and nothing is left running."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -18,25 +19,25 @@ def _sum_of_ranks(rank: int, world_size: int, factor: float) -> torch.Tensor:
     return value
 
 
-def _fail_on_one(rank: int, world_size: int) -> None:
-    print("words before the failure")
+def _fail_on_one(rank: int, _world_size: int) -> None:
+    sys.stdout.write("words before the failure\n")
     if rank == 1:
         raise RuntimeError("the reason")
     dist.barrier()
 
 
-def _die(rank: int, world_size: int) -> None:
+def _die(rank: int, _world_size: int) -> None:
     if rank == 0:
         os._exit(7)
     dist.barrier()
 
 
-def _hang(rank: int, world_size: int) -> None:
+def _hang(rank: int, _world_size: int) -> None:
     if rank == 0:
         time.sleep(100)
 
 
-def _no_group(rank: int, world_size: int) -> bool:
+def _no_group(_rank: int, _world_size: int) -> bool:
     return dist.is_initialized()
 
 

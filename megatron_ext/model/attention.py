@@ -1,0 +1,80 @@
+"""Causal self-attention back ends by name: megatron-core's "core attention", between QKV and output projections."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from megatron_ext.parallel.rng import RngStreams
+
+
+class CausalAttention(MegatronModule):  # type: ignore[misc]
+    """Common part of the back ends: layout of the heads, and dropout from the partitioned stream.
+
+    A tensor-parallel rank holds some of the heads, so that its attention dropout must differ from the other ranks'.
+    """
+
+    def __init__(self, config: TransformerConfig, *, streams: RngStreams, **_unused: object) -> None:
+        super().__init__(config=config)
+        self._streams = streams
+        self._scale = 1.0 / math.sqrt(config.kv_channels)
+        self._dropout = float(config.attention_dropout)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_mask: object, **_unused: object
+    ) -> torch.Tensor:
+        """Context [s, b, heads * head] from query, key and value [s, b, heads, head]; s is 1 or more.
+
+        Always causal: a mask argument is ignored, none is ever built.
+        """
+        length, batch = query.shape[:2]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.training and self._dropout > 0.0:
+            with self._streams.fork():
+                context = self.attend(query, key, value, dropout=self._dropout)
+        else:
+            context = self.attend(query, key, value, dropout=0.0)
+        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        """Context [b, heads, s, head] from query, key and value of the same shape."""
+        raise NotImplementedError
+
+
+class SdpaAttention(CausalAttention):
+    """torch's scaled_dot_product_attention, which picks its fastest kernel (on CPU: flash, without dropout)."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        """As in the base class."""
+        return functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=self._scale
+        )
+
+
+class ReferenceAttention(CausalAttention):
+    """softmax(Q K^T / sqrt(head)) V written out; the softmax in float32 or better. Memory grows with s squared."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        """As in the base class."""
+        length = query.shape[-2]
+        # Scaled before the product: in fp16 the unscaled scores could overflow.
+        scores = torch.matmul(query * self._scale, key.transpose(-1, -2))
+        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(future, -torch.inf)
+        probabilities = functional.dropout(scores.softmax(dim=-1), dropout)
+        return torch.matmul(probabilities.to(value.dtype), value)
+
+
+ATTENTION_BACKENDS: Mapping[str, type[CausalAttention]] = MappingProxyType(
+    {"sdpa": SdpaAttention, "reference": ReferenceAttention}
+)
+
+
+def core_attention(name: str, streams: RngStreams) -> Callable[..., CausalAttention]:
+    """Builder of the back end ``name`` (a key of ATTENTION_BACKENDS) for megatron-core's SelfAttentionSubmodules."""
+    return functools.partial(ATTENTION_BACKENDS[name], streams=streams)

@@ -1,0 +1,1 @@
+"""What ranks share: groups, the object DeepSpeed asks about them, random streams, recomputation, vocabulary."""
