@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-ConfigPath = Annotated[Path, typer.Argument(help="JSON file of a run.", show_default=False)]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="JSON file of a run.", show_default=False)]
 
 Overrides = Annotated[
     list[str] | None,

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_ext.config.base import Section
+from megatron_ext.config.deepspeed_passthrough import replacement
 from megatron_ext.config.files import Layer
 from megatron_ext.config.keys import field_at, suggest
 from megatron_ext.config.merging import KeyPath, Tree, dotted, lookup
@@ -81,6 +82,10 @@ def _describe(detail: ErrorDetails, *, path: KeyPath, root: type[Section], tree:
         found = lookup(tree, path)[1]
         return [f"{key} is {show(found)}: {message}"] if path else message.splitlines()
     if kind == "extra_forbidden":
+        # A DeepSpeed config pasted at the top level instead of into its section.
+        advice = replacement(str(path[0]), detail["input"]) if len(path) == 1 else None
+        if advice is not None:
+            return [f"{key}: unknown key; {advice}"]
         return [f"{key}: unknown key; {suggest(root, path, tree)}"]
     if kind.startswith("union_tag"):
         path, key = (*path, "pacing"), f"{key}.pacing"
