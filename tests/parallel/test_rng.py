@@ -1,0 +1,114 @@
+"""Streams agree and differ where they must, and continue where they were."""
+
+import contextlib
+import io
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.parallel.groups import Layout, initialize_parallel
+from megatron_ext.parallel.rng import RngStreams, seed_streams
+from tests.ranks import run_ranks, single_rank
+
+_CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def layout() -> Iterator[Layout]:
+    with single_rank():
+        yield initialize_parallel(1, 5.0)
+
+
+def _draw(streams: RngStreams) -> tuple[torch.Tensor, torch.Tensor]:
+    replicated = torch.rand(4)
+    with streams.fork():
+        partitioned = torch.rand(4)
+    return replicated, partitioned
+
+
+def _draws(_rank: int, _world_size: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    streams = seed_streams(seed, initialize_parallel(2, 5.0), _CPU)
+    return [_draw(streams) for _ in range(2)]
+
+
+def test_replicated_agrees_within_a_copy_and_all_else_differs() -> None:
+    ranks = run_ranks(_draws, 4, 1234)
+    for step in range(2):
+        replicated = [ranks[rank][step][0] for rank in range(4)]
+        assert torch.equal(replicated[0], replicated[1])
+        assert torch.equal(replicated[2], replicated[3])
+    distinct = [ranks[rank][step][0] for rank in (0, 2) for step in range(2)]
+    distinct += [ranks[rank][step][1] for rank in range(4) for step in range(2)]
+    assert len({tuple(draw.tolist()) for draw in distinct}) == len(distinct)
+
+
+def test_the_same_seed_gives_the_same_streams_and_the_next_seed_others(layout: Layout) -> None:
+    first = _draw(seed_streams(7, layout, _CPU))
+    again = _draw(seed_streams(7, layout, _CPU))
+    other = _draw(seed_streams(8, layout, _CPU))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_a_fork_leaves_the_replicated_stream_alone_also_after_an_error(layout: Layout) -> None:
+    streams = seed_streams(7, layout, _CPU)
+    expected = torch.rand(6)
+    streams = seed_streams(7, layout, _CPU)
+    first = torch.rand(3)
+    with contextlib.suppress(KeyError), streams.fork():
+        torch.rand(100)
+        raise KeyError
+    assert torch.equal(torch.cat([first, torch.rand(3)]), expected)
+
+
+def test_the_partitioned_stream_continues_from_fork_to_fork(layout: Layout) -> None:
+    streams = seed_streams(7, layout, _CPU)
+    with streams.fork():
+        expected = torch.rand(6)
+    streams = seed_streams(7, layout, _CPU)
+    parts = []
+    for _ in range(2):
+        torch.rand(5)
+        with streams.fork():
+            parts.append(torch.rand(3))
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_forks_do_not_nest(layout: Layout) -> None:
+    streams = seed_streams(7, layout, _CPU)
+    with streams.fork(), pytest.raises(AssertionError), streams.fork():
+        pass
+
+
+def test_replay_repeats_and_then_continues(layout: Layout) -> None:
+    streams = seed_streams(7, layout, _CPU)
+    snapshot = streams.snapshot()
+    first, second = _draw(streams), _draw(streams)
+    streams = seed_streams(7, layout, _CPU)
+    drawn = _draw(streams)
+    with streams.replay(snapshot):
+        replayed = _draw(streams)
+    for a, b, c, d, e in zip(first, drawn, replayed, second, _draw(streams), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert torch.equal(d, e)
+
+
+def test_state_restores_everything_random_through_a_file(layout: Layout) -> None:
+    def draw_all(streams: RngStreams) -> list[float]:
+        tensors = torch.cat(_draw(streams)).tolist()
+        return [*tensors, random.random(), float(np.random.rand()), float(np.random.randn())]
+
+    streams = seed_streams(7, layout, _CPU)
+    draw_all(streams)
+    file = io.BytesIO()
+    torch.save(streams.rng_state(), file)
+    expected = [draw_all(streams) for _ in range(3)]
+    restored = seed_streams(99, layout, _CPU)
+    file.seek(0)
+    restored.set_rng_state(torch.load(file, weights_only=True))
+    assert [draw_all(restored) for _ in range(3)] == expected
