@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from megatron_ext.errors import UserError
 from megatron_ext.metrics.records import EvalRecord, EventRecord

@@ -1,0 +1,92 @@
+"""The report command."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from megatron_ext.cli.report import command, labels
+from megatron_ext.errors import UserError
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.records import EvalRecord, EventRecord
+from tests.metrics.test_records import train_record
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_run(run_dir: Path, steps: int = 30) -> Path:
+    sink = JsonlSink(run_dir / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        sink.train(train_record(step=step, tokens=step * 64, loss=2 + 5 / step))
+    sink.evaluation(EvalRecord.from_loss(step=steps, tokens=steps * 64, loss=2.5))
+    sink.event(EventRecord("resume", {"step": 3}))
+    sink.close()
+    return run_dir
+
+
+def test_one_run_is_drawn_into_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    command([run])
+    picture = run / "report.png"
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert picture.read_bytes().startswith(PNG)
+    command([run / "metrics.jsonl"])
+    assert capsys.readouterr().out == f"{picture}\n"
+
+
+def test_several_runs_are_drawn_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", steps=1)]
+    command(runs, output=tmp_path / "deep" / "er" / "compare.png")
+    assert (tmp_path / "deep" / "er" / "compare.png").read_bytes().startswith(PNG)
+    assert "compare.png" in capsys.readouterr().out
+
+
+def test_several_runs_go_to_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    monkeypatch.chdir(tmp_path)
+    command(runs)
+    assert (tmp_path / "report.png").is_file()
+
+
+def test_a_partial_file_is_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content[: len(content) // 2])
+    command([run])
+    assert (run / "report.png").is_file()
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"empty: no metrics\.jsonl there"):
+        command([empty])
+    JsonlSink(empty / "metrics.jsonl").close()
+    with pytest.raises(UserError, match="no train record yet"):
+        command([empty])
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        command([run], output=tmp_path / "report.pdf")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        command([run], output=tmp_path / "folder.png")
+
+
+def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("x/slw", "y/slw", "y/baseline")]
+    for run in runs:
+        run.mkdir(parents=True)
+    assert labels([runs[0], runs[2]]) == ["slw", "baseline"]
+    assert labels(runs) == ["x/slw", "y/slw", "y/baseline"]
+    assert labels([runs[0], runs[0]]) == [str(runs[0])] * 2
+    assert labels([runs[0] / "metrics.jsonl"]) == ["slw"]
+
+
+def test_help_has_an_example() -> None:
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert "--output" in result.output
