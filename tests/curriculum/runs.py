@@ -148,7 +148,7 @@ def cases(draw: st.DrawFn, tail: str = "truncate") -> Case:
         batch_size=batch_size,
         duration={"steps": len(steps)} if by_steps else {"tokens": budget},
         curriculum=curriculum,
-        learning_rate=draw(_learning_rates(steps, tokens if by_steps else budget)),
+        learning_rate=draw(_learning_rates(steps, tokens if by_steps else budget, may_outlast=by_steps)),
         data={"tail": tail},
         training={"batch_size_warmup": batch_warmup} if batch_warmup else {},
     )
@@ -170,7 +170,7 @@ def _until_full(
 
 
 @st.composite
-def _learning_rates(draw: st.DrawFn, steps: list[WalkedStep], end_tokens: int) -> Json:
+def _learning_rates(draw: st.DrawFn, steps: list[WalkedStep], end_tokens: int, *, may_outlast: bool) -> Json:
     peak = draw(st.floats(1e-5, 1.0))
     rates: Json = {"peak": peak, "min": peak * draw(st.floats(0, 1))}
     warmup_steps = draw(st.integers(0, len(steps) - 1))
@@ -183,7 +183,7 @@ def _learning_rates(draw: st.DrawFn, steps: list[WalkedStep], end_tokens: int) -
     if rates["decay"] == "constant":
         return rates
     if draw(st.booleans()):
-        end_tokens = draw(st.integers(warmup_end + 1, 2 * end_tokens))
+        end_tokens = draw(st.integers(warmup_end + 1, end_tokens * (2 if may_outlast else 1)))
         rates["decay_duration"] = {"tokens": end_tokens}
     if rates["decay"] == "wsd":
         rates["cooldown"] = {"tokens": draw(st.integers(1, end_tokens - warmup_end))}

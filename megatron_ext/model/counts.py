@@ -1,0 +1,198 @@
+"""What a GPT costs, from its config alone: parameters, FLOPs, memory. Imports no torch.
+
+Notation: n layers of width h with an MLP of width f, V rows of the (padded) vocabulary, S rows of the position table,
+B sequences of length L.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.segments import Segment
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a whole model, or of one tensor-parallel rank's part of it."""
+
+    word_embeddings: int
+    """V * h; also the output layer when embeddings are tied."""
+
+    position_embeddings: int
+    """S * h."""
+
+    layers: int
+    """n * (4h^2 + 2hf + 9h + f): attention, MLP, their biases, and two LayerNorms each."""
+
+    final_norm: int
+    """2h."""
+
+    output_layer: int
+    """V * h of an untied output layer, otherwise 0."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return (
+            self.word_embeddings + self.position_embeddings + self.layers + self.final_norm + self.output_layer
+        )  # fmt: skip
+
+
+def count_parameters(model: ModelConfig, *, positions: int, tensor: int = 1) -> ParameterCount:
+    """Parameters held by each of ``tensor`` tensor-parallel ranks; all of the model's with ``tensor`` 1.
+
+    As in Megatron-LM, embeddings and the output layer are split by rows of the vocabulary; the QKV and first MLP matrix
+    by columns, with their biases; the attention's output and second MLP matrix by rows, without theirs. Position table
+    and LayerNorms are whole on every rank.
+    """
+    h, f = model.hidden_size, model.ffn_size
+    vocabulary = model.padded_vocab_size // tensor * h
+    split = (3 * h * h + 3 * h) + h * h + (h * f + f) + f * h
+    whole = h + h + 2 * (2 * h)
+    return ParameterCount(
+        word_embeddings=vocabulary,
+        position_embeddings=positions * h,
+        layers=model.num_layers * (split // tensor + whole),
+        final_norm=2 * h,
+        output_layer=0 if model.tie_embeddings else vocabulary,
+    )
+
+
+def step_flops(model: ModelConfig, *, batch_size: int, seq_len: int, causal: bool = False) -> int:
+    """Floating-point operations of forward and backward over ``batch_size`` sequences of ``seq_len`` tokens.
+
+    Matrix products only, a multiplication and an addition as two operations; the backward pass counts twice the
+    forward:
+
+        3 * B * (2 L (n (4h^2 + 2hf) + Vh) + 4 n h P)
+
+    with P the (query, key) pairs of one head's attention: L^2 by the full convention, L (L + 1) / 2 by the causal one,
+    which counts only the pairs that the mask leaves. Model FLOPs utilization here uses the full convention, as PaLM
+    (appendix B) and Megatron-LM (Narayanan et al. 2021, section 5.1) do. Activations computed a second time by
+    checkpointing are not counted in either: they are work of the machine, not of the model.
+    """
+    h, f = model.hidden_size, model.ffn_size
+    per_token = 2 * (model.num_layers * (4 * h * h + 2 * h * f) + model.padded_vocab_size * h)
+    pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len * seq_len
+    return 3 * batch_size * (seq_len * per_token + 4 * model.num_layers * h * pairs)
+
+
+def run_flops(model: ModelConfig, segments: Sequence[Segment], *, causal: bool = False) -> int:
+    """FLOPs of a whole run, each segment at its own length."""
+    return sum(
+        segment.steps * step_flops(model, batch_size=segment.batch_size, seq_len=segment.seq_len, causal=causal)
+        for segment in segments
+    )
+
+
+def full_length_flops(model: ModelConfig, *, tokens: int, seq_len: int, causal: bool = False) -> int:
+    """FLOPs of the same number of tokens, all at the full length (rounded down to a whole number)."""
+    return tokens * step_flops(model, batch_size=1, seq_len=seq_len, causal=causal) // seq_len
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank. An estimate: no allocator overhead, no communication buffers, no library contexts."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    host: int
+    """What offloading moves to the host's memory; not part of ``device``."""
+
+    @property
+    def device(self) -> int:
+        """What the rank's device holds at the peak."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_memory(config: RunConfig, *, data_size: int) -> MemoryEstimate:
+    """Peak memory of one rank of ``data_size`` data-parallel ranks (times ``parallel.tensor``).
+
+    With P the rank's parameters (its tensor-parallel part), d = ``data_size`` and w the bytes of a value (fp32 4, bf16
+    and fp16 2):
+
+        weights     w P; under ZeRO 3 w P / d, and on top the parameters gathered at a time: min(P, 1e9) w, DeepSpeed's
+                    default ``stage3_max_live_parameters``
+        gradients   4 P, fp32 or accumulated in fp32; half precision without ZeRO 2 P and an fp32 copy of 4 P in the
+                    update; / d from ZeRO 2 on
+        optimizer   8 P for Adam's moments and 4 P for the fp32 copy of the weights that DeepSpeed keeps (fp32 without
+                    ZeRO has none); / d from ZeRO 1 on
+        activations and logits of one micro-batch of ``micro_batch_tokens`` tokens at the full length: see below
+
+    Offloaded parts (the optimizer, or the ZeRO 3 share of the weights) are counted under ``host``.
+    Sources: ZeRO (Rajbhandari et al. 2020, section 3.1); DeepSpeed's ZeRO and BF16 optimizers for the fp32 copies.
+    """
+    parallel, stage = config.parallel, config.parallel.zero_stage
+    parameters = count_parameters(config.model, positions=config.max_positions, tensor=parallel.tensor).total
+    is_fp32 = config.training.precision == "fp32"
+    width = 4 if is_fp32 else 2
+    weights = width * (_share(parameters, data_size) if stage == 3 else parameters)
+    gathered = width * min(parameters, _MAX_LIVE_PARAMETERS) if stage == 3 else 0
+    gradient_bytes = 4 if is_fp32 or stage else 6
+    gradients = gradient_bytes * (_share(parameters, data_size) if stage >= 2 else parameters)
+    state_bytes = 8 if is_fp32 and not stage else 12
+    optimizer = state_bytes * (_share(parameters, data_size) if stage else parameters)
+    offloads_optimizer = parallel.offload_optimizer == "cpu" and stage >= 1
+    offloads_weights = parallel.offload_params == "cpu" and stage == 3
+    return MemoryEstimate(
+        weights=gathered + (0 if offloads_weights else weights),
+        gradients=gradients,
+        optimizer=0 if offloads_optimizer else optimizer,
+        activations=_activations(config, width),
+        logits=_logits(config, width),
+        host=(optimizer if offloads_optimizer else 0) + (weights if offloads_weights else 0),
+    )
+
+
+_MAX_LIVE_PARAMETERS = 1_000_000_000
+
+
+def _activations(config: RunConfig, width: int) -> int:
+    """Bytes that the layers keep of one micro-batch for the backward pass.
+
+    Per token and layer, with t tensor-parallel ranks, a heads, and w bytes a value (Korthikanti et al. 2022, equation
+    2, taken apart so that each term can be left out):
+
+        w (4h + (4h + 2f) / t)  inputs of the two LayerNorms, of QKV and the first MLP matrix; Q, K, V and the inputs
+                                of the attention's output matrix, of GELU and the second MLP matrix
+        2h                      masks of the hidden dropout, one byte each, where there is one
+        4 a / t                 sdpa keeps one fp32 logarithm per head and query
+        w a L / t               the reference attention keeps the probabilities
+        (w + 1) a L / t         and, with attention dropout, its result and mask
+
+    With full checkpointing each layer keeps its input, w h, and one layer at a time the above. The embedding's and the
+    final LayerNorm's outputs add 3 w h (one more mask with dropout).
+    """
+    model, tensor = config.model, config.parallel.tensor
+    h, heads = model.hidden_size, model.num_attention_heads
+    masks = h if model.hidden_dropout else 0
+    layer = width * (4 * h + (4 * h + 2 * model.ffn_size) // tensor) + 2 * masks
+    if model.attention == "sdpa":
+        layer += 4 * heads // tensor
+    else:
+        kept = width + (width + 1 if model.attention_dropout else 0)
+        layer += kept * heads * config.training.seq_len // tensor
+    layers = model.num_layers * layer
+    if config.parallel.activation_checkpointing == "full":
+        layers = model.num_layers * width * h + layer
+    return _micro_batch_tokens(config) * (layers + 3 * width * h + masks)
+
+
+def _logits(config: RunConfig, width: int) -> int:
+    """Bytes of the logits of one micro-batch: per token V / t values, their gradient, and the fp32 softmax."""
+    rows = config.model.padded_vocab_size // config.parallel.tensor
+    return _micro_batch_tokens(config) * rows * (2 * width + 4)
+
+
+def _micro_batch_tokens(config: RunConfig) -> int:
+    """Tokens of a micro-batch of whole sequences at the full length."""
+    seq_len = config.training.seq_len
+    return max(1, config.micro_batch_tokens // seq_len) * seq_len
+
+
+def _share(amount: int, ranks: int) -> int:
+    return -(-amount // ranks)
