@@ -105,10 +105,10 @@ def curricula(draw: st.DrawFn) -> tuple[int, Json]:
     start = multiple * draw(st.integers(1, 4))
     end = start + multiple * draw(st.integers(0, 12))
     pacing = draw(st.sampled_from(["constant", "linear", "root", "discrete"]))
-    if pacing == "constant":
-        return end, {"pacing": pacing}
+    if pacing == "constant" or (pacing == "discrete" and start == end):
+        return end, {"pacing": "constant"}
     if pacing == "discrete":
-        heights = draw(st.lists(st.integers(0, (end - start) // multiple), min_size=1, max_size=4, unique=True))
+        heights = draw(st.lists(st.integers(0, (end - start) // multiple - 1), min_size=1, max_size=4, unique=True))
         lengths = [start + multiple * height for height in sorted(heights)]
         stages = [{"seq_len": length, "duration": draw(durations(steps=15, tokens=300))} for length in lengths]
         return end, {"pacing": pacing, "stages": stages, "multiple": multiple}
@@ -158,12 +158,17 @@ def cases(draw: st.DrawFn, tail: str = "truncate") -> Case:
 def _until_full(
     seq_len: int, batch_size: int, curriculum: Json, batch_warmup: Json | None, *, extra: int
 ) -> list[WalkedStep]:
-    """The reference's steps up to ``extra`` steps at the full length and batch."""
+    """The reference's steps up to ``extra`` steps at the full length and batch, with every warmup behind them."""
     steps: list[WalkedStep] = []
     full_length = curriculum.get("end") or seq_len
+    warmups = [part["duration"] for part in (curriculum, batch_warmup or {}) if "duration" in part]
     for step in walk(seq_len, batch_size, curriculum, batch_warmup):
+        ended = all(
+            len(steps) >= warmup.get("steps", 0) and step.consumed_tokens >= warmup.get("tokens", 0)
+            for warmup in warmups
+        )
         steps.append(step)
-        extra -= step.seq_len == full_length and step.batch_size == batch_size
+        extra -= ended and step.seq_len == full_length and step.batch_size == batch_size
         if extra == 0:
             return steps
     raise AssertionError("walk has no end")
