@@ -38,9 +38,12 @@ DOORS: Mapping[str, frozenset[str]] = {
     "deepspeed": frozenset({"engine"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.core.tensor_parallel": frozenset({"parallel"}),
+    # The linear layers and the embedding are what a model is made of; groups, mappings and streams are not.
+    "megatron.core.tensor_parallel.layers": frozenset({"parallel", "model"}),
     "megatron.core.datasets": frozenset({"data"}),
     "megatron.core.models": frozenset({"model"}),
     "megatron.core.transformer": frozenset({"model"}),
+    "megatron.core.fusions": frozenset({"model"}),
     # Everything else of megatron-core, and the package itself.
     "megatron": frozenset({"parallel", "data", "model"}),
 }
@@ -61,7 +64,7 @@ TORCH_FREE_AT_IMPORT = (
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
 
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
-NO_ITEM_IN = frozenset({"train", "engine.step"})
+NO_ITEM_IN = frozenset({"train", "engine.engine"})
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
