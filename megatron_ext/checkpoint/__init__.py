@@ -1,0 +1,1 @@
+"""Checkpoints: atomic publication, discovery, and everything that a bit-exact resume needs."""

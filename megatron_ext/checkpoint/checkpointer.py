@@ -1,0 +1,86 @@
+"""Saving and loading with all ranks: DeepSpeed's files, every rank's RNG streams, and the manifest."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_ext.checkpoint.manifest import Manifest, check_resumable, read_manifest, write_manifest
+from megatron_ext.checkpoint.store import begin, newest_checkpoint, partial_name, prune, publish
+from megatron_ext.config.run import RunConfig
+from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.errors import UserError
+from megatron_ext.parallel.groups import Layout
+from megatron_ext.parallel.rng import RngStreams
+from megatron_ext.runtime.log import LOGGER
+from megatron_ext.runtime.process_group import Processes
+
+
+class Checkpointer:
+    """The run's checkpoints, on all ranks. The checkpoints directory is one that every node sees."""
+
+    def __init__(
+        self, config: RunConfig, engine: TrainEngine, *, streams: RngStreams, layout: Layout, processes: Processes
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._streams = streams
+        self._processes = processes
+        self._directory = config.run_dir / "checkpoints"
+        self._layout = {
+            "world_size": processes.info.world_size,
+            "tensor": layout.tensor_size,
+            "zero_stage": config.parallel.zero_stage,
+        }
+
+    def save(self, *, step: int, tokens: int, loss_ratio: dict[str, object]) -> Path:
+        """Write and publish the checkpoint after ``step`` finished steps; returns when it is complete on disk."""
+        rank, is_main = self._processes.info.rank, self._processes.info.is_main
+        if is_main:
+            begin(self._directory, step)
+        self._processes.barrier()
+        self._engine.save(self._directory, partial_name(step))
+        torch.save(self._streams.rng_state(), self._directory / partial_name(step) / _rng_file(rank))
+        if is_main:
+            manifest = Manifest(
+                step=step,
+                tokens=tokens,
+                config=self._config.model_dump(mode="json"),
+                determining=self._config.determining_values(),
+                layout=self._layout,
+                loss_ratio=loss_ratio,
+            )
+            write_manifest(self._directory / partial_name(step), manifest)
+        self._processes.barrier()
+        if is_main:
+            publish(self._directory, step)
+            prune(self._directory, self._config.checkpoint.keep_last)
+        self._processes.barrier()
+        return self._directory / f"step_{step}"
+
+    def resume(self) -> Manifest | None:
+        """Load the newest complete checkpoint, or return None where there is none.
+
+        Raises:
+            UserError: it belongs to another run or another layout, or one of its files is damaged.
+        """
+        # One rank looks, so that all take the same one whatever a network file system shows them at this moment.
+        found = self._processes.agree_from_main(newest_checkpoint(self._directory))
+        if found is None:
+            return None
+        assert isinstance(found, Path)
+        manifest = read_manifest(found)
+        check_resumable(manifest, self._config, layout=self._layout, where=found)
+        LOGGER.info("resuming from %s", found)
+        try:
+            self._engine.load(self._directory, found.name)
+            state = torch.load(found / _rng_file(self._processes.info.rank), weights_only=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UserError(
+                f"{found} cannot be loaded ({error}); move it away to continue from the checkpoint before it"
+            ) from error
+        self._streams.set_rng_state(state)
+        return manifest
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng_rank_{rank}.pt"

@@ -1,0 +1,98 @@
+"""The checkpoints directory of a run, as a file system sees it: names, publication, discovery, pruning. No torch.
+
+A checkpoint is written under ``step_N.partial`` and becomes visible by one rename to ``step_N``; ``latest`` names the newest
+one and is replaced last. A process killed at any moment leaves complete checkpoints, and perhaps a ``.partial`` that
+the next save removes.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+_NAME = re.compile(r"step_(\d+)")
+_PARTIAL = ".partial"
+_LATEST = "latest"
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after ``step`` finished steps."""
+    return f"step_{step}"
+
+
+def partial_name(step: int) -> str:
+    """Directory name while it is being written."""
+    return checkpoint_name(step) + _PARTIAL
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint directory's name says."""
+    match = _NAME.fullmatch(path.name)
+    assert match, f"not a checkpoint's name: {path.name}"
+    return int(match[1])
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints in ``directory``, oldest first; empty where the directory does not exist."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint.
+
+    ``latest`` is for people and other tools: a crash between the two renames leaves it one checkpoint behind, so the
+    directories themselves decide.
+    """
+    found = complete_checkpoints(directory)
+    return found[-1] if found else None
+
+
+def begin(directory: Path, step: int) -> Path:
+    """Make an empty ``.partial`` directory for ``step`` and remove those that a killed process left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in directory.glob(f"step_*{_PARTIAL}"):
+        shutil.rmtree(stale)
+    partial = directory / partial_name(step)
+    partial.mkdir()
+    return partial
+
+
+def publish(directory: Path, step: int) -> Path:
+    """Force the partial checkpoint to disk, give it its final name, then point ``latest`` at it."""
+    partial, final = directory / partial_name(step), directory / checkpoint_name(step)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            _fsync(path)
+    _fsync(partial)
+    if final.exists():
+        # The same step again, after a resume without checkpoints in between: the newer copy counts.
+        shutil.rmtree(final)
+    partial.rename(final)
+    aside = directory / f"{_LATEST}{_PARTIAL}"
+    aside.write_text(final.name + "\n")
+    _fsync(aside)
+    aside.replace(directory / _LATEST)
+    _fsync(directory)
+    return final
+
+
+def prune(directory: Path, keep_last: int) -> list[Path]:
+    """Remove all complete checkpoints but the newest ``keep_last``; return what was removed."""
+    removed = complete_checkpoints(directory)[:-keep_last]
+    for path in removed:
+        # Renamed first: a deletion cut short must not leave half a checkpoint under a complete one's name.
+        doomed = path.with_name(path.name + _PARTIAL)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    return removed
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""DeepSpeed behind one small interface. The only door to deepspeed."""

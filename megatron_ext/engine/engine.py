@@ -1,0 +1,183 @@
+"""One optimizer step over a list of micro-batches, on DeepSpeed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megatron_ext.config.run import RunConfig
+from megatron_ext.engine.deepspeed_config import clips_outside_engine, deepspeed_config
+from megatron_ext.engine.gradient_norm import GradientNorm
+from megatron_ext.errors import UserError
+from megatron_ext.model.parameters import parameter_groups
+from megatron_ext.parallel.groups import Layout
+from megatron_ext.parallel.mpu import Mpu
+from megatron_ext.runtime.device import Device
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Part of a step that one rank holds at once: ``tokens`` and ``labels`` int64 [sequences, seq_len]."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind. Tensors are 0-d and still on the device, so that the step waits for nothing."""
+
+    loss: torch.Tensor
+    """Mean over all tokens of the global batch."""
+
+    grad_norm: torch.Tensor | float
+    """Global gradient norm before clipping; inf where the step was skipped."""
+
+    skipped: bool
+    """Whether fp16 overflowed and the weights were left alone."""
+
+
+class TrainEngine:
+    """The model under DeepSpeed with our own accumulation boundary and loss normalization.
+
+    The algebra. The step's loss is the mean over the N = batch_size * seq_len tokens of the global batch:
+
+        loss = 1/N * sum over ranks r, micro-batches m, tokens i of l(r, m, i)
+
+    Rank r calls backward on D/N * sum_i l(r, m, i) for each of its micro-batches; gradients of micro-batches add up, and
+    DeepSpeed averages over the D data-parallel ranks, which divides by D. What remains is the gradient of ``loss``, for
+    micro-batches of any and unequal size. Tensor-parallel ranks hold the same tokens and are not averaged over.
+    """
+
+    def __init__(self, config: RunConfig, model: torch.nn.Module, *, layout: Layout, device: Device) -> None:
+        """Hand the model to DeepSpeed.
+
+        Args:
+            config: The run.
+            model: ``model(tokens, labels)`` gives per-token losses, float32 [sequences, seq_len].
+            layout: This rank's place.
+            device: This rank's device.
+
+        Raises:
+            UserError: the chosen optimizer kernel cannot run here.
+        """
+        if config.optimizer.implementation == "deepspeed_fused" and device.accelerator != "cuda":
+            raise UserError(
+                'optimizer.implementation "deepspeed_fused" needs a GPU and this machine shows none; use "auto"'
+            )
+        _skip_shared_memory_build()
+        self._layout = layout
+        self._device = device
+        settings = deepspeed_config(config, data_size=layout.data_size, accelerator=device.accelerator)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model.named_parameters(), config.optimizer.weight_decay),
+            mpu=Mpu(layout),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._norm = self._own_norm(config) if clips_outside_engine(config) else None
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, with DeepSpeed's dtype and partitioning."""
+        module: torch.nn.Module = self._engine.module
+        return module
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, global_tokens: int, lr: float) -> StepResult:
+        """Forward and backward over the micro-batches, then one update at ``lr``.
+
+        Args:
+            micro_batches: This rank's sequences; as many micro-batches as every other rank has.
+            global_tokens: N above, over all ranks.
+            lr: Learning rate of this step.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=self._device.torch_device)
+        scale = self._layout.data_size / global_tokens
+        for micro_batch in micro_batches:
+            tokens, labels = self._to_device(micro_batch)
+            loss = self._engine(tokens, labels).sum() * scale
+            self._engine.backward(loss, scale_wrt_gas=False)
+            total += loss.detach()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._layout.data_group)
+        return StepResult(
+            loss=total / self._layout.data_size,
+            grad_norm=self._grad_norm(),
+            skipped=bool(getattr(self._engine.optimizer, "overflow", False)),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[tuple[MicroBatch, torch.Tensor]]) -> float:
+        """Return the mean loss over weighted sequences, the same value on every rank.
+
+        Args:
+            batches: Micro-batches, as many as on every other rank, each with float weights [sequences] (0: padding).
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self._evaluating():
+            for micro_batch, weights in batches:
+                tokens, labels = self._to_device(micro_batch)
+                losses = self._engine(tokens, labels).double().sum(dim=1).cpu()
+                sums += torch.stack(((losses * weights).sum(), weights.sum() * tokens.shape[1]))
+        sums = sums.to(self._device.torch_device)
+        dist.all_reduce(sums, group=self._layout.data_group)
+        return float(sums[0] / sums[1])
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write weights, optimizer state and loss scale of every rank to ``directory/tag``. Called by all ranks."""
+        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Read what ``save`` wrote, on the same layout. Called by all ranks.
+
+        Raises:
+            UserError: the checkpoint does not hold this layout's files.
+        """
+        path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise UserError(
+                f"{directory / tag} holds no checkpoint of this layout; continue with the one that wrote it"
+            )
+
+    def _own_norm(self, config: RunConfig) -> GradientNorm:
+        norm = GradientNorm(
+            self.module.parameters(),
+            clip=config.optimizer.clip_grad,
+            tensor_rank=self._layout.tensor_rank,
+            tensor_group=self._layout.tensor_group,
+        )
+        self._engine.optimizer.register_step_pre_hook(norm)
+        return norm
+
+    def _grad_norm(self) -> torch.Tensor | float:
+        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm.last
+        assert norm is not None, "DeepSpeed computed no gradient norm"
+        return norm.detach() if isinstance(norm, torch.Tensor) else float(norm)
+
+    def _to_device(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self._device.torch_device
+        return micro_batch.tokens.to(device, non_blocking=True), micro_batch.labels.to(device, non_blocking=True)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
+
+def _skip_shared_memory_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective at start on a CPU.
+
+    The build takes half a minute, needs g++ and ninja, and a build that was killed leaves a lock on which every later
+    process waits for ever; gloo does the same work.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

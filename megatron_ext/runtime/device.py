@@ -1,0 +1,51 @@
+"""Which device a rank computes on, and through which backend it talks to the others."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A rank's device: ``cuda`` with NCCL where there is a GPU, else ``cpu`` with gloo."""
+
+    torch_device: torch.device
+    backend: str
+    accelerator: str
+
+    def synchronize(self) -> None:
+        """Wait for the device's queue; nothing to do on the CPU."""
+        if self.accelerator == "cuda":
+            torch.cuda.synchronize(self.torch_device)
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether host tensors should be page-locked so that copies to the device overlap with compute."""
+        return self.accelerator == "cuda"
+
+
+def select_device(local_rank: int) -> Device:
+    """Return this rank's device and make it the current one.
+
+    Raises:
+        UserError: more ranks than GPUs on this machine.
+    """
+    if not torch.cuda.is_available():
+        return Device(torch_device=torch.device("cpu"), backend="gloo", accelerator="cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine has {count}; start at most {count} ranks here"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return Device(torch_device=device, backend="nccl", accelerator="cuda")
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs that torch sees; empty without a GPU or with a CPU build of torch."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

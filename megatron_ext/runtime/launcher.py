@@ -1,0 +1,133 @@
+"""Starts the ranks through the deepspeed launcher, passes signals on to them, and waits.
+
+The launcher's own handling of a signal does not suit a training run: its outer process dies on SIGTERM and leaves the
+ranks behind, its inner one kills them after 30 seconds. So the launcher gets a session of its own, where a terminal's Ctrl-C
+does not reach it, and signals go straight to the ranks, which finish their step, save and exit with status 0.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from megatron_ext.errors import UserError
+
+_WORKER = "megatron_ext.worker"
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How many ranks to start on this machine, and where they meet."""
+
+    ranks: int
+    accelerator: str
+    """"cuda" or "cpu"."""
+
+    master_port: int | None = None
+    """Port of the rendezvous; None takes a free one."""
+
+
+def launch(options: LaunchOptions, worker_arguments: Sequence[str]) -> int:
+    """Run the training worker on ``options.ranks`` local ranks and return its exit status.
+
+    Raises:
+        UserError: the launcher is not installed, or the port is taken.
+    """
+    command = launch_command(options, worker_arguments)
+    process = subprocess.Popen(command, env=_environment(options), start_new_session=True)
+    passed_on: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        passed_on.append(number)
+        _signal_ranks(process.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _kill_session(process.pid)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def launch_command(options: LaunchOptions, worker_arguments: Sequence[str]) -> list[str]:
+    """Return the deepspeed command line that starts the worker.
+
+    Raises:
+        UserError: the launcher is not installed, or the port is taken.
+    """
+    port = free_port() if options.master_port is None else _checked_port(options.master_port)
+    return [
+        *(sys.executable, str(_deepspeed_program())),
+        *("--num_gpus", str(options.ranks), "--master_port", str(port), "--quiet", "--no_local_rank"),
+        *("--module", _WORKER, *worker_arguments),
+    ]
+
+
+def free_port() -> int:
+    """Return a TCP port that no program listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _checked_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"--master-port {port} cannot be used ({error}); choose another, or leave it out for a free one"
+            ) from error
+    return port
+
+
+def _deepspeed_program() -> Path:
+    beside_python = Path(sys.executable).parent / "deepspeed"
+    found = beside_python if beside_python.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise UserError("the deepspeed launcher is not installed beside this Python; pip install deepspeed")
+    return Path(found)
+
+
+def _environment(options: LaunchOptions) -> dict[str, str]:
+    environment = dict(os.environ)
+    if options.accelerator == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Without this every rank starts a thread per core, and the ranks fight for the cores.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.ranks)))
+    return environment
+
+
+def _signal_ranks(launcher_pid: int, number: int) -> None:
+    with suppress(psutil.Error):
+        for child in psutil.Process(launcher_pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if _is_rank(child):
+                    child.send_signal(number)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    # The launcher's own two processes carry the worker's name in their arguments too.
+    command = process.cmdline()
+    return _WORKER in command and not any("deepspeed" in part for part in command[: command.index(_WORKER)])
+
+
+def _kill_session(session: int) -> None:
+    """Leave nothing behind: whatever the launcher started is in its session."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(session, signal.SIGKILL)

@@ -1,0 +1,108 @@
+"""The process group of the run: a store owned by rank 0, one group on the device's backend, one on gloo for the host."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.environment import RankInfo
+
+_RENDEZVOUS_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The ranks of the run. ``host_group`` carries small host values, so that asking a question never waits on a GPU."""
+
+    info: RankInfo
+    host_group: dist.ProcessGroup
+    store: dist.Store
+
+    def first_to(self, what: str) -> bool:
+        """Whether this rank is the first of all to ask for ``what``; used to say one thing once."""
+        return bool(self.store.add(f"first/{what}", 1) == 1)
+
+    def agree_from_main(self, value: object) -> object:
+        """Return rank 0's ``value`` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self.host_group)
+
+
+@contextmanager
+def process_group(info: RankInfo, device: Device, *, timeout_minutes: float) -> Iterator[Processes]:
+    """Join the other ranks; leave the group at the end whatever happens.
+
+    Raises:
+        UserError: the rendezvous port is taken by another program, or the ranks did not all arrive.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    store = _rendezvous(info)
+    dist.init_process_group(
+        device.backend,
+        store=dist.PrefixStore("ranks", store),
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=timeout,
+    )
+    try:
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+        yield Processes(info=info, host_group=host_group, store=dist.PrefixStore("messages", store))
+    finally:
+        dist.destroy_process_group()
+
+
+class StopAgreement:
+    """Lets all ranks stop after the same step although a signal reaches them at different moments.
+
+    The question travels while the step computes: ``ask`` starts a reduction of every rank's flag over gloo, ``answer``
+    waits for it after the step.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def ask(self, wants_to_stop: bool) -> None:
+        """Start to collect the ranks' wishes; every rank calls this once a step."""
+        assert self._work is None, "ask() called twice without answer()"
+        self._flag.fill_(int(wants_to_stop))
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._processes.host_group, async_op=True)
+
+    def answer(self) -> bool:
+        """Whether any rank wanted to stop when this step began."""
+        assert self._work is not None, "answer() called before ask()"
+        self._work.wait()
+        self._work = None
+        return bool(self._flag[0] > 0)
+
+
+def _rendezvous(info: RankInfo) -> dist.Store:
+    try:
+        return dist.TCPStore(
+            info.master_address,
+            info.master_port,
+            info.world_size,
+            is_master=info.is_main,
+            timeout=timedelta(seconds=_RENDEZVOUS_SECONDS),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        where = f"{info.master_address}:{info.master_port}"
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            raise UserError(
+                f"port {info.master_port} on {info.master_address} is in use by another program; "
+                "choose another with --master-port, or leave the choice to `megatron-ext train`"
+            ) from error
+        raise UserError(
+            f"{info.world_size} ranks did not meet at {where} within {_RENDEZVOUS_SECONDS:.0f} s: {error}"
+        ) from error
