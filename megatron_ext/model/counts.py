@@ -161,8 +161,12 @@ def _activations(config: RunConfig, width: int) -> int:
                                 of the attention's output matrix, of GELU and the second MLP matrix
         2h                      masks of the hidden dropout, one byte each, where there is one
         4 a / t                 sdpa keeps one fp32 logarithm per head and query
-        w a L / t               the reference attention keeps the probabilities
-        (w + 1) a L / t         and, with attention dropout, its result and mask
+        4 a L / t               the reference attention keeps fp32 probabilities,
+        3 (4 - w) h / t         Q, K, V in fp32 instead of w bytes,
+        5 a L / t               and, with attention dropout, its result and mask
+
+    A mask takes one byte a value on GPUs; on CPUs as many as the value, and there sdpa with attention dropout falls
+    back to keeping probabilities, which is not counted.
 
     With full checkpointing each layer keeps its input, w h, and one layer at a time the above. The embedding's and the
     final LayerNorm's outputs add 3 w h (one more mask with dropout).
@@ -174,8 +178,8 @@ def _activations(config: RunConfig, width: int) -> int:
     if model.attention == "sdpa":
         layer += 4 * heads // tensor
     else:
-        kept = width + (width + 1 if model.attention_dropout else 0)
-        layer += kept * heads * config.training.seq_len // tensor
+        kept = 9 if model.attention_dropout else 4
+        layer += (kept * heads * config.training.seq_len + 3 * (4 - width) * h) // tensor
     layers = model.num_layers * layer
     if config.parallel.activation_checkpointing == "full":
         layers = model.num_layers * width * h + layer
