@@ -1,0 +1,108 @@
+"""Every file under configs/ loads; the recipes hold the numbers that they claim to take from the paper."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config.curriculum import DiscretePacing, LinearPacing
+from megatron_ext.config.loading import load_config
+from megatron_ext.config.run import RunConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PARTS = {"base.json", "large_batch.json"}
+RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("**/*.json") if path.name not in PARTS)
+
+
+def load(name: str) -> RunConfig:
+    return load_config(CONFIGS / name)
+
+
+def test_every_recipe_of_the_table_is_there() -> None:
+    gpt2 = {
+        f"gpt2/{size}_{kind}.json"
+        for size in ("117m", "1.5b")
+        for kind in ("baseline", "slw", "large_batch", "batch_size_warmup", "shortformer")
+    }
+    gpt3 = {f"gpt3/{name}.json" for name in ("125m_original", "125m_slw_mild", "125m_slw_paper", "1.3b_slw")}
+    assert gpt2 | gpt3 | {"demo/shakespeare.json"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_valid_and_has_a_run_directory_of_its_own(name: str) -> None:
+    config = load(name)
+    others = [load(other).run_dir for other in RECIPES if other != name]
+    assert config.run_dir not in others
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("demo")])
+def test_common_numbers_of_a_family(name: str) -> None:
+    config = load(name)
+    family = name.split("/", maxsplit=1)[0]
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.eps == 1e-8
+    assert config.optimizer.clip_grad == 1.0
+    assert config.optimizer.weight_decay == {"gpt2": 0.01, "gpt3": 0.1}[family]
+    assert config.training.seq_len == {"gpt2": 1024, "gpt3": 2048}[family]
+    assert config.learning_rate.decay == "cosine"
+    tokens = 157_286_400_000 if family == "gpt2" else 300_000_000_000
+    assert config.training.duration.tokens == (tokens if "slw_paper" not in name else tokens // 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "peak", "start", "duration"),
+    [
+        ("gpt2/117m_baseline.json", 512, 1.5e-4, None, None),
+        ("gpt2/1.5b_baseline.json", 512, 1.5e-4, None, None),
+        ("gpt2/1.5b_slw.json", 4096, 6e-4, 64, 45_000),
+        ("gpt3/125m_original.json", 256, 6e-4, None, None),
+        ("gpt3/125m_slw_mild.json", 2048, 2.4e-3, 72, 27_638),
+        ("gpt3/1.3b_slw.json", 4096, 8e-4, 80, 13_767),
+    ],
+)
+def test_batch_size_learning_rate_and_curriculum_are_the_papers(
+    name: str, batch_size: int, peak: float, start: int | None, duration: int | None
+) -> None:
+    config = load(name)
+    assert config.training.batch_size == batch_size
+    assert config.learning_rate.peak == peak
+    if start is None:
+        assert config.curriculum.pacing == "constant"
+        return
+    assert isinstance(config.curriculum, LinearPacing)
+    assert (config.curriculum.start, config.curriculum.duration.steps) == (start, duration)
+
+
+@pytest.mark.parametrize("name", ["gpt3/125m_slw_mild.json", "gpt3/125m_slw_paper.json", "gpt3/1.3b_slw.json"])
+def test_warmup_tokens_become_steps_at_the_start_length(name: str) -> None:
+    config = load(name)
+    assert isinstance(config.curriculum, LinearPacing)
+    assert config.learning_rate.warmup is not None
+    assert config.learning_rate.warmup.steps == 375_000_000 // (config.curriculum.start * config.training.batch_size)
+
+
+def test_the_original_gpt3_recipe_warms_up_batch_and_rate_in_tokens() -> None:
+    config = load("gpt3/125m_original.json")
+    warmup = config.training.batch_size_warmup
+    assert warmup is not None
+    assert (warmup.start, warmup.duration.tokens) == (16, 4_000_000_000)
+    assert config.learning_rate.warmup is not None
+    assert config.learning_rate.warmup.tokens == 375_000_000
+    assert config.learning_rate.decay_duration is not None
+    assert config.learning_rate.decay_duration.tokens == 260_000_000_000
+    assert config.learning_rate.min == 6e-5
+
+
+@pytest.mark.parametrize("size", ["117m", "1.5b"])
+def test_slw_and_its_comparators_differ_in_the_warmup_alone(size: str) -> None:
+    kinds = ("large_batch", "slw", "batch_size_warmup", "shortformer")
+    slw, shortformer = load(f"gpt2/{size}_slw.json"), load(f"gpt2/{size}_shortformer.json")
+    assert isinstance(slw.curriculum, LinearPacing)
+    assert isinstance(shortformer.curriculum, DiscretePacing)
+    assert [stage.duration for stage in shortformer.curriculum.stages] == [slw.curriculum.duration]
+    rest = [
+        load(f"gpt2/{size}_{kind}.json").model_dump(
+            exclude={"name": True, "curriculum": True, "training": {"batch_size_warmup"}}
+        )
+        for kind in kinds
+    ]
+    assert all(other == rest[0] for other in rest)

@@ -1,0 +1,101 @@
+"""Contradictions in lengths, batch sizes and durations."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.config.schedule_checks import nearest_multiples
+from tests.config.test_checks import problems
+
+
+def linear(**changes: Any) -> dict[str, Any]:
+    return {"curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 50}, **changes}}
+
+
+def discrete(*stages: tuple[int, int], **changes: Any) -> dict[str, Any]:
+    listed = [{"seq_len": length, "duration": {"steps": steps}} for length, steps in stages]
+    return {"curriculum": {"pacing": "discrete", "stages": listed, **changes}}
+
+
+def rate(**changes: Any) -> dict[str, Any]:
+    return {"learning_rate": {"peak": 1e-3, **changes}}
+
+
+def warmup(**changes: Any) -> dict[str, Any]:
+    return {"training": {"batch_size_warmup": {"start": 2, "increment": 2, "duration": {"steps": 50}, **changes}}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (linear(start=20), ["curriculum.start is 20", "curriculum.multiple 8", "write 16 or 24"]),
+        (linear(start=3), ["curriculum.start is 3", "write 8"]),
+        (linear(end=100), ["curriculum.end is 100", "curriculum.multiple 8", "write 96 or 104"]),
+        (linear(end=136), ["curriculum.end is 136", "training.seq_len 128", "at most 128"]),
+        (linear(start=64, end=32), ["curriculum.start is 64", "the end of the curriculum, 32"]),
+        (linear(multiple=12, start=12), ["training.seq_len (where the curriculum ends) is 128", "write 120 or 132"]),
+        (linear(duration={"steps": 100}), ["curriculum.duration is 100 steps", "training.duration, 100 steps"]),
+        (discrete((20, 5)), ["curriculum.stages[0].seq_len is 20", "write 16 or 24"]),
+        (discrete((32, 5), (16, 5)), ["curriculum.stages[1].seq_len is 16 after a stage of 32", "rise"]),
+        (discrete((32, 5), (32, 5)), ["curriculum.stages[1].seq_len is 32 after a stage of 32"]),
+        (discrete((32, 5), (128, 5)), ["curriculum.stages[1].seq_len is 128", "training.seq_len 128 follows"]),
+        (discrete((32, 60), (64, 40)), ["the sum of curriculum.stages is 100 steps", "training.duration"]),
+        (rate(min=0.01), ["learning_rate.min is 0.01", "learning_rate.peak 0.001", "at most 0.001"]),
+        (rate(decay="wsd"), ['"wsd" without learning_rate.cooldown']),
+        (rate(cooldown={"steps": 5}), ['cooldown is 5 steps with learning_rate.decay "cosine"', 'write decay "wsd"']),
+        (rate(warmup={"steps": 100}), ["learning_rate.warmup is 100 steps", "training.duration, 100 steps"]),
+        (rate(decay_duration={"steps": 101}), ["decay_duration is 101 steps", "at most 100 steps"]),
+        (
+            rate(decay="wsd", warmup={"steps": 60}, cooldown={"steps": 41}),
+            ["learning_rate.warmup + learning_rate.cooldown is 101 steps", "training.duration, 100 steps"],
+        ),
+        (
+            rate(warmup={"steps": 60}, decay_duration={"steps": 50}),
+            ["learning_rate.warmup is 60 steps", "learning_rate.decay_duration, 50 steps"],
+        ),
+        (warmup(start=9), ["start is 9", "training.batch_size 8", "at most 8"]),
+        (warmup(increment=4), ["increment is 4", "the 6 sequences", "write 3 or 6"]),
+        (warmup(duration={"steps": 100}), ["batch_size_warmup.duration is 100 steps"]),
+        ({**warmup(), **linear()}, ["training.batch_size_warmup", 'curriculum.pacing "linear"', "null"]),
+        ({**warmup(), "data": {"tail": "recycle"}}, ['data.tail "recycle"', 'write data.tail "truncate"']),
+    ],
+)
+def test_a_contradiction_names_keys_values_and_what_to_write(sections: dict[str, Any], words: list[str]) -> None:
+    [message] = problems(**sections)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        linear(),
+        linear(start=128),
+        linear(end=64),
+        linear(duration={"steps": 99}),
+        linear(duration={"tokens": 10**9}),
+        {**linear(), "data": {"tail": "recycle"}},
+        discrete((32, 50), (64, 49)),
+        discrete((7, 5), multiple=7),
+        rate(min=1e-3),
+        rate(decay="wsd", warmup={"steps": 60}, cooldown={"steps": 40}),
+        rate(decay_duration={"steps": 100}, warmup={"steps": 99}),
+        rate(warmup={"tokens": 10**9}),
+        warmup(),
+        warmup(start=8),
+    ],
+)
+def test_the_neighbors_of_a_contradiction_are_accepted(sections: dict[str, Any]) -> None:
+    assert problems(**sections) == []
+
+
+@given(st.integers(1, 3000), st.integers(1, 200), st.integers(1, 4000))
+def test_the_lengths_offered_are_valid_and_none_is_nearer(value: int, multiple: int, most: int) -> None:
+    offered = nearest_multiples(value, multiple, most=most)
+    valid = list(range(multiple, most + 1, multiple))
+    assert set(offered) <= set(valid)
+    assert bool(offered) == bool(valid)
+    if valid:
+        assert min(abs(value - length) for length in offered) == min(abs(value - length) for length in valid)
