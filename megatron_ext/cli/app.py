@@ -40,12 +40,17 @@ _COMMANDS: Final[dict[str, _Entry]] = {
 }
 
 
+def command_names() -> list[str]:
+    """Names of the commands that this installation has, in the order of the help page."""
+    return [name for name, entry in _COMMANDS.items() if find_spec(entry.module)]
+
+
 class _LazyGroup(typer.core.TyperGroup):
     """A group whose commands are imported when they are named, or all of them for the group's own help."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """Names of the commands, in the order of the table."""
-        return [name for name, entry in _COMMANDS.items() if find_spec(entry.module)]
+        return command_names()
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command called ``cmd_name``, or None."""

@@ -1,0 +1,139 @@
+"""The entry point: exit codes, help, and that what needs no torch imports none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext import __version__
+from megatron_ext.cli import app
+from megatron_ext.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SLW_1_5B = str(CONFIGS / "gpt2" / "1.5b_slw.json")
+
+# Runs the command line in a fresh process and tells, after it, what was imported and the CPU seconds it took.
+_PROBE = """
+import json, sys, time
+from megatron_ext.cli.app import main
+try:
+    main()
+except SystemExit as exit:
+    code = exit.code
+heavy = sorted({"torch", "deepspeed", "megatron", "transformers", "matplotlib"} & set(sys.modules))
+print(json.dumps({"code": code, "heavy": heavy, "seconds": time.process_time()}), file=sys.stderr)
+"""
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_ext", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["validate", "--help"],
+        ["validate", SLW_1_5B],
+        ["validate", SLW_1_5B, "--set", "seed=x"],
+        ["schema"],
+    ],
+    ids=lambda arguments: " ".join(Path(argument).name for argument in arguments),
+)
+def test_help_validate_and_schema_are_fast_and_import_no_torch(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    told = json.loads(done.stderr.splitlines()[-1])
+    assert told["heavy"] == []
+    assert told["seconds"] < 1.0
+    assert told["code"] == (2 if "seed=x" in arguments else 0)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    listed = command_line("--help")
+    assert listed.returncode == 0
+    assert "Example: megatron-ext" in listed.stdout
+    for name in ("schema", "validate"):
+        assert name in listed.stdout
+
+
+@pytest.mark.parametrize("name", app.command_names())
+def test_a_commands_help_shows_an_example(name: str) -> None:
+    done = command_line(name, "--help")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert f"megatron-ext {name} " in text.replace(f"Usage: megatron-ext {name} ", "", 1), done.stdout
+
+
+def test_version() -> None:
+    assert command_line("--version").stdout == f"megatron-ext {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["validate"], "Missing argument"),
+        (["validate", SLW_1_5B, "--sat", "a=b"], "No such option"),
+        (["validat", SLW_1_5B], "No such command 'validat'"),
+        (["validate", "nowhere.json"], "error: config file nowhere.json does not exist"),
+        (["validate", SLW_1_5B, "--set", "seed"], "error: --set 'seed' is not of the form"),
+        (["validate", SLW_1_5B, "--set", "seed=-1"], "error: --set: seed is -1: expected at least 0"),
+    ],
+)
+def test_bad_input_exits_with_2_and_no_traceback(arguments: list[str], message: str) -> None:
+    done = command_line(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UserError("seed is -1: write 1"), 2, "error: seed is -1: write 1\n"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_what_a_command_raises_becomes_an_exit_code(
+    raised: BaseException,
+    code: int,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command() -> None:
+        raise raised
+
+    monkeypatch.setattr("megatron_ext.cli.schema.command", command)
+    monkeypatch.setattr(sys, "argv", ["megatron-ext", "schema"])
+    with pytest.raises(SystemExit) as exited:
+        app.main()
+    assert exited.value.code == code
+    if message is not None:
+        assert capsys.readouterr().err == message
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command() -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("megatron_ext.cli.schema.command", command)
+    monkeypatch.setattr(sys, "argv", ["megatron-ext", "schema"])
+    with pytest.raises(AssertionError, match="ours"):
+        app.main()
+
+
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m megatron_ext schema | head -n 1"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,73 @@
+"""megatron-ext validate."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from megatron_ext.cli.validate import command, summary
+from megatron_ext.config.explain import ConfigError
+from megatron_ext.errors import UserError
+from tests.config.builders import small_config, small_tree, write
+
+
+def test_a_valid_config_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "run.json", small_tree())
+    command(path, ["training.batch_size=4", "name=mine"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"OK: {path}"
+    text = "\n".join(lines)
+    for words in ("runs/mine", "2 layers, width 64, 4 heads", "100 steps, 4 sequences of up to 128 tokens", "0.001"):
+        assert words in text
+
+
+def test_a_wrong_config_raises_all_problems(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command(write(tmp_path / "run.json", small_tree(seed=-1, lr=3)))
+    assert len(caught.value.problems) == 2
+
+
+def test_json_has_the_resolved_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "run.json", small_tree())
+    command(path, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is True
+    assert answer["digest"] == small_config().digest()
+    assert answer["config"] == small_config().model_dump(mode="json")
+
+
+def test_json_lists_the_problems_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "run.json", small_tree(seed=-1, lr=3))
+    with pytest.raises(typer.Exit) as exited:
+        command(path, as_json=True)
+    assert exited.value.exit_code == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
+    assert [problem.split(": ")[1] for problem in answer["problems"]] == ["seed is -1", "lr"]
+    with pytest.raises(typer.Exit):
+        command(tmp_path / "nowhere.json", as_json=True)
+    assert "does not exist" in json.loads(capsys.readouterr().out)["problems"][0]
+    with pytest.raises(UserError):
+        command(tmp_path / "nowhere.json")
+
+
+STEPS = {"duration": {"steps": 50}}
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "words"),
+    [
+        ({"pacing": "constant"}, "none: 128 tokens from the first step on"),
+        ({"pacing": "linear", "start": 8, **STEPS}, "linear: 8 to 128 over 50 steps, multiples of 8"),
+        ({"pacing": "root", "start": 8, "end": 64, **STEPS}, "root: 8 to 64 over 50 steps"),
+        ({"pacing": "discrete", "stages": [{"seq_len": 32, **STEPS}]}, "discrete: 32 for 50 steps, then 128"),
+    ],
+)
+def test_every_pacing_is_described(curriculum: dict[str, object], words: str) -> None:
+    assert any(words in line for line in summary(small_config(curriculum=curriculum)))
+
+
+def test_batch_size_warmup_is_described() -> None:
+    config = small_config(training={"batch_size_warmup": {"start": 2, "increment": 2, **STEPS}})
+    assert any("from 2 by 2 over 50 steps" in line for line in summary(config))
