@@ -57,17 +57,16 @@ class SdpaAttention(CausalAttention):
 
 
 class ReferenceAttention(CausalAttention):
-    """softmax(Q K^T / sqrt(head)) V written out; the softmax in float32 or better. Memory grows with s squared."""
+    """softmax(Q K^T / sqrt(head)) V written out, in float32 or better. Memory grows with the square of the length."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float) -> torch.Tensor:
         """As in the base class."""
-        length = query.shape[-2]
-        # Scaled before the product: in fp16 the unscaled scores could overflow.
-        scores = torch.matmul(query * self._scale, key.transpose(-1, -2))
+        length, dtype = query.shape[-2], query.dtype
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
         future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(future, -torch.inf)
-        probabilities = functional.dropout(scores.softmax(dim=-1), dropout)
-        return torch.matmul(probabilities.to(value.dtype), value)
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self._scale
+        probabilities = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+        return torch.matmul(functional.dropout(probabilities, dropout), value).to(dtype)
 
 
 ATTENTION_BACKENDS: Mapping[str, type[CausalAttention]] = MappingProxyType(

@@ -67,12 +67,8 @@ def build_gpt(config: RunConfig, layout: Layout, streams: RngStreams | None = No
     """The model of ``config`` on the CPU in float32; its initial weights depend on the seed, not on the layout.
 
     ``streams`` are the ones of the device it will run on; without them the process is seeded for the CPU.
-
-    Raises:
-        UserError: the tensor ranks do not divide the padded vocabulary or the MLP's width.
     """
     assert layout.tensor_size == config.parallel.tensor, "the groups were made for another run"
-    _check_divisible(config)
     streams = streams or seed_streams(config.seed, layout, torch.device("cpu"))
     # A private seed, and the process's own streams untouched: weights are equal on all ranks, dropout is not.
     state = torch.default_generator.get_state()
@@ -81,16 +77,6 @@ def build_gpt(config: RunConfig, layout: Layout, streams: RngStreams | None = No
         return Gpt(config, layout, streams)
     finally:
         torch.default_generator.set_state(state)
-
-
-def _check_divisible(config: RunConfig) -> None:
-    tensor = config.parallel.tensor
-    for key, value in (
-        ("model.vocab_size rounded up to model.vocab_multiple", config.model.padded_vocab_size),
-        ("model.ffn_hidden_size", config.model.ffn_size),
-    ):
-        if value % tensor:
-            raise UserError(f"{key} is {value}, not divisible by parallel.tensor {tensor}; change one of them")
 
 
 def _drop_extra_state(_module: torch.nn.Module, state: dict[str, Any], _prefix: str, _metadata: object) -> None:

@@ -1,0 +1,132 @@
+"""Two tensor ranks compute what one computes; dropout agrees and differs between ranks where it must."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ext.model.gpt import Gpt, build_gpt
+from megatron_ext.model.parameters import parameter_kind
+from megatron_ext.parallel.groups import Layout, initialize_parallel
+from tests.model.small import random_tokens, small_config
+from tests.ranks import run_ranks
+
+Tensors = dict[str, torch.Tensor]
+
+_VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"attention": "reference", "tie_embeddings": False},
+    {"recompute": "full", "activation": "gelu_erf"},
+    # The second rank's half of the vocabulary is padding alone.
+    {"vocab_size": 100, "vocab_multiple": 256},
+]
+
+
+def _scaled(config: Any, layout: Layout) -> Gpt:
+    # Ten times the initial weights, so that attention and MLP count for something; no bias stays zero.
+    model = build_gpt(config, layout)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
+            if name.endswith("bias"):
+                parameter.add_(0.1)
+    return model
+
+
+def _compute(
+    _rank: int, _world: int, tensor: int, variants: list[dict[str, Any]]
+) -> list[tuple[Tensors, Tensors, Tensors]]:
+    layout = initialize_parallel(tensor, 5.0)
+    results = []
+    for variant in variants:
+        config = small_config(tensor=tensor, **variant)
+        initial = {name: t.clone() for name, t in build_gpt(config, layout).state_dict().items()}
+        model = _scaled(config, layout)
+        vocab = config.model.vocab_size
+        tokens, labels = random_tokens(3, 19, vocab=vocab), random_tokens(3, 19, vocab=vocab, seed=1)
+        losses = model(tokens, labels)
+        torch.autograd.backward(losses.mean())
+        outputs = {"losses": losses.detach(), "logits": model(tokens).detach()}
+        outputs["last"] = model(tokens, last_only=True).detach()
+        results.append((initial, outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    return results
+
+
+def _merge(name: str, first: torch.Tensor, second: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """One tensor of both ranks; where it is not split, both must hold the same."""
+    if first.shape == whole.shape:
+        torch.testing.assert_close(first, second, rtol=0, atol=0, msg=name)
+        return first
+    return torch.cat([first, second], dim=1 if first.shape[0] == whole.shape[0] else 0)
+
+
+def test_two_ranks_equal_one() -> None:
+    (single,) = run_ranks(_compute, 1, 1, _VARIANTS)
+    first, second = run_ranks(_compute, 2, 2, _VARIANTS)
+    for variant, whole, a, b in zip(_VARIANTS, single, first, second, strict=True):
+        for name, tensor in whole[0].items():
+            assert torch.equal(_merge(name, a[0][name], b[0][name], tensor), tensor), (variant, name)
+        for name, tensor in whole[1].items():
+            assert torch.equal(a[1][name], b[1][name]), (variant, name)
+            torch.testing.assert_close(a[1][name], tensor, rtol=1e-4, atol=1e-4, msg=f"{variant} {name}")
+        for name, tensor in whole[2].items():
+            merged = _merge(name, a[2][name], b[2][name], tensor)
+            torch.testing.assert_close(merged, tensor, rtol=1e-3, atol=1e-5, msg=f"{variant} {name}")
+
+
+def _flags(_rank: int, _world: int) -> dict[str, tuple[bool, int]]:
+    model = build_gpt(small_config(tensor=2), initialize_parallel(2, 5.0))
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    return {name: (is_model_parallel_parameter(p), p.numel()) for name, p in model.named_parameters()}
+
+
+def test_deepspeed_sees_which_parameters_are_split() -> None:
+    flags = run_ranks(_flags, 2)[0]
+    whole = {name: p.numel() for name, p in _one_rank_model_parameters()}
+    for name, (split, size) in flags.items():
+        assert split == (size < whole[name]), name
+        if parameter_kind(name) in ("norm", "positions"):
+            assert not split
+
+
+def _one_rank_model_parameters() -> list[tuple[str, torch.Tensor]]:
+    (state,) = run_ranks(_state, 1)
+    return list(state.items())
+
+
+def _state(_rank: int, _world: int) -> Tensors:
+    return dict(build_gpt(small_config(), initialize_parallel(1, 5.0)).state_dict())
+
+
+def _dropout(_rank: int, _world: int, rates: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+    layout = initialize_parallel(2, 5.0)
+    model = build_gpt(small_config(tensor=2, recompute="full", **rates), layout)
+    query = torch.ones(9, 1, 2, 8)
+    # The same input on all ranks: what differs is the mask.
+    context = model.decoder.layers[0].self_attention.core_attention(
+        query, query, torch.eye(9)[:, None, None, :8] + query
+    )
+    tokens = random_tokens(2, 30)
+    losses = model(tokens, tokens)
+    torch.autograd.backward(losses.mean())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return context.detach(), losses.detach(), gradients
+
+
+@pytest.mark.parametrize(
+    ("rates", "drops_attention"),
+    [({"hidden_dropout": 0.3}, False), ({"attention_dropout": 0.3, "hidden_dropout": 0.1}, True)],
+    ids=str,
+)
+def test_dropout_over_two_copies_of_two_ranks(rates: dict[str, Any], drops_attention: bool) -> None:
+    contexts, losses, gradients = zip(*run_ranks(_dropout, 4, rates), strict=True)
+    for first, second in ((0, 1), (2, 3)):
+        # One model copy: what both hold in full is equal, forward and backward.
+        assert torch.equal(losses[first], losses[second])
+        for name, gradient in gradients[first].items():
+            if parameter_kind(name) in ("norm", "positions") or name.endswith(("proj.bias", "fc2.bias")):
+                torch.testing.assert_close(gradient, gradients[second][name], rtol=0, atol=0, msg=name)
+        assert torch.equal(contexts[first], contexts[second]) != drops_attention
+    assert not torch.equal(losses[0], losses[2])
+    assert torch.equal(contexts[0], contexts[2]) != drops_attention

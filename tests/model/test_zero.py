@@ -1,0 +1,65 @@
+"""The model under DeepSpeed's ZeRO stages and tensor parallelism: recomputation changes nothing there either."""
+
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+from megatron_ext.model.gpt import build_gpt
+from megatron_ext.model.parameters import parameter_groups
+from megatron_ext.parallel.groups import initialize_parallel
+from megatron_ext.parallel.mpu import Mpu
+from tests.model.small import random_tokens, small_config
+from tests.ranks import run_ranks
+
+
+def _train(_rank: int, _world_size: int, stage: int, tensor: int, precision: str) -> dict[str, list[float]]:
+    deepspeed.init_distributed(dist_backend="gloo")
+    layout = initialize_parallel(tensor, 5.0)
+    curves = {}
+    for recompute in ("none", "full"):
+        config = small_config(
+            tensor=tensor, recompute=recompute, precision=precision, hidden_dropout=0.1, attention_dropout=0.1
+        )
+        model = build_gpt(config, layout)
+        groups = parameter_groups(model.named_parameters(), 0.1)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(groups, lr=1e-2),
+            mpu=Mpu(layout),
+            config=_settings(stage, precision),
+        )
+        curves[recompute] = [_step(engine, step, layout.data_rank) for step in range(4)]
+    return curves
+
+
+def _settings(stage: int, precision: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    if precision != "fp32":
+        settings[precision] = {"enabled": True}
+    return settings
+
+
+def _step(engine: Any, step: int, data_rank: int) -> float:
+    # Lengths change from step to step, as they do under a curriculum.
+    tokens = random_tokens(2, 40, seed=data_rank)[:, : (8, 24, 40, 8)[step]]
+    loss = engine(tokens, tokens).mean()
+    engine.backward(loss)
+    engine.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensor", "precision"),
+    [(0, 1, "fp32"), (1, 1, "fp32"), (2, 1, "fp32"), (3, 1, "fp32"), (1, 2, "fp32"), (3, 1, "bf16"), (2, 2, "bf16")],
+)
+def test_recomputation_gives_the_same_losses(stage: int, tensor: int, precision: str) -> None:
+    for curves in run_ranks(_train, 2, stage, tensor, precision, timeout=180.0):
+        assert curves["full"] == curves["none"]
+        assert curves["none"][-1] < curves["none"][0]
