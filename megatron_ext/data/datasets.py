@@ -1,0 +1,288 @@
+"""Training and validation samples: megatron-core's GPTDataset over checked corpora, blended by weight.
+
+What departs from megatron-core: the index is built by whichever process comes first and does not need
+torch.distributed (its own code builds on rank 0 and lets the others fail where they do not see rank 0's disk), and a
+sample is read as one array of token ids, without the masks and positions that this project does not use.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_ext.config.data import DataConfig, DataSource
+from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.data.index_cache import Arrays, IndexCache
+from megatron_ext.data.sources import TokenSource, check_tokens, open_source
+from megatron_ext.data.tokenizers import load_tokenizer
+from megatron_ext.errors import UserError
+
+# Validation samples are the same ones whatever the run's seed, so that runs with different seeds compare.
+_VALIDATION_SEED = 1234
+_INDEX_ARRAYS = ("documents", "samples", "shuffle")
+
+
+class Samples(Protocol):
+    """What the loaders read from."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a full sequence."""
+
+    def __len__(self) -> int:
+        """Samples there are."""
+
+    def sample(self, index: int) -> npt.NDArray[np.int64]:
+        """Token ids [seq_len + 1] of a sample: a sequence and the token after it."""
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains and validates on."""
+
+    train: Samples
+    """As many samples as the plan draws, passing over the corpus as often as that takes."""
+
+    valid: Samples
+    """``validation.samples`` samples, or fewer where the validation documents hold fewer without repetition."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of documents of one corpus, for training or for validation."""
+
+    source: TokenSource
+    first: int
+    end: int
+    weight: float
+    use: Split
+
+    @property
+    def tokens(self) -> int:
+        return self.source.tokens_between(self.first, self.end)
+
+    def samples(self, seq_len: int) -> int:
+        """Whole samples in one pass; the last token of each is the first one of the next."""
+        return (self.tokens - 1) // seq_len
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer. It has no padding token: whole samples are never padded."""
+
+    vocab_size: int
+    eod: int = 0  # read for masks alone, of which there are none
+    unique_identifiers: str = ""
+
+
+class GPTSamples(GPTDataset):  # type: ignore[misc]
+    """megatron-core's GPTDataset with its index in an :class:`IndexCache`."""
+
+    def __init__(self, part: _Part, *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> None:
+        self._cache = cache
+        self._key = {
+            "kind": "gpt samples",
+            "format": 1,
+            "megatron_core": version("megatron-core"),
+            # The index follows from the documents' lengths, which are in the .idx file; the ids do not matter.
+            "idx_sha256": part.source.idx_sha256,
+            "documents": [part.first, part.end],
+            "use": part.use.name,
+            "seq_len": seq_len,
+            "samples": samples,
+            "seed": seed,
+        }
+        super().__init__(
+            IndexedDataset(part.source.prefix),
+            part.source.prefix,
+            np.arange(part.first, part.end, dtype=np.int32),
+            samples,
+            part.use,
+            _gpt_config(seq_len, seed),
+        )
+        assert len(self.shuffle_index) >= samples
+
+    def __len__(self) -> int:
+        """Samples asked for; the index may hold more, since it is made in whole passes over the documents."""
+        return int(self.num_samples)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a full sequence."""
+        return int(self.config.sequence_length)
+
+    def sample(self, index: int) -> npt.NDArray[np.int64]:
+        """Token ids [seq_len + 1] of sample ``index``, a copy."""
+        tokens: npt.NDArray[np.int64] = self._query_document_sample_shuffle_indices(index)[0]
+        return tokens
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[npt.NDArray[Any], ...]:
+        arrays = self._cache.get(self._key, self._build_index)
+        return tuple(arrays[name] for name in _INDEX_ARRAYS)
+
+    def _build_index(self) -> Arrays:
+        # It warns that it was given no place to save the index; the cache is the place.
+        logger = logging.getLogger(GPTDataset.__module__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            index = super()._build_document_sample_shuffle_indices()
+        finally:
+            logger.setLevel(level)
+        return dict(zip(_INDEX_ARRAYS, index, strict=True))
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Samples of several corpora by weight, in the order of megatron-core's BlendedDataset."""
+
+    parts: tuple[Samples, ...]
+    """One per corpus."""
+
+    part_of: npt.NDArray[np.int16]
+    """Corpus of each sample [samples]."""
+
+    index_of: npt.NDArray[np.int64]
+    """Sample of that corpus [samples]."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a full sequence."""
+        return self.parts[0].seq_len
+
+    def __len__(self) -> int:
+        return len(self.part_of)
+
+    def sample(self, index: int) -> npt.NDArray[np.int64]:
+        """Token ids [seq_len + 1] of sample ``index``."""
+        return self.parts[int(self.part_of[index])].sample(int(self.index_of[index]))
+
+
+def build_datasets(config: RunConfig, plan: TrainingPlan) -> Datasets:
+    """Open, check, split and blend the corpora of ``config.data`` for a run of ``plan``.
+
+    Needs no process group and gives every rank the same samples; ranks may call it at once.
+
+    Raises:
+        UserError: files missing, damaged or of another tokenizer; ids beyond model.vocab_size; too little data for one
+            sample of ``training.seq_len + 1`` tokens in training or validation; index cache not writable.
+    """
+    cache, seq_len = _cache(config), config.training.seq_len
+    train, valid = _open_parts(config, (Split.train, Split.valid), cache)
+    return Datasets(
+        train=_build(train, samples=plan.samples, seq_len=seq_len, seed=config.seed, cache=cache),
+        valid=_build_valid(config, valid, cache),
+    )
+
+
+def build_validation(config: RunConfig) -> Samples:
+    """The validation samples alone: the same ones for every seed. Raises as :func:`build_datasets` does."""
+    cache = _cache(config)
+    (parts,) = _open_parts(config, (Split.valid,), cache)
+    return _build_valid(config, parts, cache)
+
+
+def _build_valid(config: RunConfig, parts: Sequence[_Part], cache: IndexCache) -> Samples:
+    seq_len = config.training.seq_len
+    total = sum(part.weight for part in parts)
+    # As many samples of each corpus as it has without a second pass.
+    without_repeats = min(int(part.samples(seq_len) * total / part.weight) for part in parts)
+    samples = max(1, min(config.validation.samples, without_repeats))
+    return _build(parts, samples=samples, seq_len=seq_len, seed=_VALIDATION_SEED, cache=cache)
+
+
+def _cache(config: RunConfig) -> IndexCache:
+    if config.data.index_cache is not None:
+        return IndexCache(Path(config.data.index_cache))
+    first = _entries(config.data, Split.train)[0]
+    return IndexCache(Path(first.prefix).parent / "index_cache")
+
+
+def _entries(data: DataConfig, use: Split) -> Sequence[DataSource]:
+    entries = data.sources or (data.train if use is Split.train else data.valid)
+    assert entries, "checked with the config"
+    return entries
+
+
+def _open_parts(config: RunConfig, uses: Sequence[Split], cache: IndexCache) -> list[list[_Part]]:
+    """The documents of each use, every corpus opened and checked once."""
+    data, vocab_size, seq_len = config.data, config.model.vocab_size, config.training.seq_len
+    prefixes = dict.fromkeys(entry.prefix for use in uses for entry in _entries(data, use))
+    opened = {prefix: open_source(prefix) for prefix in prefixes}
+    described = any(source.sidecar for source in opened.values())
+    tokenizer = load_tokenizer(data.tokenizer) if described else None
+    for source in opened.values():
+        check_tokens(source, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
+    parts: list[list[_Part]] = []
+    for use in uses:
+        parts.append([])
+        for entry in _entries(data, use):
+            source = opened[entry.prefix]
+            first, end = _share(source.documents, data.split, use) if data.sources else (0, source.documents)
+            part = _Part(source=source, first=first, end=end, weight=entry.weight, use=use)
+            _check_part(part, seq_len=seq_len, split=data.split if data.sources else None)
+            parts[-1].append(part)
+    return parts
+
+
+def _share(documents: int, split: tuple[float, float, float], use: Split) -> tuple[int, int]:
+    """Documents [first, end) of a use, with megatron-core's rounding."""
+    edges = np.cumsum([0.0, *split]) / sum(split)
+    return round(edges[use.value] * documents), round(edges[use.value + 1] * documents)
+
+
+def _check_part(part: _Part, *, seq_len: int, split: tuple[float, float, float] | None) -> None:
+    if part.samples(seq_len) > 0:
+        return
+    prefix, use, total = part.source.prefix, part.use.name, part.source.documents
+    shares = f" of {total:,} under data.split {list(split)}" if split else ""
+    remedy = "give data.split another share or name more data" if split else "name more data"
+    raise UserError(
+        f"data source {prefix}: its {part.end - part.first:,} {use} documents{shares} hold {part.tokens:,} tokens, "
+        f"less than one sample of training.seq_len + 1 = {seq_len + 1:,}; lower training.seq_len, {remedy}"
+    )
+
+
+def _build(parts: Sequence[_Part], *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> Samples:
+    if len(parts) == 1:
+        return GPTSamples(parts[0], samples=samples, seq_len=seq_len, seed=seed, cache=cache)
+    weights = np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
+
+    def blend() -> Arrays:
+        part_of, index_of = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
+        helpers.build_blending_indices(part_of, index_of, weights.tolist(), len(parts), samples, False)
+        return {"part_of": part_of, "index_of": index_of}
+
+    arrays = cache.get({"kind": "blend", "weights": weights.tolist(), "samples": samples}, blend)
+    counts = np.bincount(arrays["part_of"], minlength=len(parts))
+    members = tuple(
+        # A corpus of tiny weight may have no turn; its dataset still needs one sample to exist.
+        GPTSamples(part, samples=max(1, int(count)), seq_len=seq_len, seed=seed, cache=cache)
+        for part, count in zip(parts, counts, strict=True)
+    )
+    return Blend(parts=members, part_of=arrays["part_of"], index_of=arrays["index_of"])
+
+
+def _gpt_config(seq_len: int, seed: int) -> Any:
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_len,
+        split="1,0,0",
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        drop_last_partial_validation_sequence=True,
+        add_extra_token_to_sequence=True,
+        tokenizer=_Vocabulary(vocab_size=0),
+    )

@@ -1,0 +1,172 @@
+"""Arrays computed once and kept on disk, keyed by the content they follow from.
+
+Any process may build an entry: it is written into a directory of its own, synced, and renamed into place, so an entry
+is whole or absent, whoever is killed when. Nodes with disks of their own each build their own. A lock only saves work:
+processes that start together wait for the first of them. It is the kernel's lock on an open file, which ends with its
+holder, so a killed builder stops nobody; where the file system has no locks, or the holder hangs, a process builds its
+own copy, and whoever comes second to the rename throws its copy away.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.errors import UserError
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_MANIFEST = "manifest.json"
+_POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 600.0
+_ABANDONED_SECONDS = 24 * 3600.0
+_TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
+_EXISTS = frozenset({errno.EEXIST, errno.ENOTEMPTY})
+
+
+@dataclass(frozen=True)
+class IndexCache:
+    """A directory of entries, each a few ``.npy`` files."""
+
+    directory: Path
+    """Made when the first entry is written."""
+
+    patience_seconds: float = _PATIENCE_SECONDS
+    """How long to wait for another process that builds the same entry before building a copy beside it."""
+
+    def get(self, key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
+        """The entry of ``key`` (JSON values), memory-mapped and read-only; ``build`` makes it where it is missing.
+
+        A damaged entry (files missing or cut off) is put aside and built again.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        text = json.dumps(key, sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        entry = self.directory / name
+        try:
+            if (arrays := _load(entry)) is not None:
+                return arrays
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with _locked(self.directory / f"{name}.lock", self.patience_seconds):
+                if (arrays := _load(entry)) is not None:
+                    return arrays
+                self._remove_abandoned(name)
+                self._write(entry, text, build())
+            arrays = _load(entry)
+        except OSError as error:
+            raise UserError(
+                f"index cache {self.directory}: cannot be written ({error.strerror or error}); set data.index_cache to "
+                "a directory on a disk with space that this user may write"
+            ) from error
+        assert arrays is not None, f"{entry} was written and cannot be read"
+        return arrays
+
+    def _write(self, entry: Path, key: str, arrays: Arrays) -> None:
+        partial = self.directory / f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir()
+        try:
+            sizes = {}
+            for name, array in arrays.items():
+                with (partial / f"{name}.npy").open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
+                    _sync(file)
+                    sizes[name] = file.tell()
+            with (partial / _MANIFEST).open("w", encoding="utf-8") as text:
+                json.dump({"key": json.loads(key), "bytes": sizes}, text, indent=2)
+                _sync(text)
+            _sync_directory(partial)
+            _rename(partial, entry)
+            _sync_directory(self.directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _remove_abandoned(self, name: str) -> None:
+        """Remove what killed builders left; only old ones, since a process elsewhere may be at work on a young one."""
+        for partial in self.directory.glob(f"{name}.partial-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(entry: Path) -> Arrays | None:
+    """The arrays of a whole entry, else None."""
+    try:
+        sizes: dict[str, int] = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        files = {name: entry / f"{name}.npy" for name in sizes}
+        if any(files[name].stat().st_size != size for name, size in sizes.items()):
+            return None
+        # Plain arrays over the mapping: numpy's memmap class makes every access to a single element slow.
+        return {name: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for name, path in files.items()}
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _rename(partial: Path, entry: Path) -> None:
+    """Give a finished entry its name, unless a whole one of that name has come meanwhile."""
+    for _ in range(2):
+        try:
+            partial.rename(entry)
+        except OSError as error:
+            if error.errno not in _EXISTS:
+                raise
+        else:
+            return
+        if _load(entry) is not None:
+            return
+        # What is there is damaged. It is moved before it is deleted: a deletion takes time and may be interrupted.
+        broken = entry.with_name(f"{entry.name}.partial-broken-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(FileNotFoundError):
+            entry.rename(broken)
+        shutil.rmtree(broken, ignore_errors=True)
+    partial.rename(entry)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, patience: float) -> Iterator[None]:
+    """Hold the lock file's lock, or go on without it after ``patience`` seconds or where locks are not supported.
+
+    The file says who holds it and stays: removing a lock file that another process has open would make two locks.
+    """
+    deadline = time.monotonic() + patience
+    with path.open("a+", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _TAKEN and time.monotonic() < deadline:
+                    time.sleep(_POLL_SECONDS)
+                    continue
+            else:
+                file.truncate(0)
+                file.write(f"{socket.gethostname()} {os.getpid()}\n")
+                file.flush()
+            break
+        yield
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

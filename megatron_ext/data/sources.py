@@ -1,0 +1,189 @@
+"""One tokenized corpus: opened, and checked before a run relies on it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.data.index_cache import Arrays, IndexCache
+from megatron_ext.data.token_files import (
+    DTYPES,
+    HEADER,
+    MAGIC,
+    Sidecar,
+    TokenPaths,
+    file_sha256,
+    read_sidecar,
+)
+from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.errors import UserError
+
+_SCAN_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """A checked pair of PREFIX.bin and PREFIX.idx. Made by :func:`open_source`."""
+
+    prefix: str
+    """Path without extension."""
+
+    dtype: np.dtype[Any]
+    """Type of a token id in the .bin file."""
+
+    lengths: npt.NDArray[np.int32]
+    """Tokens of every document [documents], memory-mapped."""
+
+    bin_bytes: int
+    """Size of the .bin file."""
+
+    idx_sha256: str
+    """SHA-256 (hex) of the .idx file."""
+
+    sidecar: Sidecar | None
+    """What the tokens were made with; None for files of Megatron's own tools."""
+
+    @property
+    def documents(self) -> int:
+        """Documents in the files."""
+        return len(self.lengths)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens in the files."""
+        return self.bin_bytes // self.dtype.itemsize
+
+    def tokens_between(self, first: int, end: int) -> int:
+        """Tokens of documents [first, end)."""
+        return int(self.lengths[first:end].sum(dtype=np.int64))
+
+
+def open_source(prefix: str) -> TokenSource:
+    """Open a corpus and check that its files are whole and belong together.
+
+    Raises:
+        UserError: a file is missing, cut off, of another format, of other files, or there is no token in it.
+    """
+    paths = TokenPaths.of(prefix)
+    for path in (paths.bin, paths.idx):
+        if not path.is_file():
+            hint = " (give the prefix without .bin or .idx)" if Path(prefix).suffix in {".bin", ".idx"} else ""
+            raise UserError(f"data source {prefix}: {path} does not exist{hint}; megatron-ext preprocess writes it")
+    dtype, lengths, positions = _read_index(paths.idx)
+    _check_sizes(paths, dtype, lengths, positions)
+    idx_sha256, sidecar = file_sha256(paths.idx), read_sidecar(paths.sidecar)
+    if sidecar is not None and sidecar.idx_sha256 != idx_sha256:
+        raise UserError(
+            f"{paths.sidecar} describes other files than {paths.idx}; run megatron-ext preprocess again, or delete "
+            f"{paths.sidecar} if the token files come from another tool"
+        )
+    return TokenSource(
+        prefix=prefix,
+        dtype=dtype,
+        lengths=lengths,
+        bin_bytes=paths.bin.stat().st_size,
+        idx_sha256=idx_sha256,
+        sidecar=sidecar,
+    )
+
+
+def check_tokens(source: TokenSource, *, tokenizer: Tokenizer | None, vocab_size: int, cache: IndexCache) -> None:
+    """Check that the tokens are the tokenizer's and the model has a row for each.
+
+    With a sidecar both are read from it (``tokenizer`` is needed then); without one only the range of ids is checked,
+    by one pass over the file whose result is kept in ``cache``.
+
+    Raises:
+        UserError: another tokenizer's tokens, or ids outside [0, vocab_size).
+    """
+    sidecar = source.sidecar
+    if sidecar is not None:
+        assert tokenizer is not None
+        if tokenizer.digest != sidecar.tokenizer_digest:
+            raise UserError(
+                f"data source {source.prefix} was made with another tokenizer ({sidecar.tokenizer}, "
+                f"{sidecar.vocab_size:,} ids) than data.tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} ids); set "
+                "data.tokenizer to it or run megatron-ext preprocess again"
+            )
+        low, high = 0, sidecar.max_token
+    elif np.iinfo(source.dtype).min == 0 and np.iinfo(source.dtype).max < vocab_size:
+        return
+    else:
+        low, high = _token_range(source, cache)
+    if low < 0:
+        raise UserError(f"data source {source.prefix}: holds the negative token id {low}; these are no token files")
+    if high >= vocab_size:
+        raise UserError(
+            f"model.vocab_size {vocab_size:,} is too small for the data: {source.prefix} holds token id {high}; set it "
+            f"to at least {high + 1}"
+        )
+
+
+def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise UserError(f"{path}: not an index of token files; megatron-ext preprocess writes one")
+    _, version, code, sequences, boundaries = HEADER.unpack(header)
+    if version != 1 or code not in DTYPES:
+        raise UserError(f"{path}: unknown version {version} or data type {code} of the index format")
+    dtype = np.dtype(DTYPES[code])
+    if dtype.kind == "f":
+        raise UserError(f"{path}: holds {dtype} values, token ids are integers")
+    expected = HEADER.size + sequences * 12 + boundaries * 8
+    if size == expected + sequences and sequences:
+        raise UserError(f"{path}: a multimodal index; text alone is supported")
+    if size != expected:
+        raise UserError(f"{path}: cut off or damaged, {size:,} bytes where its header calls for {expected:,}")
+    if not sequences:
+        raise UserError(f"{path}: empty corpus, it holds no document")
+    # The file stays mapped for as long as these views of it live.
+    content = np.memmap(path, mode="r")
+    start = HEADER.size
+    lengths = content[start : start + 4 * sequences].view(np.int32)
+    positions = content[start + 4 * sequences : start + 12 * sequences].view(np.int64)
+    documents = content[start + 12 * sequences :].view(np.int64)
+    if not boundaries or documents[-1] != sequences:
+        raise UserError(f"{path}: damaged, its document boundaries do not end with its {sequences:,} sequences")
+    return dtype, lengths, positions
+
+
+def _check_sizes(
+    paths: TokenPaths, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32], positions: npt.NDArray[np.int64]
+) -> None:
+    tokens = int(lengths.sum(dtype=np.int64))
+    if int(lengths.min()) < 0 or int(positions[-1]) + int(lengths[-1]) * dtype.itemsize != tokens * dtype.itemsize:
+        raise UserError(f"{paths.idx}: damaged, its lengths and positions contradict each other")
+    if not tokens:
+        raise UserError(f"{paths.idx}: empty corpus, it holds no token")
+    found, expected = paths.bin.stat().st_size, tokens * dtype.itemsize
+    if found < expected:
+        raise UserError(f"{paths.bin}: cut off, {found:,} bytes where {paths.idx} calls for {expected:,}")
+    if found > expected:
+        raise UserError(
+            f"{paths.bin}: {found:,} bytes where {paths.idx} calls for {expected:,}; they do not belong together"
+        )
+
+
+def _token_range(source: TokenSource, cache: IndexCache) -> tuple[int, int]:
+    path = TokenPaths.of(source.prefix).bin
+
+    def scan() -> Arrays:
+        tokens = np.memmap(path, dtype=source.dtype, mode="r")
+        parts = [tokens[first : first + _SCAN_TOKENS] for first in range(0, len(tokens), _SCAN_TOKENS)]
+        low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+        return {"range": np.array([low, high], dtype=np.int64)}
+
+    # The index says nothing of the ids, so the file itself is in the key; by its time, since hashing is a scan too.
+    key = {
+        "kind": "token range",
+        "idx_sha256": source.idx_sha256,
+        "bin_bytes": source.bin_bytes,
+        "bin_mtime_ns": path.stat().st_mtime_ns,
+    }
+    low, high = cache.get(key, scan)["range"].tolist()
+    return low, high

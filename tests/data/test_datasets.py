@@ -1,0 +1,212 @@
+"""Datasets: megatron-core's own samples, splits and blends; the corpus whole; bad data told before a run."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.data.datasets import (
+    Blend,
+    Datasets,
+    GPTSamples,
+    Samples,
+    _Vocabulary,
+    build_datasets,
+    build_validation,
+)
+from megatron_ext.errors import UserError
+from tests.data.corpora import SEPARATOR, documents, run_config, write_tokens
+from tests.ranks import run_ranks
+
+
+def _build(config: RunConfig) -> Datasets:
+    return build_datasets(config, TrainingPlan.from_config(config))
+
+
+def _all(samples: Samples) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.stack([samples.sample(index) for index in range(len(samples))])
+
+
+def _config(tmp_path: Path, count: int = 300, **sections: Any) -> RunConfig:
+    prefix = write_tokens(tmp_path / "corpus", documents(count))
+    return run_config({"sources": [{"prefix": prefix}], "split": [90, 10, 0]}, **sections)
+
+
+@pytest.mark.parametrize("steps", [10, 100, 400])  # part of an epoch, more than one, many
+def test_samples_are_those_of_megatron(tmp_path: Path, steps: int) -> None:
+    config = _config(tmp_path, training={"duration": {"steps": steps}}, seed=1234)
+    ours = _build(config)
+    theirs = BlendedMegatronDatasetBuilder(
+        GPTDataset,
+        [steps * 8, 5, 0],
+        lambda: True,
+        GPTDatasetConfig(
+            random_seed=1234,
+            sequence_length=16,
+            blend=([str(tmp_path / "corpus")], None),
+            split="90,10,0",
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            path_to_cache=str(tmp_path / "theirs"),
+            tokenizer=_Vocabulary(vocab_size=60_000),
+        ),
+    ).build()
+    for mine, other in ((ours.train, theirs[0]), (ours.valid, theirs[1])):
+        for index in range(len(mine)):
+            assert mine.sample(index)[:-1].tolist() == other[index]["tokens"].tolist()
+            assert mine.sample(index)[1:].tolist() == other[index]["labels"].tolist()
+
+
+def test_documents_are_split_and_none_is_in_two_parts(tmp_path: Path) -> None:
+    docs = documents(300)
+    datasets = _build(_config(tmp_path, training={"duration": {"steps": 200}}, validation={"samples": 1000}))
+    train, valid = set(_all(datasets.train).ravel()), set(_all(datasets.valid).ravel())
+    assert train - {SEPARATOR} == set(np.concatenate(docs[:270])) - {SEPARATOR}
+    assert valid - {SEPARATOR} <= set(np.concatenate(docs[270:]))
+    # Validation is one pass: all but the last partial sample, nothing twice.
+    tokens = sum(map(len, docs[270:]))
+    assert len(datasets.valid) == (tokens - 1) // 16
+
+
+def test_validation_is_as_long_as_asked_and_the_same_for_every_seed(tmp_path: Path) -> None:
+    first, second = _config(tmp_path, seed=1), _config(tmp_path, seed=2)
+    assert len(build_validation(first)) == 5
+    np.testing.assert_array_equal(_all(build_validation(first)), _all(build_validation(second)))
+    np.testing.assert_array_equal(_all(build_validation(first)), _all(_build(first).valid))
+    assert not np.array_equal(_all(_build(first).train), _all(_build(second).train))
+
+
+def test_every_sample_is_a_piece_of_the_corpus(tmp_path: Path) -> None:
+    samples = _all(_build(_config(tmp_path, training={"duration": {"steps": 200}})).train)
+    before, after = samples[:, :-1], samples[:, 1:]
+    # Ids count up within a document and the next document begins after a separator.
+    assert np.all((after == before + 1) | (after == SEPARATOR) | (before == SEPARATOR))
+
+
+def test_more_samples_than_one_pass_use_every_token_equally(tmp_path: Path) -> None:
+    config = _config(tmp_path, training={"duration": {"steps": 1000}})
+    samples = _all(_build(config).train)
+    counts = Counter(samples[:, :-1].ravel().tolist())
+    del counts[SEPARATOR]
+    passes = len(samples) * 16 / sum(map(len, documents(300)[:270]))
+    assert passes > 10
+    assert max(counts.values()) - min(counts.values()) <= 2
+    assert abs(np.mean(list(counts.values())) - passes) < 1
+
+
+def test_corpora_given_apart(tmp_path: Path) -> None:
+    docs = documents(200)
+    train = write_tokens(tmp_path / "train", docs[:150])
+    valid = write_tokens(tmp_path / "valid", docs[150:])
+    config = run_config({"train": [{"prefix": train}], "valid": [{"prefix": valid}]})
+    datasets = _build(config)
+    assert set(_all(datasets.train).ravel()) <= set(np.concatenate(docs[:150]))
+    assert set(_all(datasets.valid).ravel()) <= set(np.concatenate(docs[150:]))
+
+
+def _blend_config(tmp_path: Path, weights: tuple[float, ...], **sections: Any) -> RunConfig:
+    docs = documents(300)
+    parts = [docs[first :: len(weights)] for first in range(len(weights))]
+    sources = [
+        {"prefix": write_tokens(tmp_path / f"part{number}", part), "weight": weight}
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+    ]
+    return run_config({"sources": sources, "split": [80, 20, 0]}, **sections)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1e-6)])
+def test_blend_keeps_to_its_weights_from_the_start(tmp_path: Path, weights: tuple[float, ...]) -> None:
+    train = _build(_blend_config(tmp_path, weights, training={"duration": {"steps": 50}})).train
+    assert isinstance(train, Blend)
+    assert len(train) == 400
+    docs = documents(300)
+    owner = {int(doc[0]): number % len(weights) for number, doc in enumerate(docs)}
+    firsts = np.array(sorted(owner))
+    taken = np.zeros(len(weights))
+    for index in range(len(train)):
+        sample = train.sample(index)
+        token = int(sample[sample != SEPARATOR][0])
+        taken[owner[int(firsts[np.searchsorted(firsts, token, side="right") - 1])]] += 1
+        wanted = np.array(weights) / sum(weights) * (index + 1)
+        assert np.all(np.abs(taken - wanted) <= len(weights))
+
+
+def test_blend_has_the_order_of_megatron(tmp_path: Path) -> None:
+    train = _build(_blend_config(tmp_path, (3.0, 1.0), training={"duration": {"steps": 50}})).train
+    assert isinstance(train, Blend)
+    assert isinstance(train.parts[0], GPTSamples)
+    theirs = BlendedDataset(list(train.parts), [3.0, 1.0], 400, train.parts[0].config)
+    np.testing.assert_array_equal(theirs.dataset_index, train.part_of)
+    np.testing.assert_array_equal(theirs.dataset_sample_index, train.index_of)
+
+
+def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(tmp_path)
+    before = _all(_build(config).train)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("corpus.bin", "corpus.idx"):
+        (tmp_path / name).rename(moved / name)
+    data = {
+        "sources": [{"prefix": str(moved / "corpus")}],
+        "split": [90, 10, 0],
+        "index_cache": str(tmp_path / "index_cache"),
+    }
+    monkeypatch.setattr(GPTSamples, "_build_index", None)  # building would fail
+    np.testing.assert_array_equal(_all(_build(run_config(data)).train), before)
+    with pytest.raises(TypeError):
+        _build(run_config(data, seed=99))
+
+
+def test_building_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    _build(_config(tmp_path))
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+    assert [w for w in recwarn if "pad" in str(w.message)] == []
+
+
+def _on_rank(rank: int, size: int, config: RunConfig, shared: bool) -> list[list[int]]:  # noqa: ARG001
+    if not shared:
+        data = config.data.model_copy(update={"index_cache": f"{config.data.index_cache}-{rank}"})
+        config = config.model_copy(update={"data": data})
+    datasets = _build(config)
+    return [datasets.train.sample(3).tolist(), datasets.valid.sample(1).tolist()]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk each"])
+def test_ranks_build_the_same_with_and_without_a_shared_disk(tmp_path: Path, shared: bool) -> None:
+    prefix = write_tokens(tmp_path / "corpus", documents(300))
+    config = run_config({"sources": [{"prefix": prefix}], "split": [90, 10, 0], "index_cache": str(tmp_path / "cache")})
+    first, *others = run_ranks(_on_rank, 3, config, shared)
+    assert all(other == first for other in others)
+    assert first == _on_rank(0, 1, config, True)
+
+
+def test_too_little_data_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"its 3 train documents of 3.* less than one sample of training\.seq_len \+ 1"):
+        _build(_config(tmp_path, count=3, training={"seq_len": 512}))
+    prefix = write_tokens(tmp_path / "b", documents(300))
+    with pytest.raises(UserError, match=r"its 0 valid documents of 300 under data\.split \[90\.0, 0\.1, 0\.0\]"):
+        _build(run_config({"sources": [{"prefix": prefix}], "split": [90, 0.1, 0]}))
+
+
+def test_small_vocabulary_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size 100 is too small for the data"):
+        _build(_config(tmp_path, model={"vocab_size": 100}))
+
+
+def test_tokenizer_is_checked_where_the_files_name_theirs(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path / "a", documents(50), sidecar=True)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        _build(run_config({"sources": [{"prefix": prefix}], "tokenizer": "gpt2"}))
+    with pytest.raises(UserError, match=r"nowhere\.json: no such file"):
+        _build(run_config({"sources": [{"prefix": prefix}], "tokenizer": "nowhere.json"}))
