@@ -1,8 +1,8 @@
 """The checkpoints directory of a run, as a file system sees it: names, publication, discovery, pruning. No torch.
 
-A checkpoint is written under ``step_N.partial`` and becomes visible by one rename to ``step_N``; ``latest`` names the newest
-one and is replaced last. A process killed at any moment leaves complete checkpoints, and perhaps a ``.partial`` that
-the next save removes.
+A checkpoint is written under ``step_N.partial`` and becomes visible by one rename to ``step_N``; ``latest`` names the
+newest one and is replaced last. A process killed at any moment leaves complete checkpoints, and perhaps a ``.partial``
+that the next save removes.
 """
 
 import os

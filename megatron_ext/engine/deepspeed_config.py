@@ -5,7 +5,7 @@ from typing import Any
 from megatron_ext.config.run import RunConfig
 
 
-def deepspeed_config(config: RunConfig, *, data_size: int, accelerator: str) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, data_size: int) -> dict[str, Any]:
     """Return the dictionary for ``deepspeed.initialize``.
 
     The caller owns accumulation, learning rate and loss normalization, so the batch keys that DeepSpeed wants to see
@@ -14,7 +14,6 @@ def deepspeed_config(config: RunConfig, *, data_size: int, accelerator: str) -> 
     Args:
         config: The run.
         data_size: Data-parallel ranks.
-        accelerator: "cuda" or "cpu".
     """
     result: dict[str, Any] = {
         "train_batch_size": data_size,
@@ -23,7 +22,7 @@ def deepspeed_config(config: RunConfig, *, data_size: int, accelerator: str) -> 
         "managed_gradient_accumulation": False,
         "steps_per_print": None,
         "gradient_clipping": _engine_clipping(config),
-        "optimizer": _optimizer(config, accelerator),
+        "optimizer": _optimizer(config),
         "zero_optimization": _zero(config),
         **_precision(config),
     }
@@ -39,7 +38,7 @@ def _engine_clipping(config: RunConfig) -> float:
     return 0.0 if clips_outside_engine(config) else config.optimizer.clip_grad
 
 
-def _optimizer(config: RunConfig, accelerator: str) -> dict[str, Any]:
+def _optimizer(config: RunConfig) -> dict[str, Any]:
     settings = config.optimizer
     parameters: dict[str, Any] = {
         "lr": config.learning_rate.peak,
@@ -52,8 +51,6 @@ def _optimizer(config: RunConfig, accelerator: str) -> dict[str, Any]:
         implementation = "deepspeed_cpu" if config.parallel.offload_optimizer == "cpu" else "torch"
     if implementation == "torch":
         parameters |= {"torch_adam": True, "fused": True}
-    if implementation == "deepspeed_fused":
-        assert accelerator == "cuda", "checked when the run starts: FusedAdam needs a GPU"
     return {"type": "AdamW", "params": parameters}
 
 

@@ -1,6 +1,6 @@
 """One optimizer step over a list of micro-batches, on DeepSpeed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,12 @@ import torch.distributed as dist
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.deepspeed_config import clips_outside_engine, deepspeed_config
 from megatron_ext.engine.gradient_norm import GradientNorm
+from megatron_ext.engine.micro_batches import MicroBatch
 from megatron_ext.errors import UserError
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.mpu import Mpu
 from megatron_ext.runtime.device import Device
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Part of a step that one rank holds at once: ``tokens`` and ``labels`` int64 [sequences, seq_len]."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,8 @@ class TrainEngine:
 
         loss = 1/N * sum over ranks r, micro-batches m, tokens i of l(r, m, i)
 
-    Rank r calls backward on D/N * sum_i l(r, m, i) for each of its micro-batches; gradients of micro-batches add up, and
-    DeepSpeed averages over the D data-parallel ranks, which divides by D. What remains is the gradient of ``loss``, for
+    Rank r calls backward on D/N * sum_i l(r, m, i) for each of its micro-batches; their gradients add up, and DeepSpeed
+    averages over the D data-parallel ranks, which divides by D. What remains is the gradient of ``loss``, for
     micro-batches of any and unequal size. Tensor-parallel ranks hold the same tokens and are not averaged over.
     """
 
@@ -65,14 +58,14 @@ class TrainEngine:
         Raises:
             UserError: the chosen optimizer kernel cannot run here.
         """
-        if config.optimizer.implementation == "deepspeed_fused" and device.accelerator != "cuda":
+        if config.optimizer.implementation == "deepspeed_fused" and not device.is_gpu:
             raise UserError(
                 'optimizer.implementation "deepspeed_fused" needs a GPU and this machine shows none; use "auto"'
             )
         _skip_shared_memory_build()
         self._layout = layout
         self._device = device
-        settings = deepspeed_config(config, data_size=layout.data_size, accelerator=device.accelerator)
+        settings = deepspeed_config(config, data_size=layout.data_size)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model.named_parameters(), config.optimizer.weight_decay),
@@ -114,7 +107,7 @@ class TrainEngine:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[tuple[MicroBatch, torch.Tensor]]) -> float:
+    def evaluate(self, batches: Iterable[tuple[MicroBatch, torch.Tensor]]) -> float:
         """Return the mean loss over weighted sequences, the same value on every rank.
 
         Args:

@@ -1,14 +1,21 @@
-"""Cuts one rank's part of a step into micro-batches."""
+"""One rank's part of a step, cut into micro-batches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from megatron_ext.engine.engine import MicroBatch
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Part of a step that one rank holds at once: ``tokens`` and ``labels`` int64 [sequences, seq_len]."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
 
 
 def cut_micro_batches(tokens: torch.Tensor, labels: torch.Tensor, sizes: Sequence[int]) -> list[MicroBatch]:
     """Views of ``tokens`` and ``labels`` [sequences, seq_len], ``sizes`` sequences each, in order."""
     assert sum(sizes) == tokens.shape[0], "every sequence belongs to exactly one micro-batch"
-    sizes = list(sizes)
-    return [MicroBatch(t, y) for t, y in zip(tokens.split(sizes), labels.split(sizes), strict=True)]
+    parts = zip(torch.split(tokens, list(sizes)), torch.split(labels, list(sizes)), strict=True)
+    return [MicroBatch(*part) for part in parts]

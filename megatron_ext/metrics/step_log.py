@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_ext.config.training import MetricsConfig
 from megatron_ext.curriculum.plan import PlannedStep
-from megatron_ext.curriculum.sampler import BatchSlices
+from megatron_ext.data.loader import Batch
 from megatron_ext.engine.engine import StepResult
 from megatron_ext.metrics.pending import FetchedStep, PendingSteps
 from megatron_ext.metrics.recorder import Recorder
@@ -31,7 +32,7 @@ class _Finished:
     planned: PlannedStep
     result: StepResult
     micro_batches: tuple[int, ...]
-    slices: BatchSlices | None
+    batch: Batch | None
     start: Mark
     end: Mark
 
@@ -39,11 +40,11 @@ class _Finished:
 class StepLog:
     """Collects steps while their values are on the device, and records them every ``flush_every`` steps."""
 
-    def __init__(self, recorder: Recorder, measures: Measures, *, flush_every: int, keep_sample_ids: bool) -> None:
+    def __init__(self, recorder: Recorder, measures: Measures, config: MetricsConfig) -> None:
         self._recorder = recorder
         self._measures = measures
-        self._flush_every = flush_every
-        self._keep_sample_ids = keep_sample_ids
+        self._flush_every = config.flush_every
+        self._keep_sample_ids = config.keep_sample_ids
         self._pending: PendingSteps[_Finished] = PendingSteps()
 
     def add(
@@ -52,12 +53,12 @@ class StepLog:
         result: StepResult,
         *,
         micro_batches: tuple[int, ...],
-        slices: BatchSlices,
+        batch: Batch,
         start: Mark,
         end: Mark,
     ) -> None:
-        """Take a finished step; ``micro_batches`` are one rank's sizes, ``slices`` those of the global batch."""
-        kept = slices if self._keep_sample_ids else None
+        """Take a finished step; ``micro_batches`` are one rank's sizes, ``batch`` is what it read."""
+        kept = batch if self._keep_sample_ids else None
         finished = _Finished(planned, result, micro_batches, kept, start, end)
         self._pending.add(finished, loss=result.loss, grad_norm=result.grad_norm)
         if len(self._pending) >= self._flush_every:
@@ -72,7 +73,7 @@ class StepLog:
         finished, planned = step.info, step.info.planned
         seconds = seconds_between(finished.start, finished.end)
         peak = self._measures.peak_flops
-        slices = finished.slices
+        batch = finished.batch
         return TrainRecord(
             step=planned.step + 1,
             tokens=planned.consumed_tokens + planned.tokens,
@@ -89,6 +90,6 @@ class StepLog:
             tokens_per_s=planned.tokens / seconds,
             mfu=self._measures.flops(planned) / (seconds * peak) if peak else None,
             skipped=finished.result.skipped,
-            sample_ids=None if slices is None else tuple(slices.samples.tolist()),
-            offsets=None if slices is None else tuple(slices.offsets.tolist()),
+            sample_ids=None if batch is None else tuple(batch.samples.tolist()),
+            offsets=None if batch is None else tuple(batch.offsets.tolist()),
         )

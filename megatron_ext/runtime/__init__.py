@@ -1,1 +1,1 @@
-"""The machine under the run: environment, device, process group, signals, logs, the launcher. The only door to os.environ."""
+"""The machine under the run: environment, device, process group, signals, logs, launcher. The door to os.environ."""

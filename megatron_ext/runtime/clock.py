@@ -18,9 +18,9 @@ class Mark:
 
 def mark(device: Device) -> Mark:
     """Put a mark behind everything that has been queued so far."""
-    if device.accelerator != "cuda":
+    if not device.is_gpu:
         return Mark(at=time.perf_counter())
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return Mark(at=time.perf_counter(), event=event)
 

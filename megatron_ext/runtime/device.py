@@ -15,15 +15,15 @@ class Device:
     backend: str
     accelerator: str
 
-    def synchronize(self) -> None:
-        """Wait for the device's queue; nothing to do on the CPU."""
-        if self.accelerator == "cuda":
-            torch.cuda.synchronize(self.torch_device)
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the rank computes on a GPU."""
+        return self.accelerator == "cuda"
 
     @property
     def pin_memory(self) -> bool:
         """Whether host tensors should be page-locked so that copies to the device overlap with compute."""
-        return self.accelerator == "cuda"
+        return self.is_gpu
 
 
 def select_device(local_rank: int) -> Device:

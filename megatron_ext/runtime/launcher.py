@@ -1,8 +1,8 @@
 """Starts the ranks through the deepspeed launcher, passes signals on to them, and waits.
 
 The launcher's own handling of a signal does not suit a training run: its outer process dies on SIGTERM and leaves the
-ranks behind, its inner one kills them after 30 seconds. So the launcher gets a session of its own, where a terminal's Ctrl-C
-does not reach it, and signals go straight to the ranks, which finish their step, save and exit with status 0.
+ranks behind, its inner one kills them after 30 seconds. So the launcher gets a session of its own, where a terminal's
+Ctrl-C does not reach it, and signals go straight to the ranks, which finish their step, save and exit with status 0.
 """
 
 import os
@@ -31,8 +31,8 @@ class LaunchOptions:
     """How many ranks to start on this machine, and where they meet."""
 
     ranks: int
-    accelerator: str
-    """"cuda" or "cpu"."""
+    on_cpu: bool
+    """Whether the ranks compute on the CPU: DeepSpeed is told so, and they share the cores."""
 
     master_port: int | None = None
     """Port of the rendezvous; None takes a free one."""
@@ -72,7 +72,7 @@ def launch_command(options: LaunchOptions, worker_arguments: Sequence[str]) -> l
     port = free_port() if options.master_port is None else _checked_port(options.master_port)
     return [
         *(sys.executable, str(_deepspeed_program())),
-        *("--num_gpus", str(options.ranks), "--master_port", str(port), "--quiet", "--no_local_rank"),
+        *("--num_gpus", str(options.ranks), "--master_port", str(port), "--log_level", "critical", "--no_local_rank"),
         *("--module", _WORKER, *worker_arguments),
     ]
 
@@ -106,7 +106,7 @@ def _deepspeed_program() -> Path:
 
 def _environment(options: LaunchOptions) -> dict[str, str]:
     environment = dict(os.environ)
-    if options.accelerator == "cpu":
+    if options.on_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
         # Without this every rank starts a thread per core, and the ranks fight for the cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.ranks)))

@@ -1,4 +1,4 @@
-"""The process group of the run: a store owned by rank 0, one group on the device's backend, one on gloo for the host."""
+"""The process group of the run: rank 0's store, a group on the device's backend, and one on gloo for the host."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.device import Device
@@ -17,11 +19,11 @@ _RENDEZVOUS_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Processes:
-    """The ranks of the run. ``host_group`` carries small host values, so that asking a question never waits on a GPU."""
+    """The ranks of the run. ``host_group`` carries small host values: asking a question never waits on a GPU."""
 
     info: RankInfo
     host_group: dist.ProcessGroup
-    store: dist.Store
+    store: Store
 
     def first_to(self, what: str) -> bool:
         """Whether this rank is the first of all to ask for ``what``; used to say one thing once."""
@@ -49,14 +51,14 @@ def process_group(info: RankInfo, device: Device, *, timeout_minutes: float) -> 
     store = _rendezvous(info)
     dist.init_process_group(
         device.backend,
-        store=dist.PrefixStore("ranks", store),
+        store=PrefixStore("ranks", store),
         rank=info.rank,
         world_size=info.world_size,
         timeout=timeout,
     )
     try:
         host_group = dist.new_group(backend="gloo", timeout=timeout)
-        yield Processes(info=info, host_group=host_group, store=dist.PrefixStore("messages", store))
+        yield Processes(info=info, host_group=host_group, store=PrefixStore("messages", store))
     finally:
         dist.destroy_process_group()
 
@@ -87,9 +89,9 @@ class StopAgreement:
         return bool(self._flag[0] > 0)
 
 
-def _rendezvous(info: RankInfo) -> dist.Store:
+def _rendezvous(info: RankInfo) -> Store:
     try:
-        return dist.TCPStore(
+        return TCPStore(
             info.master_address,
             info.master_port,
             info.world_size,

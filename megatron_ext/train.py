@@ -1,0 +1,170 @@
+"""The training run: the order of events, and nothing else."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from megatron_ext.checkpoint.checkpointer import Checkpointer
+from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.intervals import is_due
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
+from megatron_ext.curriculum.sampler import micro_batch_sizes
+from megatron_ext.data.datasets import build_datasets
+from megatron_ext.data.loader import TrainLoader, ValidationLoader
+from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.micro_batches import MicroBatch, cut_micro_batches
+from megatron_ext.metrics.recorder import Recorder, open_sinks
+from megatron_ext.metrics.records import EvalRecord
+from megatron_ext.metrics.step_log import Measures, StepLog
+from megatron_ext.model.counts import step_flops
+from megatron_ext.model.gpt import build_gpt
+from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
+from megatron_ext.parallel.rng import seed_streams
+from megatron_ext.runtime.clock import mark
+from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.log import LOGGER
+from megatron_ext.runtime.process_group import Processes, StopAgreement
+from megatron_ext.runtime.signals import StopRequest
+from megatron_ext.stability.loss_ratio import LossRatio
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run on one rank, built and at the step from which it goes on."""
+
+    config: RunConfig
+    plan: TrainingPlan
+    device: Device
+    processes: Processes
+    engine: TrainEngine
+    loader: TrainLoader
+    validation: ValidationLoader
+    checkpointer: Checkpointer
+    loss_ratio: LossRatio
+    recorder: Recorder
+    log: StepLog
+    first_step: int
+
+
+def train(config: RunConfig, *, device: Device, processes: Processes, stop: StopRequest) -> None:
+    """Train as one of the ranks in ``processes``, from the newest checkpoint or the beginning to the end of the plan.
+
+    Returns early, with a checkpoint saved, where ``stop`` asks for it.
+
+    Raises:
+        UserError: data, checkpoint or layout do not fit the config.
+    """
+    with set_up(config, device=device, processes=processes) as run:
+        run_loop(run, stop)
+
+
+def run_loop(run: Run, stop: StopRequest) -> None:
+    """Train from ``run.first_step`` to the end of the plan, or to the step after which a rank was asked to stop."""
+    config, plan, step = run.config, run.plan, run.first_step
+    stopping = StopAgreement(run.processes)
+    while step < plan.steps:
+        planned = plan[step]
+        stopping.ask(stop.requested)
+        start = mark(run.device)
+        batch = run.loader.batch(planned)
+        sizes = micro_batch_sizes(len(batch.tokens), planned.seq_len, config.micro_batch_tokens)
+        result = run.engine.step(
+            cut_micro_batches(batch.tokens, batch.labels, sizes), global_tokens=planned.tokens, lr=planned.lr
+        )
+        run.log.add(planned, result, micro_batches=sizes, batch=batch, start=start, end=mark(run.device))
+        step += 1
+        stopped, finished = stopping.answer(), step == plan.steps
+        if finished or is_due(config.validation.every, planned):
+            validate(run, planned)
+        if finished or stopped or is_due(config.checkpoint.every, planned):
+            save(run, planned)
+        if stopped and not finished:
+            run.recorder.event("preemption", step=step, tokens=planned.consumed_tokens + planned.tokens)
+            LOGGER.info("stopped after step %d of %d on request; start again to continue", step, plan.steps)
+            return
+
+
+def validate(run: Run, after: PlannedStep) -> None:
+    """Record the loss at full length after a step."""
+    run.log.flush()
+    loss = run.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in run.validation)
+    tokens = after.consumed_tokens + after.tokens
+    run.recorder.evaluation(EvalRecord.from_loss(step=after.step + 1, tokens=tokens, loss=loss))
+
+
+def save(run: Run, after: PlannedStep) -> None:
+    """Write a checkpoint after a step."""
+    run.log.flush()
+    step, tokens = after.step + 1, after.consumed_tokens + after.tokens
+    path = run.checkpointer.save(step=step, tokens=tokens, loss_ratio=run.loss_ratio.state_dict())
+    run.recorder.event("checkpoint", step=step, tokens=tokens, path=str(path))
+
+
+@contextmanager
+def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterator[Run]:
+    """Build everything in the order in which mistakes are cheapest to find, and take it down again."""
+    plan = TrainingPlan.from_config(config)
+    layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
+    try:
+        datasets = build_datasets(config, plan)
+        place = {"data_rank": layout.data_rank, "data_size": layout.data_size}
+        loader = TrainLoader(datasets.train, plan, prefetch=config.data.prefetch, pin_memory=device.pin_memory, **place)
+        validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
+        streams = seed_streams(config.seed, layout, device.torch_device)
+        engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
+        checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
+        resumed = checkpointer.resume() if config.checkpoint.resume else None
+        loss_ratio = LossRatio()
+        if resumed is not None:
+            loss_ratio.load_state_dict(resumed.loss_ratio)
+        recorder = open_recorder(config, plan, resumed=resumed, processes=processes)
+        measures = Measures(
+            loss_ratio=loss_ratio.update,
+            flops=lambda s: step_flops(config.model, batch_size=s.batch_size, seq_len=s.seq_len),
+            peak_flops=config.metrics.peak_tflops * 1e12 * processes.info.world_size,
+        )
+        log = StepLog(recorder, measures, config.metrics)
+        with loader:
+            yield Run(
+                config=config,
+                plan=plan,
+                device=device,
+                processes=processes,
+                engine=engine,
+                loader=loader,
+                validation=validation,
+                checkpointer=checkpointer,
+                loss_ratio=loss_ratio,
+                recorder=recorder,
+                log=log,
+                first_step=resumed.step if resumed else 0,
+            )
+            log.flush()
+        recorder.close()
+    finally:
+        destroy_parallel()
+
+
+def open_recorder(config: RunConfig, plan: TrainingPlan, *, resumed: Manifest | None, processes: Processes) -> Recorder:
+    """Open the run's metrics on rank 0 and write down what is being run; the other ranks get one that keeps nothing."""
+    if not processes.info.is_main:
+        return Recorder()
+    step, tokens = (resumed.step, resumed.tokens) if resumed else (0, 0)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    (config.run_dir / "plan.json").write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+    sinks = open_sinks(
+        config.run_dir,
+        config.metrics,
+        total_tokens=plan.tokens,
+        step=step,
+        tokens=tokens,
+        console=Console(stderr=True),
+    )
+    recorder = Recorder(sinks)
+    recorder.event("resume" if resumed else "start", step=step, tokens=tokens, world_size=processes.info.world_size)
+    return recorder
