@@ -1,6 +1,7 @@
 """``megatron-ext validate``: is this config right, and what does it say."""
 
 import json
+from pathlib import Path
 
 import typer
 
@@ -9,6 +10,7 @@ from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing
 from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
 
@@ -21,6 +23,7 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     """
     try:
         run = load_config(config, overrides or ())
+        plan = _planned(run, config)
     except UserError as error:
         if not as_json:
             raise
@@ -28,10 +31,20 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
         typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
         raise typer.Exit(2) from None
     if as_json:
-        answer = {"ok": True, "digest": run.digest(), "config": run.model_dump(mode="json")}
+        totals = {"steps": plan.steps, "tokens": plan.tokens, "samples": plan.samples}
+        answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
         typer.echo(json.dumps(answer, indent=2))
         return
-    typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in summary(run))]))
+    lines = [*summary(run), f"plan        {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.samples:,} samples"]
+    typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
+
+
+def _planned(run: RunConfig, config: Path) -> TrainingPlan:
+    """The run's plan: it compares the durations that only a plan can compare, steps with tokens."""
+    try:
+        return TrainingPlan.from_config(run)
+    except UserError as error:
+        raise UserError(f"{config}: {error}") from None
 
 
 def summary(run: RunConfig) -> list[str]:

@@ -166,7 +166,7 @@ def _offload_problems(key: str, value: Any, *, device: str) -> Iterator[str]:
     if not isinstance(value, dict):
         yield f"{name} is {_show(value)}: expected an object, {{...}}"
     elif "device" in value:
-        known = value["device"] in {"none", "cpu"}
+        known = value["device"] in ("none", "cpu")
         advice = f"write {section_key} {_show(value['device'])}" if known else f'write {section_key} "none" or "cpu"'
         yield f"{name}.device may not be set here: {advice}"
     elif value and device == "none":

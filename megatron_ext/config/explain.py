@@ -113,6 +113,10 @@ def _expected(detail: ErrorDetails, *, path: KeyPath, root: type[Section], tree:
     return words(context)
 
 
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
+
+
 def _items(context: Mapping[str, Any], key: str) -> str:
     count = context[key]
     return f"{count} item" if count == 1 else f"{count} items"
@@ -130,10 +134,10 @@ _EXPECTED: Final[dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "dict_type": lambda _: "an object, {...}",
     "tuple_type": lambda _: "a list, [...]",
     "literal_error": lambda context: f"one of {context['expected'].replace(chr(39), chr(34)).replace(' or ', ', ')}",
-    "greater_than": lambda context: f"more than {context['gt']:g}",
-    "greater_than_equal": lambda context: f"at least {context['ge']:g}",
-    "less_than": lambda context: f"less than {context['lt']:g}",
-    "less_than_equal": lambda context: f"at most {context['le']:g}",
+    "greater_than": lambda context: f"more than {_number(context['gt'])}",
+    "greater_than_equal": lambda context: f"at least {_number(context['ge'])}",
+    "less_than": lambda context: f"less than {_number(context['lt'])}",
+    "less_than_equal": lambda context: f"at most {_number(context['le'])}",
     "finite_number": lambda _: "a finite number",
     "too_short": lambda context: f"at least {_items(context, 'min_length')}",
     "too_long": lambda context: f"at most {_items(context, 'max_length')}",

@@ -46,7 +46,7 @@ def read_layers(path: Path) -> list[Layer]:
 
 
 def _read(path: Path, *, chain: tuple[Path, ...]) -> list[Layer]:
-    resolved = path.resolve()
+    resolved = _resolve(path)
     if resolved in chain:
         loop = " -> ".join(str(item) for item in (*chain[chain.index(resolved) :], resolved))
         raise UserError(f'{chain[-1]}: "extends" goes round in a circle: {loop}; remove one of these links')
@@ -58,6 +58,14 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> list[Layer]:
         else:
             layers.extend(_read(path.parent / name, chain=(*chain, resolved)))
     return [*layers, Layer(str(path), {key: value for key, value in tree.items() if key != "extends"})]
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A loop of symbolic links, or a name that no file can have.
+        raise UserError(f"config file {str(path)!r} cannot be read: {error}") from None
 
 
 def _extended(tree: Tree, *, source: str) -> Sequence[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from megatron_ext.config.base import NonNegativeInt, Section
+from megatron_ext.config.base import Section, Seed
 from megatron_ext.config.checks import check_run
 from megatron_ext.config.curriculum import ConstantPacing, CurriculumConfig
 from megatron_ext.config.data import DataConfig
@@ -38,7 +38,7 @@ class RunConfig(Section):
     output_dir: str = "runs"
     """Where run directories are made; relative paths start at the working directory."""
 
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     """Seeds initial weights, dropout and the order of samples."""
 
     model: ModelConfig

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.base import Duration
+from megatron_ext.config.base import MAX_COUNT, Duration
 from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing, LinearPacing, RootPacing
 
 if TYPE_CHECKING:
@@ -23,8 +23,20 @@ def schedule_problems(config: "RunConfig") -> Iterator[str]:
     if isinstance(curriculum, DiscretePacing):
         yield from _discrete_problems(curriculum, full=config.training.seq_len)
         yield from _too_long("the sum of curriculum.stages", _total(curriculum), config=config)
+    yield from _uncountable(config)
     yield from _batch_size_problems(config)
     yield from _learning_rate_problems(config)
+
+
+def _uncountable(config: "RunConfig") -> Iterator[str]:
+    training = config.training
+    tokens = (training.duration.steps or 1) * training.batch_size * training.seq_len
+    if tokens > MAX_COUNT:
+        yield (
+            f"training.duration is {training.duration}, which at training.batch_size {training.batch_size:,} and "
+            f"training.seq_len {training.seq_len:,} is {tokens:,} tokens: write values whose product is at most "
+            f"{MAX_COUNT:,}"
+        )
 
 
 def nearest_multiples(value: int, multiple: int, *, most: int) -> list[int]:

@@ -18,7 +18,13 @@ def test_a_valid_config_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"OK: {path}"
     text = "\n".join(lines)
-    for words in ("runs/mine", "2 layers, width 64, 4 heads", "100 steps, 4 sequences of up to 128 tokens", "0.001"):
+    for words in (
+        "runs/mine",
+        "2 layers, width 64, 4 heads",
+        "100 steps, 4 sequences of up to 128 tokens",
+        "0.001",
+        "100 steps, 51,200 tokens, 400",
+    ):
         assert words in text
 
 
@@ -33,6 +39,7 @@ def test_json_has_the_resolved_config(tmp_path: Path, capsys: pytest.CaptureFixt
     command(path, as_json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is True
+    assert (answer["steps"], answer["tokens"], answer["samples"]) == (100, 100 * 8 * 128, 800)
     assert answer["digest"] == small_config().digest()
     assert answer["config"] == small_config().model_dump(mode="json")
 
@@ -50,6 +57,12 @@ def test_json_lists_the_problems_and_exits_with_2(tmp_path: Path, capsys: pytest
     assert "does not exist" in json.loads(capsys.readouterr().out)["problems"][0]
     with pytest.raises(UserError):
         command(tmp_path / "nowhere.json")
+
+
+def test_durations_that_only_the_plan_can_compare_are_checked(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", small_tree(learning_rate={"warmup": {"tokens": 10**9}}))
+    with pytest.raises(UserError, match=r"run\.json: learning_rate\.warmup is 1,000,000,000 tokens"):
+        command(path)
 
 
 STEPS = {"duration": {"steps": 50}}

@@ -254,3 +254,28 @@ def test_overlapped_communication_passes_where_deepspeed_allows_it() -> None:
 def test_offload_details_pass_with_offload() -> None:
     block = merge({}, {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}})
     assert problems(block, parallel={"offload_optimizer": "cpu"}) == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["enabled", "params", "type", "stage", "device", "offload_param", "overlap_comm", "lr"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    st.sampled_from(
+        ["zero_optimization", "fp16", "optimizer", "scheduler", "curriculum_learning", "data_efficiency", "seed", "x"]
+    ),
+    json_values,
+)
+def test_no_block_however_odd_breaks_the_check(key: str, value: Any) -> None:
+    for problem in problems({key: value}):
+        assert problem.startswith(f"deepspeed.{key}")

@@ -93,6 +93,15 @@ def test_a_directory_and_binary_files_are_refused(tmp_path: Path) -> None:
         read_layers(binary)
 
 
+def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to(tmp_path / "b.json")
+    (tmp_path / "b.json").symlink_to(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_layers(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_layers(write(tmp_path / "main.json", {"extends": "a\0.json"}))
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "main.json"
     path.write_bytes(b'\xef\xbb\xbf{"seed": 1}')

@@ -84,6 +84,8 @@ def test_overrides_reach_every_kind_of_value(tmp_path: Path) -> None:
         ("parallel.zero_stage=4", "parallel.zero_stage is 4: expected one of 0, 1, 2, 3"),
         ("model.hidden_dropout=1", "model.hidden_dropout is 1: expected less than 1"),
         ("seed=-1", "seed is -1: expected at least 0"),
+        ("seed=2147483648", "seed is 2147483648: expected less than 2147483648"),
+        ("training.batch_size=1" + "0" * 30, "expected at most 9007199254740992"),
         ("learning_rate.peak=high", 'learning_rate.peak is "high": expected a number'),
         ("metrics.tensorboard=1", "metrics.tensorboard is 1: expected true or false"),
         ("name=5", "name is 5: expected a string in double quotes; write --set 'name=\"5\"'"),

@@ -59,6 +59,10 @@ def warmup(**changes: Any) -> dict[str, Any]:
         (warmup(increment=4), ["increment is 4", "the 6 sequences", "write 3 or 6"]),
         (warmup(duration={"steps": 100}), ["batch_size_warmup.duration is 100 steps"]),
         ({**warmup(), **linear()}, ["training.batch_size_warmup", 'curriculum.pacing "linear"', "null"]),
+        (
+            {"training": {"duration": {"steps": 2**50}}},
+            ["training.duration is", "training.batch_size 8", "training.seq_len 128", "9,007,199,254,740,992"],
+        ),
         ({**warmup(), "data": {"tail": "recycle"}}, ['data.tail "recycle"', 'write data.tail "truncate"']),
     ],
 )
