@@ -54,9 +54,9 @@ class _Assembler:
         for row in range(len(block)):
             offset = int(block.offsets[row])
             here = min(step.seq_len, self.seq_len - offset)
-            _copy(self.dataset.sample(int(block.samples[row])), offset, rows[:, row, :here])
+            _read(self.dataset, int(block.samples[row]), offset, rows[:, row, :here])
             if here < step.seq_len:
-                _copy(self.dataset.sample(int(block.next_samples[row])), 0, rows[:, row, here:])
+                _read(self.dataset, int(block.next_samples[row]), 0, rows[:, row, here:])
         tokens, labels = torch.from_numpy(rows[0]), torch.from_numpy(rows[1])
         if self.pin_memory:
             tokens, labels = tokens.pin_memory(), labels.pin_memory()
@@ -206,18 +206,18 @@ class ValidationLoader:
         last = len(self.dataset) - 1
         rows = np.empty((2, size, self.dataset.seq_len), dtype=np.int64)
         for row in range(size):
-            _copy(self.dataset.sample(min(first + row, last)), 0, rows[:, row])
+            _read(self.dataset, min(first + row, last), 0, rows[:, row])
         weights = (np.arange(first, first + size) <= last).astype(np.float32)
         return ValidationBatch(
             tokens=torch.from_numpy(rows[0]), labels=torch.from_numpy(rows[1]), weights=torch.from_numpy(weights)
         )
 
 
-def _copy(sample: npt.NDArray[np.int64], offset: int, into: npt.NDArray[np.int64]) -> None:
-    """Copy tokens from ``offset`` on, and those one further on as labels, into [2, length]."""
-    length = into.shape[1]
-    into[0] = sample[offset : offset + length]
-    into[1] = sample[offset + 1 : offset + length + 1]
+def _read(dataset: Samples, sample: int, offset: int, into: npt.NDArray[np.int64]) -> None:
+    """Read a sample's tokens from ``offset`` on, and those one further on as labels, into [2, length]."""
+    tokens = dataset.read(sample, offset, into.shape[1] + 1)
+    into[0] = tokens[:-1]
+    into[1] = tokens[1:]
 
 
 def _same_batch(made: PlannedStep, wanted: PlannedStep) -> bool:

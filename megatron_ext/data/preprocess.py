@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -116,18 +117,19 @@ class _Encoder:
         )
 
 
-# A worker process has one encoder for its whole life, put here by the pool's initializer.
-_WORKER: dict[str, _Encoder] = {}
+@lru_cache(maxsize=1)
+def _encoder(options: PreprocessOptions) -> _Encoder:
+    """The encoder of a process, loaded for the first chunk and kept for the others."""
+    return _Encoder(load_tokenizer(options.tokenizer), options.json_key, options.append_eod)
 
 
-def _start_worker(tokenizer: str, json_key: str, append_eod: bool) -> None:
+def _encode_in_worker(options: PreprocessOptions, chunk: Chunk) -> _Encoded:
+    return _encoder(options).encode(chunk)
+
+
+def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the parent alone ends the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _WORKER["encoder"] = _Encoder(load_tokenizer(tokenizer), json_key, append_eod)
-
-
-def _encode_in_worker(chunk: Chunk) -> _Encoded:
-    return _WORKER["encoder"].encode(chunk)
 
 
 def preprocess(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Progress:
@@ -198,15 +200,14 @@ def _in_workers(chunks: Iterator[Chunk], options: PreprocessOptions) -> Generato
         max_workers=options.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(options.tokenizer, options.json_key, options.append_eod),
     )
     try:
         pending: deque[Future[_Encoded]] = deque(
-            pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, _AHEAD * options.workers)
+            pool.submit(_encode_in_worker, options, chunk) for chunk in islice(chunks, _AHEAD * options.workers)
         )
         while pending:
             yield pending.popleft().result()
-            pending.extend(pool.submit(_encode_in_worker, chunk) for chunk in islice(chunks, 1))
+            pending.extend(pool.submit(_encode_in_worker, options, chunk) for chunk in islice(chunks, 1))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -37,6 +37,9 @@ class TokenSource:
     lengths: npt.NDArray[np.int32]
     """Tokens of every document [documents], memory-mapped."""
 
+    positions: npt.NDArray[np.int64]
+    """Byte in the .bin file at which every document begins [documents], memory-mapped."""
+
     bin_bytes: int
     """Size of the .bin file."""
 
@@ -84,6 +87,7 @@ def open_source(prefix: str) -> TokenSource:
         prefix=prefix,
         dtype=dtype,
         lengths=lengths,
+        positions=positions,
         bin_bytes=paths.bin.stat().st_size,
         idx_sha256=idx_sha256,
         sidecar=sidecar,
@@ -142,7 +146,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.N
     if not sequences:
         raise UserError(f"{path}: empty corpus, it holds no document")
     # The file stays mapped for as long as these views of it live.
-    content = np.memmap(path, mode="r")
+    content = np.asarray(np.memmap(path, mode="r"))
     start = HEADER.size
     lengths = content[start : start + 4 * sequences].view(np.int32)
     positions = content[start + 4 * sequences : start + 12 * sequences].view(np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.run import RunConfig
+from megatron_ext.data.datasets import Samples
 from megatron_ext.data.token_files import TokenFileWriter, TokenPaths
 
 SEPARATOR = 0
@@ -51,3 +52,8 @@ def run_config(data: dict[str, Any], **sections: Any) -> RunConfig:
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     return RunConfig.model_validate_json(json.dumps(tree))
+
+
+def whole(samples: Samples, index: int) -> npt.NDArray[np.integer[Any]]:
+    """All seq_len + 1 tokens of a sample."""
+    return samples.read(index, 0, samples.seq_len + 1)

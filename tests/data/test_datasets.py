@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
@@ -22,7 +26,7 @@ from megatron_ext.data.datasets import (
     build_validation,
 )
 from megatron_ext.errors import UserError
-from tests.data.corpora import SEPARATOR, documents, run_config, write_tokens
+from tests.data.corpora import SEPARATOR, documents, run_config, whole, write_tokens
 from tests.ranks import run_ranks
 
 
@@ -31,7 +35,7 @@ def _build(config: RunConfig) -> Datasets:
 
 
 def _all(samples: Samples) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.stack([samples.sample(index) for index in range(len(samples))])
+    return np.stack([whole(samples, index) for index in range(len(samples))])
 
 
 def _config(tmp_path: Path, count: int = 300, **sections: Any) -> RunConfig:
@@ -61,8 +65,31 @@ def test_samples_are_those_of_megatron(tmp_path: Path, steps: int) -> None:
     ).build()
     for mine, other in ((ours.train, theirs[0]), (ours.valid, theirs[1])):
         for index in range(len(mine)):
-            assert mine.sample(index)[:-1].tolist() == other[index]["tokens"].tolist()
-            assert mine.sample(index)[1:].tolist() == other[index]["labels"].tolist()
+            assert whole(mine, index)[:-1].tolist() == other[index]["tokens"].tolist()
+            assert whole(mine, index)[1:].tolist() == other[index]["labels"].tolist()
+
+
+@given(index=st.integers(0, 79), first=st.integers(0, 16), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_part_of_a_sample_is_that_part(one_pass: Samples, index: int, first: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 17 - first))
+    assert isinstance(one_pass, GPTSamples)
+    expected = one_pass._query_document_sample_shuffle_indices(index)[0]
+    assert one_pass.read(index, first, count).tolist() == expected[first : first + count].tolist()
+
+
+@pytest.fixture(scope="module")
+def one_pass(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    # Documents shorter than a sample and longer than two, and some without a token, as other tools may write them.
+    docs = documents(100, shortest=1, longest=40)
+    docs[5:5] = docs[50:50] = [np.array([], dtype=np.int32)] * 3
+    folder = tmp_path_factory.mktemp("one_pass")
+    builder = IndexedDatasetBuilder(str(folder / "corpus.bin"), dtype=np.uint16)
+    for doc in docs:
+        builder.add_document(torch.from_numpy(doc), [len(doc)])
+    builder.finalize(str(folder / "corpus.idx"))
+    config = run_config({"sources": [{"prefix": str(folder / "corpus")}]}, training={"duration": {"steps": 10}})
+    return _build(config).train
 
 
 def test_documents_are_split_and_none_is_in_two_parts(tmp_path: Path) -> None:
@@ -132,7 +159,7 @@ def test_blend_keeps_to_its_weights_from_the_start(tmp_path: Path, weights: tupl
     firsts = np.array(sorted(owner))
     taken = np.zeros(len(weights))
     for index in range(len(train)):
-        sample = train.sample(index)
+        sample = whole(train, index)
         token = int(sample[sample != SEPARATOR][0])
         taken[owner[int(firsts[np.searchsorted(firsts, token, side="right") - 1])]] += 1
         wanted = np.array(weights) / sum(weights) * (index + 1)
@@ -179,7 +206,7 @@ def _on_rank(rank: int, size: int, config: RunConfig, shared: bool) -> list[list
         data = config.data.model_copy(update={"index_cache": f"{config.data.index_cache}-{rank}"})
         config = config.model_copy(update={"data": data})
     datasets = _build(config)
-    return [datasets.train.sample(3).tolist(), datasets.valid.sample(1).tolist()]
+    return [whole(datasets.train, 3).tolist(), whole(datasets.valid, 1).tolist()]
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk each"])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.data.datasets import Datasets, build_datasets
+from megatron_ext.data.datasets import Datasets, Samples, build_datasets
 from megatron_ext.data.loader import Batch, TrainLoader, ValidationLoader
 from megatron_ext.errors import UserError
-from tests.data.corpora import SEPARATOR, documents, run_config, write_tokens
+from tests.data.corpora import SEPARATOR, documents, run_config, whole, write_tokens
 
 GROWING = {"pacing": "linear", "start": 4, "multiple": 4, "duration": {"steps": 20}}
 
@@ -73,7 +73,7 @@ def test_truncate_reads_the_beginning_of_a_new_sample_for_every_sequence(tmp_pat
     for step, batch in enumerate(_batches(run, range(60))):
         length = run.plan[step].seq_len
         for row in range(12):
-            sample = run.data.train.sample(drawn + row)
+            sample = whole(run.data.train, drawn + row)
             assert batch.tokens[row].tolist() == sample[:length].tolist()
             assert batch.labels[row].tolist() == sample[1 : length + 1].tolist()
         drawn += 12
@@ -85,7 +85,7 @@ def test_recycle_reads_every_token_of_every_sample_once(tmp_path: Path) -> None:
     for lane in range(12):
         tokens = np.concatenate([batch.tokens[lane].numpy() for batch in batches])
         labels = np.concatenate([batch.labels[lane].numpy() for batch in batches])
-        samples = [run.data.train.sample(index) for index in range(lane, run.plan.samples, 12)]
+        samples = [whole(run.data.train, index) for index in range(lane, run.plan.samples, 12)]
         expected = np.concatenate([sample[:-1] for sample in samples])
         np.testing.assert_array_equal(tokens, expected[: len(tokens)])
         np.testing.assert_array_equal(labels, np.concatenate([sample[1:] for sample in samples])[: len(labels)])
@@ -97,7 +97,7 @@ def test_any_number_of_ranks_has_the_same_global_batch(run: Run) -> None:
     alone = _batches(run, range(60))
     for ranks in (2, 3, 12):
         parts = [_batches(run, range(60), data_rank=rank, data_size=ranks) for rank in range(ranks)]
-        for step, whole in enumerate(alone):
+        for step, expected in enumerate(alone):
             mine = [part[step] for part in parts]
             assert {batch.tokens.shape[0] for batch in mine} == {12 // ranks}
             joined = replace(
@@ -105,8 +105,8 @@ def test_any_number_of_ranks_has_the_same_global_batch(run: Run) -> None:
                 tokens=torch.cat([batch.tokens for batch in mine]),
                 labels=torch.cat([batch.labels for batch in mine]),
             )
-            _assert_same(joined, whole)
-            _assert_same(replace(mine[-1], tokens=whole.tokens, labels=whole.labels), whole)
+            _assert_same(joined, expected)
+            _assert_same(replace(mine[-1], tokens=expected.tokens, labels=expected.labels), expected)
 
 
 @pytest.mark.parametrize("first", [1, 7, 33, 59])
@@ -151,21 +151,20 @@ def test_batch_that_does_not_divide_is_told_at_once(run: Run) -> None:
 class _Failing:
     """Samples of which one cannot be read."""
 
-    inner: Any
+    inner: Samples
     bad: int
 
     @property
     def seq_len(self) -> int:
-        return int(self.inner.seq_len)
+        return self.inner.seq_len
 
     def __len__(self) -> int:
         return len(self.inner)
 
-    def sample(self, index: int) -> npt.NDArray[np.int64]:
+    def read(self, index: int, first: int, count: int) -> npt.NDArray[np.integer[Any]]:
         if index == self.bad:
             raise OSError("disk on fire")
-        tokens: npt.NDArray[np.int64] = self.inner.sample(index)
-        return tokens
+        return self.inner.read(index, first, count)
 
 
 def test_error_in_the_thread_is_raised_in_its_step(tmp_path: Path) -> None:
@@ -209,5 +208,5 @@ def test_validation_covers_every_sample_once_in_equal_micro_batches(tmp_path: Pa
                 if weight
             ]
     assert sum(float(batch.weights.sum()) for loader in loaders for batch in loader) == samples
-    expected = [valid.sample(index) for index in range(samples)]
+    expected = [whole(valid, index) for index in range(samples)]
     assert seen == [(sample[:-1].tolist(), sample[1:].tolist()) for sample in expected]
