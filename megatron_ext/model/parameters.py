@@ -40,3 +40,16 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_dec
         {"name": "decayed", "params": [p for name, p in trained if is_decayed(name)], "weight_decay": weight_decay},
         {"name": "not_decayed", "params": [p for name, p in trained if not is_decayed(name)], "weight_decay": 0.0},
     ]
+
+
+def split_dimension(name: str) -> int | None:
+    """Dimension in which tensor-parallel ranks hold slices of the parameter ``name``; None where each holds all of it.
+
+    Columns of a linear layer's output are dimension 0 of its weight. A QKV slice is a run of whole heads, since
+    megatron-core keeps each head's query, key and value together.
+    """
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return 1
+    if any(part in name for part in ("linear_qkv.", "linear_fc1.", "word_embeddings.", "output_layer.")):
+        return 0
+    return None

@@ -71,6 +71,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        # Its default means the same and warns.
+        cuda_graph_scope=[],
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import Layout
 
 _REPLICATED, _PARTITIONED = 0, 1
@@ -92,7 +93,16 @@ class RngStreams:
         }
 
     def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Continue from what ``rng_state`` returned, on the same kind of device."""
+        """Continue from what ``rng_state`` returned.
+
+        Raises:
+            UserError: the state is that of another kind of device, whose generator works otherwise.
+        """
+        if state["replicated"].shape != self._generator.get_state().shape:
+            raise UserError(
+                f"the random state saved is not one of a {self._generator.device.type} generator; "
+                "continue the run on the kind of device that it was started on"
+            )
         name, keys, position, has_gauss, gauss = state["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
         random.setstate(state["python"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.model.gpt import Gpt, build_gpt
-from megatron_ext.model.parameters import parameter_kind
+from megatron_ext.model.parameters import parameter_kind, split_dimension
 from megatron_ext.parallel.groups import Layout, initialize_parallel
 from tests.model.small import random_tokens, small_config
 from tests.ranks import run_ranks
@@ -52,12 +52,13 @@ def _compute(
     return results
 
 
-def _merge(name: str, first: torch.Tensor, second: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def _merge(name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """One tensor of both ranks; where it is not split, both must hold the same."""
-    if first.shape == whole.shape:
+    dimension = split_dimension(name)
+    if dimension is None:
         torch.testing.assert_close(first, second, rtol=0, atol=0, msg=name)
         return first
-    return torch.cat([first, second], dim=1 if first.shape[0] == whole.shape[0] else 0)
+    return torch.cat([first, second], dim=dimension)
 
 
 def test_two_ranks_equal_one() -> None:
@@ -65,38 +66,29 @@ def test_two_ranks_equal_one() -> None:
     first, second = run_ranks(_compute, 2, 2, _VARIANTS)
     for variant, whole, a, b in zip(_VARIANTS, single, first, second, strict=True):
         for name, tensor in whole[0].items():
-            assert torch.equal(_merge(name, a[0][name], b[0][name], tensor), tensor), (variant, name)
+            assert torch.equal(_merge(name, a[0][name], b[0][name]), tensor), (variant, name)
         for name, tensor in whole[1].items():
             assert torch.equal(a[1][name], b[1][name]), (variant, name)
             torch.testing.assert_close(a[1][name], tensor, rtol=1e-4, atol=1e-4, msg=f"{variant} {name}")
         for name, tensor in whole[2].items():
-            merged = _merge(name, a[2][name], b[2][name], tensor)
+            merged = _merge(name, a[2][name], b[2][name])
             torch.testing.assert_close(merged, tensor, rtol=1e-3, atol=1e-5, msg=f"{variant} {name}")
 
 
-def _flags(_rank: int, _world: int) -> dict[str, tuple[bool, int]]:
-    model = build_gpt(small_config(tensor=2), initialize_parallel(2, 5.0))
+def _flags(_rank: int, _world: int) -> dict[str, tuple[bool, int | None]]:
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
-    return {name: (is_model_parallel_parameter(p), p.numel()) for name, p in model.named_parameters()}
+    model = build_gpt(small_config(tensor=2, tie_embeddings=False), initialize_parallel(2, 5.0))
+    return {
+        name: (is_model_parallel_parameter(p), p.partition_dim if is_model_parallel_parameter(p) else None)
+        for name, p in model.named_parameters()
+    }
 
 
-def test_deepspeed_sees_which_parameters_are_split() -> None:
-    flags = run_ranks(_flags, 2)[0]
-    whole = {name: p.numel() for name, p in _one_rank_model_parameters()}
-    for name, (split, size) in flags.items():
-        assert split == (size < whole[name]), name
-        if parameter_kind(name) in ("norm", "positions"):
-            assert not split
-
-
-def _one_rank_model_parameters() -> list[tuple[str, torch.Tensor]]:
-    (state,) = run_ranks(_state, 1)
-    return list(state.items())
-
-
-def _state(_rank: int, _world: int) -> Tensors:
-    return dict(build_gpt(small_config(), initialize_parallel(1, 5.0)).state_dict())
+def test_deepspeed_and_megatron_see_the_same_parameters_split() -> None:
+    for name, (split, dimension) in run_ranks(_flags, 2)[0].items():
+        assert split == (split_dimension(name) is not None), name
+        assert dimension == split_dimension(name), name
 
 
 def _dropout(_rank: int, _world: int, rates: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Tensors]:

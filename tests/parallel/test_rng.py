@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import Layout, initialize_parallel
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from tests.ranks import run_ranks, single_rank
@@ -112,3 +113,12 @@ def test_state_restores_everything_random_through_a_file(layout: Layout) -> None
     file.seek(0)
     restored.set_rng_state(torch.load(file, weights_only=True))
     assert [draw_all(restored) for _ in range(3)] == expected
+
+
+def test_the_state_of_another_kind_of_device_is_refused_and_changes_nothing(layout: Layout) -> None:
+    streams = seed_streams(7, layout, _CPU)
+    state = streams.rng_state()
+    foreign = state | {"replicated": torch.zeros(16, dtype=torch.uint8), "python": random.Random(1).getstate()}
+    with pytest.raises(UserError, match="not one of a cpu generator"):
+        streams.set_rng_state(foreign)
+    assert random.getstate() == state["python"]
