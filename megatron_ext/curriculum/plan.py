@@ -22,9 +22,6 @@ from megatron_ext.errors import UserError
 
 Tail = Literal["truncate", "recycle"]
 
-_MOST_TOKENS = 2**53
-"""Integers up to here are exact in float64, in which shares of tokens are computed."""
-
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -91,11 +88,6 @@ class TrainingPlan:
         stretches = climb(lengths, batch_sizes)
         segments = cut(stretches, training.duration)
         _check_warmups_end(stretches, segments, training.duration)
-        if segments[-1].end_tokens > _MOST_TOKENS:
-            raise UserError(
-                f"training.duration {training.duration} comes to {segments[-1].end_tokens:,} tokens, more than can be "
-                f"counted ({_MOST_TOKENS:,}): shorten the run"
-            )
         tail = config.data.tail
         if tail == "recycle":
             segments = tuple(_recycled(segment, training.seq_len) for segment in segments)

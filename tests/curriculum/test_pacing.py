@@ -37,7 +37,7 @@ def test_rising_is_the_formula_at_every_step(start: int, jumps: int, multiple: i
 
 
 def test_thresholds_stay_exact_where_floats_do_not() -> None:
-    total = 10**18 + 1
+    total = 2**53 - 1
     ladder = rising(8, 1024, multiple=8, duration=Duration(steps=total), degree=3)
     assert ladder[1].begins == -(-total * 8**3 // 1016**3)
     assert ladder[-1].begins == total
