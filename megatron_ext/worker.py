@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_ext.config.loading import load_config
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.environment import prepare_accelerator, rank_info
+from megatron_ext.runtime.environment import prepare_deepspeed, rank_info
+from megatron_ext.runtime.log import configure_logging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,18 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(path: Path, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     info = rank_info()
+    configure_logging(info.rank, log_file=config.run_dir / "log.txt")
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
 
     device = select_device(info.local_rank)
-    prepare_accelerator(device.accelerator)
+    prepare_deepspeed(info, device.accelerator)
 
-    from megatron_ext.runtime.log import configure_logging
     from megatron_ext.runtime.process_group import process_group
     from megatron_ext.runtime.signals import stop_on_signal
     from megatron_ext.train import train
 
-    configure_logging(info.rank, log_file=config.run_dir / "log.txt")
     with process_group(info, device, timeout_minutes=config.parallel.timeout_minutes) as processes:
         try:
             with stop_on_signal() as stop:

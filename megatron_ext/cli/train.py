@@ -1,17 +1,18 @@
 """``train``: one run through the deepspeed launcher on this machine."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_ext.cli.common import ConfigPath, Overrides
+
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The run's JSON file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. training.batch_size=8."),
-    ] = None,
+    config: ConfigPath,
+    *,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None,
         typer.Option("--nproc", min=1, help="Ranks on this machine; by default one per GPU, or one on a CPU."),
@@ -27,17 +28,27 @@ def command(
 
     Example: megatron-ext train configs/demo/shakespeare.json --nproc 2 --set name=first
     """
+    raise typer.Exit(start(config, overrides or (), nproc=nproc, master_port=master_port))
+
+
+def start(
+    config: Path, overrides: Sequence[str] = (), *, nproc: int | None = None, master_port: int | None = None
+) -> int:
+    """Check the config, start the ranks, and return the run's exit status.
+
+    Raises:
+        UserError: the config is wrong, the port is taken, or the launcher is not installed.
+    """
     from megatron_ext.config.loading import load_config
     from megatron_ext.curriculum.plan import TrainingPlan
     from megatron_ext.runtime.device import gpu_names
     from megatron_ext.runtime.launcher import LaunchOptions, launch
 
     # What is wrong with the config is told here, before ranks start.
-    run = load_config(config, overrides or ())
-    TrainingPlan.from_config(run)
+    TrainingPlan.from_config(load_config(config, overrides))
     gpus = len(gpu_names())
     options = LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus, master_port=master_port)
     arguments = [str(config)]
-    for override in overrides or ():
+    for override in overrides:
         arguments += ["--set", override]
-    raise typer.Exit(launch(options, arguments))
+    return launch(options, arguments)

@@ -62,6 +62,8 @@ class TrainEngine:
             raise UserError(
                 'optimizer.implementation "deepspeed_fused" needs a GPU and this machine shows none; use "auto"'
             )
+        if config.training.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise UserError('training.precision "fp16" is not supported by this device; use "bf16" or "fp32"')
         _skip_shared_memory_build()
         self._layout = layout
         self._device = device

@@ -52,13 +52,16 @@ def rank_info() -> RankInfo:
     )
 
 
-def prepare_accelerator(accelerator: str) -> None:
-    """Tell DeepSpeed which accelerator to use ("cpu" or "cuda"); call before anything imports it.
+def prepare_deepspeed(info: RankInfo, accelerator: str) -> None:
+    """Set what DeepSpeed reads from the environment; call before anything imports it.
 
-    DeepSpeed probes for devices at import and, where it finds none, falls back in ways that differ between releases.
-    A choice that the user made in the environment stays.
+    Args:
+        info: Place of this process, for one that no launcher started.
+        accelerator: "cpu" or "cuda". DeepSpeed probes for devices at import and, where it finds none, falls back in
+            ways that differ between releases. A choice that the user made in the environment stays.
     """
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
+    os.environ.setdefault("LOCAL_RANK", str(info.local_rank))
 
 
 def _text(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -9,6 +10,15 @@ LOGGER = logging.getLogger("megatron_ext")
 
 # Libraries that print a page at start; what they warn about still comes through.
 _CHATTY = ("DeepSpeed", "deepspeed", "torch.distributed", "megatron")
+
+# Python warnings that are about how those libraries call others, and that no user of ours can act on.
+_NOT_FOR_USERS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    ".*all_gather_into_tensor. is deprecated",
+    ".*reduce_scatter_tensor. is deprecated",
+)
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
@@ -21,7 +31,7 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
 
 
 def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
-    """Set up this process's log.
+    """Set up this process's log; call before torch.distributed, DeepSpeed and megatron-core are imported.
 
     Args:
         rank: Global rank; 0 logs from INFO on, the others from WARNING on with their rank in the line.
@@ -41,3 +51,5 @@ def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
         handler.setFormatter(formatter)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)

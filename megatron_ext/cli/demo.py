@@ -1,0 +1,78 @@
+"""``demo``: from nothing to a trained GPT, its perplexity, a sample and a picture, in minutes on a laptop."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_ext.cli import generate, preprocess, report, tokenizer, train
+
+if TYPE_CHECKING:
+    from megatron_ext.config.run import RunConfig
+
+_PROMPT = "ROMEO"
+
+
+def command(
+    config: Annotated[Path, typer.Option(help="The run to make.")] = Path("configs/demo/shakespeare.json"),
+    *,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together.")] = 2,
+) -> None:
+    """Train a small GPT with Sequence Length Warmup on real text, through the deepspeed launcher.
+
+    Prints each command before it runs it. Text, vocabulary and token files are made at the first call and kept; a run that was
+    interrupted goes on. Remove the run's directory to start over.
+
+    Example: megatron-ext demo
+    """
+    from megatron_ext.config.loading import load_config
+
+    run = load_config(config)
+    _make_data(run)
+    _say(f"train {config} --nproc {nproc}")
+    status = train.start(config, nproc=nproc)
+    if status:
+        raise typer.Exit(status)
+    _say(f'generate {run.run_dir} --prompt "{_PROMPT}"')
+    generate.command(run.run_dir, prompt=_PROMPT)
+    _say(f"report {run.run_dir}")
+    report.command([run.run_dir])
+    _summary(run)
+
+
+def _make_data(run: "RunConfig") -> None:
+    from megatron_ext.data.corpus import write_demo_corpus
+
+    assert run.data.sources is not None, "the demo's config names one source"
+    prefix, vocabulary = Path(run.data.sources[0].prefix), Path(run.data.tokenizer)
+    text = prefix.with_suffix(".jsonl")
+    if not text.exists():
+        summary = write_demo_corpus(text)
+        typer.echo(f"{text}: {summary.source}, {summary.documents:,} documents, {summary.characters:,} characters")
+    if not vocabulary.exists():
+        _say(f"tokenizer train {text} --vocab-size {run.model.vocab_size} --output {vocabulary}")
+        tokenizer.train([text], vocab_size=run.model.vocab_size, output=vocabulary)
+    if not prefix.with_suffix(".idx").exists():
+        _say(f"preprocess {text} --output {prefix} --tokenizer {vocabulary} --workers 2")
+        preprocess.command([text], output=prefix, tokenizer=str(vocabulary), workers=2)
+
+
+def _summary(run: "RunConfig") -> None:
+    import math
+
+    from megatron_ext.metrics.jsonl import read_metrics
+
+    metrics = read_metrics(run.run_dir)
+    first, last = metrics.train[0], metrics.evaluations[-1]
+    uniform = math.log(run.model.vocab_size)
+    typer.echo(
+        f"\nLengths {first.seq_len} to {metrics.train[-1].seq_len} over {len(metrics.train)} steps, "
+        f"{last.tokens:,} tokens.\n"
+        f"Validation loss {last.loss:.3f} ({last.loss / uniform:.0%} of ln(vocabulary) = {uniform:.3f}), "
+        f"perplexity {last.perplexity:.1f}.\n"
+        f"Picture: {run.run_dir / 'report.png'}"
+    )
+
+
+def _say(arguments: str) -> None:
+    typer.echo(f"\n$ megatron-ext {arguments}", err=True)

@@ -1,0 +1,124 @@
+"""A run that stops and goes on in another process is, bit for bit, the run that never stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ext.checkpoint.checkpointer import Checkpointer
+from megatron_ext.config.run import RunConfig
+from megatron_ext.errors import UserError
+from megatron_ext.parallel.groups import destroy_parallel
+from megatron_ext.runtime.environment import rank_info
+from megatron_ext.runtime.process_group import Processes
+from tests.engine.training import Curve, Setup, run_steps, set_up, small_config
+from tests.ranks import run_ranks
+
+STOP = 13  # in the middle of the length warmup, and of Adam's own warmup
+
+
+def checkpointer_of(setup: Setup) -> Checkpointer:
+    group = dist.new_group(backend="gloo")
+    processes = Processes(info=rank_info(), host_group=group, store=dist.HashStore())
+    return Checkpointer(setup.config, setup.engine, streams=setup.streams, layout=setup.layout, processes=processes)
+
+
+def whole_run(_rank: int, _world_size: int, config: str) -> Curve:
+    try:
+        return run_steps(set_up(RunConfig.model_validate_json(config)))
+    finally:
+        destroy_parallel()
+
+
+def first_part(_rank: int, _world_size: int, config: str) -> Curve:
+    try:
+        setup = set_up(RunConfig.model_validate_json(config))
+        curve = run_steps(setup, 0, STOP)
+        tokens = setup.plan.tokens_at_step(STOP)
+        checkpointer_of(setup).save(step=STOP, tokens=tokens, loss_ratio={"lowest": curve.losses[-1]})
+        return curve
+    finally:
+        destroy_parallel()
+
+
+def second_part(_rank: int, _world_size: int, config: str) -> Curve:
+    try:
+        setup = set_up(RunConfig.model_validate_json(config))
+        manifest = checkpointer_of(setup).resume()
+        assert manifest is not None
+        assert manifest.step == STOP
+        assert manifest.tokens == setup.plan.tokens_at_step(STOP)
+        return run_steps(setup, manifest.step)
+    finally:
+        destroy_parallel()
+
+
+def refusal(_rank: int, _world_size: int, config: str) -> str:
+    try:
+        setup = set_up(RunConfig.model_validate_json(config))
+        with pytest.raises(UserError) as caught:
+            checkpointer_of(setup).resume()
+        return str(caught.value)
+    finally:
+        destroy_parallel()
+
+
+def with_dropout(tmp_path: Path, **sections: dict[str, Any]) -> str:
+    model = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    config = small_config(model=_model() | model, **sections)
+    return config.model_copy(update={"output_dir": str(tmp_path)}).model_dump_json()
+
+
+def _model() -> dict[str, Any]:
+    return small_config().model.model_dump(exclude_unset=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "precision"),
+    [
+        (1, {"zero_stage": 0}, "fp32"),
+        (2, {"zero_stage": 1}, "fp32"),
+        (2, {"zero_stage": 2}, "fp32"),
+        (2, {"zero_stage": 3}, "fp32"),
+        (2, {"zero_stage": 1, "tensor": 2}, "fp32"),
+        (2, {"zero_stage": 1}, "bf16"),
+        (2, {"zero_stage": 3}, "bf16"),
+    ],
+)
+def test_resume_is_exact(tmp_path: Path, ranks: int, parallel: dict[str, Any], precision: str) -> None:
+    training = {"seq_len": 32, "batch_size": 8, "duration": {"steps": 36}, "precision": precision}
+    config = with_dropout(tmp_path, parallel={"micro_batch_tokens": 64} | parallel, training=training)
+    whole = run_ranks(whole_run, ranks, config)[0]
+    first = run_ranks(first_part, ranks, config)[0]
+    second = run_ranks(second_part, ranks, config)[0]
+    joined = replace(
+        first,
+        **{
+            name: getattr(first, name) + getattr(second, name)
+            for name in ("losses", "grad_norms", "skipped", "seq_lens", "micro_batches")
+        },
+    )
+    assert joined == whole
+
+
+def test_another_model_and_layout_are_refused(tmp_path: Path) -> None:
+    run_ranks(first_part, 1, with_dropout(tmp_path))
+    other = with_dropout(tmp_path, learning_rate={"peak": 0.5})
+    message = run_ranks(refusal, 1, other)[0]
+    assert "learning_rate.peak is 0.01 there and 0.5 here" in message
+    assert "another name" in message
+    message = run_ranks(refusal, 2, with_dropout(tmp_path))[0]
+    assert "world_size is 1 there and 2 here" in message
+
+
+def test_damaged_file_is_named(tmp_path: Path) -> None:
+    config = with_dropout(tmp_path)
+    run_ranks(first_part, 1, config)
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step_{STOP}"
+    damaged = next(checkpoint.glob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    message = run_ranks(refusal, 1, config)[0]
+    assert str(checkpoint) in message
+    assert "move it away" in message
