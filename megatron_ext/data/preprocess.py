@@ -5,6 +5,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -118,13 +119,13 @@ class _Encoder:
 
 
 @lru_cache(maxsize=1)
-def _encoder(options: PreprocessOptions) -> _Encoder:
-    """The encoder of a process, loaded for the first chunk and kept for the others."""
+def _encoder_of_worker(options: PreprocessOptions) -> _Encoder:
+    """The encoder of a worker process, loaded for its first chunk and kept for the others."""
     return _Encoder(load_tokenizer(options.tokenizer), options.json_key, options.append_eod)
 
 
 def _encode_in_worker(options: PreprocessOptions, chunk: Chunk) -> _Encoded:
-    return _encoder(options).encode(chunk)
+    return _encoder_of_worker(options).encode(chunk)
 
 
 def _start_worker() -> None:
@@ -152,9 +153,8 @@ def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessO
         raise UserError(f"--workers {options.workers}: at least 1 is needed")
     tokenizer = load_tokenizer(options.tokenizer)
     chunks = (chunk for path in files for chunk in read_chunks(path))
-    encoder = _Encoder(tokenizer, options.json_key, options.append_eod)
-    results = map(encoder.encode, chunks) if options.workers == 1 else _in_workers(chunks, options)
-    with TokenFileWriter(output, dtype=token_dtype(tokenizer.vocab_size)) as writer:
+    encoded = _in_workers(chunks, options) if options.workers > 1 else _in_place(chunks, tokenizer, options)
+    with closing(encoded) as results, TokenFileWriter(output, dtype=token_dtype(tokenizer.vocab_size)) as writer:
         done = Progress(bytes_read=0, documents=0, tokens=0, empty=0, invalid=0)
         for result in results:
             if result.problems and not options.skip_invalid:
@@ -191,6 +191,13 @@ def _advance(done: Progress, result: _Encoded, writer: TokenFileWriter) -> Progr
         invalid=done.invalid + len(result.problems),
         first_invalid=done.first_invalid or (result.problems[0] if result.problems else None),
     )
+
+
+def _in_place(
+    chunks: Iterator[Chunk], tokenizer: Tokenizer, options: PreprocessOptions
+) -> Generator[_Encoded, None, None]:
+    encoder = _Encoder(tokenizer, options.json_key, options.append_eod)
+    yield from (encoder.encode(chunk) for chunk in chunks)
 
 
 def _in_workers(chunks: Iterator[Chunk], options: PreprocessOptions) -> Generator[_Encoded, None, None]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -86,7 +85,7 @@ def one_pass(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     folder = tmp_path_factory.mktemp("one_pass")
     builder = IndexedDatasetBuilder(str(folder / "corpus.bin"), dtype=np.uint16)
     for doc in docs:
-        builder.add_document(torch.from_numpy(doc), [len(doc)])
+        builder.add_document(doc, [len(doc)])
     builder.finalize(str(folder / "corpus.idx"))
     config = run_config({"sources": [{"prefix": str(folder / "corpus")}]}, training={"duration": {"steps": 10}})
     return _build(config).train
@@ -191,6 +190,38 @@ def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(_all(_build(run_config(data)).train), before)
     with pytest.raises(TypeError):
         _build(run_config(data, seed=99))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"training": {"seq_len": 8}},
+        {"training": {"duration": {"steps": 21}}},
+        {"training": {"duration": {"steps": 500}}},
+        {"seed": 99},
+        {"data": {"split": [50, 50, 0]}},
+        {"validation": {"samples": 3}},
+    ],
+)
+def test_an_index_of_other_settings_is_never_taken(tmp_path: Path, changed: dict[str, Any]) -> None:
+    prefix = write_tokens(tmp_path / "corpus", documents(300))
+    data = {"sources": [{"prefix": prefix}], "split": [90, 10, 0]}
+    _build(run_config(data))  # leaves its index in the cache beside the corpus
+    other = {**data, **changed.get("data", {})}
+    sections = {name: section for name, section in changed.items() if name != "data"}
+    cached = _build(run_config(other, **sections))
+    fresh = _build(run_config({**other, "index_cache": str(tmp_path / "empty")}, **sections))
+    for one, two in ((cached.train, fresh.train), (cached.valid, fresh.valid)):
+        np.testing.assert_array_equal(_all(one), _all(two))
+
+
+def test_changed_corpus_gets_a_new_index(tmp_path: Path) -> None:
+    data = {"sources": [{"prefix": str(tmp_path / "corpus")}], "split": [90, 10, 0]}
+    write_tokens(tmp_path / "corpus", documents(300))
+    _build(run_config(data))
+    write_tokens(tmp_path / "corpus", documents(300, seed=1))
+    cached, fresh = _build(run_config(data)), _build(run_config({**data, "index_cache": str(tmp_path / "empty")}))
+    np.testing.assert_array_equal(_all(cached.train), _all(fresh.train))
 
 
 def test_building_says_nothing(

@@ -164,7 +164,7 @@ def test_without_file_locks_the_second_copy_is_thrown_away(tmp_path: Path, monke
     assert len(_entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", ["missing file", "missing manifest", "cut off", "empty manifest"])
+@pytest.mark.parametrize("damage", ["missing file", "missing manifest", "cut off", "empty file", "empty manifest"])
 def test_damaged_entry_is_built_again(tmp_path: Path, damage: str) -> None:
     cache = IndexCache(tmp_path)
     cache.get(KEY, _arrays)
@@ -175,6 +175,8 @@ def test_damaged_entry_is_built_again(tmp_path: Path, damage: str) -> None:
         (entry / "manifest.json").unlink()
     elif damage == "cut off":
         os.truncate(entry / "a.npy", 500)
+    elif damage == "empty file":
+        os.truncate(entry / "a.npy", 0)
     else:
         (entry / "manifest.json").write_text("")
     _check(cache.get(KEY, _arrays))

@@ -3,11 +3,11 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ext.data.preprocess import PreprocessOptions, preprocess, preprocess_steps
@@ -41,7 +41,7 @@ def _megatron_files(prefix: Path, tokenizer: Tokenizer, texts: list[str]) -> Non
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     for text in texts:
         ids = [*tokenizer.encode(text), tokenizer.eod]
-        builder.add_document(torch.tensor(ids), [len(ids)])
+        builder.add_document(np.array(ids), [len(ids)])
     builder.finalize(f"{prefix}.idx")
 
 
@@ -123,9 +123,10 @@ def test_broken_line_is_named_and_nothing_is_left(
     lines[150] = "{}"
     source.write_text("\n".join(lines))
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"a\.jsonl, line 42: broken JSON.*--skip-invalid"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 42: broken JSON.*--skip-invalid") as caught:
         preprocess((source,), out / "x", PreprocessOptions(tokenizer=tokenizer_path, workers=workers))
     assert list(out.iterdir()) == []
+    assert multiprocessing.active_children() == [], caught  # while the error, and so its stack, is still held
 
     options = PreprocessOptions(tokenizer=tokenizer_path, workers=workers, skip_invalid=True)
     done = preprocess((source,), out / "x", options)

@@ -106,7 +106,7 @@ def test_empty_corpora(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"e\.idx: empty corpus, it holds no document"):
         open_source(str(tmp_path / "e"))
     builder = IndexedDatasetBuilder(str(tmp_path / "e.bin"), dtype=np.uint16)
-    builder.add_document(torch.tensor([], dtype=torch.int32), [0])
+    builder.add_document(np.array([], dtype=np.int32), [0])
     builder.finalize(str(tmp_path / "e.idx"))
     with pytest.raises(UserError, match="empty corpus, it holds no token"):
         open_source(str(tmp_path / "e"))
@@ -151,7 +151,7 @@ def test_changed_tokens_are_scanned_again(prefix: str, cache: IndexCache) -> Non
 
 def test_negative_ids(tmp_path: Path, cache: IndexCache) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "n.bin"), dtype=np.int32)
-    builder.add_document(torch.tensor([5, -3, 7]), [3])
+    builder.add_document(np.array([5, -3, 7]), [3])
     builder.finalize(str(tmp_path / "n.idx"))
     with pytest.raises(UserError, match="negative token id -3"):
         check_tokens(open_source(str(tmp_path / "n")), tokenizer=None, vocab_size=100, cache=cache)
