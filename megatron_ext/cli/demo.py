@@ -20,8 +20,8 @@ def command(
 ) -> None:
     """Train a small GPT with Sequence Length Warmup on real text, through the deepspeed launcher.
 
-    Prints each command before it runs it. Text, vocabulary and token files are made at the first call and kept; a run that was
-    interrupted goes on. Remove the run's directory to start over.
+    Prints each command before it runs it. Text, vocabulary and token files are made at the first call and kept, and a
+    run that was interrupted goes on. Remove the run's directory to start over.
 
     Example: megatron-ext demo
     """

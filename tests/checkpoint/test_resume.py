@@ -21,7 +21,7 @@ STOP = 13  # in the middle of the length warmup, and of Adam's own warmup
 
 def checkpointer_of(setup: Setup) -> Checkpointer:
     group = dist.new_group(backend="gloo")
-    processes = Processes(info=rank_info(), host_group=group, store=dist.HashStore())
+    processes = Processes(info=rank_info(), host_group=group, store=dist.HashStore())  # type: ignore[attr-defined]
     return Checkpointer(setup.config, setup.engine, streams=setup.streams, layout=setup.layout, processes=processes)
 
 
