@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +98,19 @@ def test_sidecar_tells_what_was_written(tmp_path: Path, corpus: Path, tokenizer_
     assert sidecar.idx_sha256 == hashlib.sha256((tmp_path / "out.idx").read_bytes()).hexdigest()
 
 
+def test_largest_id_is_that_of_all_chunks(tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ext.data.reading.CHUNK_BYTES", 1)  # a chunk for every document
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "quick brown fox"}\n{"text": "!"}\n')
+    done = preprocess((source,), tmp_path / "out", PreprocessOptions(tokenizer=tokenizer_path, append_eod=False))
+    assert done.finished is not None
+    assert done.finished.max_token == np.fromfile(tmp_path / "out.bin", dtype=np.uint16).max() > 256
+
+
 def test_without_separators(tmp_path: Path, corpus: Path, tokenizer_path: str) -> None:
-    preprocess((corpus,), tmp_path / "out", PreprocessOptions(tokenizer=tokenizer_path, append_eod=False))
+    done = preprocess((corpus,), tmp_path / "out", PreprocessOptions(tokenizer=tokenizer_path, append_eod=False))
+    assert done.finished is not None
+    assert done.finished.eod is None
     tokenizer = load_tokenizer(tokenizer_path)
     assert tokenizer.eod not in np.fromfile(tmp_path / "out.bin", dtype=np.uint16)
     dataset = IndexedDataset(str(tmp_path / "out"))  # a name: its arrays are gone when it is
@@ -187,3 +200,8 @@ def test_bad_requests(tmp_path: Path, corpus: Path, tokenizer_path: str) -> None
     with pytest.raises(UserError, match="--workers 0"):
         preprocess((corpus,), tmp_path / "out", PreprocessOptions(tokenizer=tokenizer_path, workers=0))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_workers_start_without_torch() -> None:
+    code = "import sys, megatron_ext.data.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
