@@ -17,6 +17,7 @@ from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.engine.micro_batches import MicroBatch, cut_micro_batches
+from megatron_ext.metrics.positions import prefix_length
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.metrics.step_log import Measures, StepLog
@@ -91,9 +92,9 @@ def run_loop(run: Run, stop: StopRequest) -> None:
 def validate(run: Run, after: PlannedStep) -> None:
     """Record the loss at full length after a step."""
     run.log.flush()
-    loss = run.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in run.validation)
-    tokens = after.consumed_tokens + after.tokens
-    run.recorder.evaluation(EvalRecord.from_loss(step=after.step + 1, tokens=tokens, loss=loss))
+    losses = run.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in run.validation).numpy()
+    tokens, buckets = after.consumed_tokens + after.tokens, run.config.validation.position_buckets
+    run.recorder.evaluation(EvalRecord.from_positions(losses, step=after.step + 1, tokens=tokens, buckets=buckets))
 
 
 def save(run: Run, after: PlannedStep) -> None:
@@ -115,7 +116,8 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         loader = TrainLoader(datasets.train, plan, prefetch=config.data.prefetch, pin_memory=device.pin_memory, **place)
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
         streams = seed_streams(config.seed, layout, device.torch_device)
-        engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
+        model, prefix = build_gpt(config, layout, streams), prefix_length(config, plan)
+        engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
         checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
         resumed = checkpointer.resume() if config.checkpoint.resume else None
         loss_ratio = LossRatio()

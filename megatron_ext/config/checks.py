@@ -51,6 +51,11 @@ def _model_problems(config: "RunConfig") -> Iterator[str]:
             f"(model.vocab_size {model.vocab_size} padded to model.vocab_multiple {model.vocab_multiple}): "
             f"write model.vocab_multiple {math.lcm(model.vocab_multiple, tensor)}"
         )
+    if (config.metrics.prefix or 0) > config.training.seq_len:
+        yield (
+            f"metrics.prefix is {config.metrics.prefix}, more than training.seq_len {config.training.seq_len}: "
+            f"write at most {config.training.seq_len}, or null for the first length of the run"
+        )
     if config.training.seq_len > config.max_positions:
         yield (
             f"training.seq_len is {config.training.seq_len}, more than model.max_position_embeddings "

@@ -7,6 +7,7 @@ from pydantic import Field
 from megatron_ext.config.base import (
     Duration,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -85,6 +86,9 @@ class ValidationConfig(Section):
     samples: PositiveInt = 256
     """Full-length sequences per validation, the same ones each time."""
 
+    position_buckets: bool = True
+    """Also record the loss by position in the sequence, in buckets whose edges are 0, 8, 16, 32, ..., seq_len."""
+
 
 class CheckpointConfig(Section):
     """What is kept on disk."""
@@ -113,6 +117,10 @@ class MetricsConfig(Section):
 
     peak_tflops: NonNegativeFloat = 0.0
     """Peak rate of one device at the run's precision, for the model FLOPs utilization; 0: mfu is not reported."""
+
+    prefix: NonNegativeInt | None = None
+    """Also record the training loss over the first this many tokens of every sequence, so that steps of different
+    lengths compare; None takes the run's first length, 0 turns it off."""
 
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""

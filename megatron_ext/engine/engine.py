@@ -33,6 +33,9 @@ class StepResult:
     skipped: bool
     """Whether fp16 overflowed and the weights were left alone."""
 
+    prefix_loss: torch.Tensor | None = None
+    """Mean over the first ``prefix`` tokens of every sequence of the global batch; None where it is not measured."""
+
 
 class TrainEngine:
     """The model under DeepSpeed with our own accumulation boundary and loss normalization.
@@ -46,7 +49,9 @@ class TrainEngine:
     micro-batches of any and unequal size. Tensor-parallel ranks hold the same tokens and are not averaged over.
     """
 
-    def __init__(self, config: RunConfig, model: torch.nn.Module, *, layout: Layout, device: Device) -> None:
+    def __init__(
+        self, config: RunConfig, model: torch.nn.Module, *, layout: Layout, device: Device, prefix: int = 0
+    ) -> None:
         """Hand the model to DeepSpeed.
 
         Args:
@@ -54,6 +59,7 @@ class TrainEngine:
             model: ``model(tokens, labels)`` gives per-token losses, float32 [sequences, seq_len].
             layout: This rank's place.
             device: This rank's device.
+            prefix: First positions of a sequence whose mean loss is measured beside the loss; 0: not.
 
         Raises:
             UserError: the chosen optimizer kernel cannot run here.
@@ -67,6 +73,7 @@ class TrainEngine:
         _skip_shared_memory_build()
         self._layout = layout
         self._device = device
+        self._prefix = prefix
         settings = deepspeed_config(config, data_size=layout.data_size)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -91,39 +98,51 @@ class TrainEngine:
             global_tokens: N above, over all ranks.
             lr: Learning rate of this step.
         """
-        total = torch.zeros((), dtype=torch.float32, device=self._device.torch_device)
+        totals = torch.zeros(2, dtype=torch.float32, device=self._device.torch_device)
         scale = self._layout.data_size / global_tokens
         for micro_batch in micro_batches:
             tokens, labels = self._to_device(micro_batch)
-            loss = self._engine(tokens, labels).sum() * scale
+            losses = self._engine(tokens, labels)
+            loss = losses.sum() * scale
             self._engine.backward(loss, scale_wrt_gas=False)
-            total += loss.detach()
+            totals[0] += loss.detach()
+            if self._prefix:
+                # The mean is over fewer tokens by the share of a sequence that the prefix is.
+                first = losses.detach()[:, : self._prefix]
+                totals[1] += first.sum() * (scale * losses.shape[1] / first.shape[1])
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._layout.data_group)
+        dist.all_reduce(totals, op=dist.ReduceOp.SUM, group=self._layout.data_group)
+        totals /= self._layout.data_size
         return StepResult(
-            loss=total / self._layout.data_size,
+            loss=totals[0],
             grad_norm=self._grad_norm(),
             skipped=bool(getattr(self._engine.optimizer, "overflow", False)),
+            prefix_loss=totals[1] if self._prefix else None,
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[MicroBatch, torch.Tensor]]) -> float:
-        """Return the mean loss over weighted sequences, the same value on every rank.
+    def evaluate(self, batches: Iterable[tuple[MicroBatch, torch.Tensor]]) -> torch.Tensor:
+        """Return the mean loss over weighted sequences at each position, the same on every rank.
 
         Args:
-            batches: Micro-batches, as many as on every other rank, each with float weights [sequences] (0: padding).
+            batches: Micro-batches of one length, as many as on every other rank, each with float weights [sequences]
+                (0: padding).
+
+        Returns:
+            float64 [seq_len] on the CPU; its mean is the mean loss over all tokens.
         """
-        sums = torch.zeros(2, dtype=torch.float64)
+        # Sums of each position's losses, and of the weights behind them.
+        sums = torch.zeros(1, dtype=torch.float64, device=self._device.torch_device)
         with self._evaluating():
             for micro_batch, weights in batches:
                 tokens, labels = self._to_device(micro_batch)
-                losses = self._engine(tokens, labels).double().sum(dim=1).cpu()
-                sums += torch.stack(((losses * weights).sum(), weights.sum() * tokens.shape[1]))
-        sums = sums.to(self._device.torch_device)
+                weights_here = weights.to(self._device.torch_device, torch.float64)
+                losses = weights_here @ self._engine(tokens, labels).double()
+                sums = sums + torch.cat((losses, weights_here.sum().reshape(1)))
         dist.all_reduce(sums, group=self._layout.data_group)
-        return float(sums[0] / sums[1])
+        return (sums[:-1] / sums[-1]).cpu()
 
     def save(self, directory: Path, tag: str) -> None:
         """Write weights, optimizer state and loss scale of every rank to ``directory/tag``. Called by all ranks."""

@@ -24,6 +24,8 @@ class FetchedStep(Generic[Info]):
     """Mean loss, nats per token."""
     grad_norm: float | None
     """Global l2 norm of the gradient; None where it is not known."""
+    prefix_loss: float | None = None
+    """Mean loss over the first positions of every sequence; None where it was not measured."""
 
 
 class PendingSteps(Generic[Info]):
@@ -39,19 +41,26 @@ class PendingSteps(Generic[Info]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    def add(self, info: Info, *, loss: Tensor | float, grad_norm: Tensor | float | None) -> None:
+    def add(
+        self,
+        info: Info,
+        *,
+        loss: Tensor | float,
+        grad_norm: Tensor | float | None,
+        prefix_loss: Tensor | float | None = None,
+    ) -> None:
         """Add a finished step; tensors hold one element each, and are copied, for an engine may reuse its buffers."""
         self._infos.append(info)
-        self._values += [_keep(loss), _keep(grad_norm)]
+        self._values += [_keep(loss), _keep(grad_norm), _keep(prefix_loss)]
 
     def drain(self) -> list[FetchedStep[Info]]:
         """All steps added since the last drain, in order; waits for the device once."""
         values = fetch(self._values)
         steps = []
         for index, info in enumerate(self._infos):
-            loss, grad_norm = values[2 * index : 2 * index + 2]
+            loss, grad_norm, prefix_loss = values[3 * index : 3 * index + 3]
             assert loss is not None, "a step is added with a loss"
-            steps.append(FetchedStep(info, loss, grad_norm))
+            steps.append(FetchedStep(info, loss, grad_norm, prefix_loss))
         self._infos, self._values = [], []
         return steps
 

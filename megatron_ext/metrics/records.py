@@ -8,17 +8,22 @@ finite is therefore written as null, with its name and spelling in an object ``n
 
     {"kind": "train", "step": 7, "loss": null, ..., "non_finite": {"loss": "nan"}}
 
-(spellings: "nan", "inf", "-inf"), so that tables read it as a missing number and this module reads back the value.
+(spellings: "nan", "inf", "-inf"; item i of a list is named "position_loss[i]"), so that tables read it as a missing
+number and this module reads back the value.
 A null without an entry there means "not known" (``mfu`` without a known peak rate, ``grad_norm`` of a skipped step).
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_ext.errors import UserError
+from megatron_ext.metrics.positions import bucket_edges, bucket_means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,8 @@ class TrainRecord:
     """Model FLOPs utilization, 0..1; None where the peak rate is not known."""
     skipped: bool = False
     """The optimizer was not stepped because the gradient overflowed."""
+    prefix_loss: float | None = None
+    """Mean loss over the first ``metrics.prefix`` tokens of every sequence; None where the run does not measure it."""
     adam_var_l1: float | None = None
     """l1 norm of sqrt(Adam's second moment) over all parameters; None on steps where it was not measured."""
     adam_var_max: float | None = None
@@ -81,6 +88,19 @@ class EvalRecord:
     """Mean loss, nats per token."""
     perplexity: float
     """exp(loss)."""
+    position_edges: tuple[int, ...] | None = None
+    """Edges of position buckets [edges[i], edges[i + 1]); None where the run does not measure them."""
+    position_loss: tuple[float, ...] | None = None
+    """Mean loss in each of those buckets, nats per token."""
+
+    @classmethod
+    def from_positions(cls, losses: npt.NDArray[np.float64], *, step: int, tokens: int, buckets: bool) -> "EvalRecord":
+        """The record of a validation whose mean losses at each position are ``losses`` ([seq_len], nats per token)."""
+        record = cls.from_loss(step=step, tokens=tokens, loss=float(losses.mean()))
+        if not buckets:
+            return record
+        edges = bucket_edges(len(losses))
+        return replace(record, position_edges=edges, position_loss=bucket_means(losses, edges))
 
     @classmethod
     def from_loss(cls, *, step: int, tokens: int, loss: float) -> "EvalRecord":
@@ -105,7 +125,9 @@ class EventRecord:
 
 Record = TrainRecord | EvalRecord | EventRecord
 
-_OPTIONAL = frozenset({"adam_var_l1", "adam_var_max", "sample_ids", "offsets"})
+_LISTS = frozenset({"sample_ids", "offsets", "position_edges", "position_loss"})
+"""Fields that are lists in a line and tuples in a record."""
+_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max"}
 """Fields that a line leaves out where they are None."""
 
 _FIELDS: dict[type[TrainRecord] | type[EvalRecord], tuple[Field[object], ...]] = {
@@ -136,11 +158,16 @@ def encode(record: Record) -> str:
             value = getattr(record, name)
             if value is not None or name not in _OPTIONAL:
                 line[name] = value
-    non_finite = {
-        name: str(value) for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)
-    }
+    non_finite: dict[str, str] = {}
+    for name, value in list(line.items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            non_finite[name] = str(value)
+            line[name] = None
+        elif name == "position_loss" and isinstance(value, tuple) and not math.isfinite(sum(value)):
+            bad = {index: str(item) for index, item in enumerate(value) if not math.isfinite(item)}
+            non_finite.update({f"{name}[{index}]": spelling for index, spelling in bad.items()})
+            line[name] = [None if index in bad else item for index, item in enumerate(value)]
     if non_finite:
-        line.update(dict.fromkeys(non_finite))
         line["non_finite"] = non_finite
     return json.dumps(line, allow_nan=False)
 
@@ -156,7 +183,7 @@ def decode(line: Mapping[str, object]) -> Record | None:
     values = dict(line)
     non_finite = values.pop("non_finite", None)
     if isinstance(non_finite, dict):
-        values.update({name: float(spelling) for name, spelling in non_finite.items()})
+        values = _with_non_finite(values, non_finite)
     kind = values.pop("kind", None)
     if kind == EventRecord.kind:
         name = values.pop("name", None)
@@ -174,9 +201,23 @@ def decode(line: Mapping[str, object]) -> Record | None:
     return _build(cls, values)
 
 
+def _with_non_finite(values: dict[str, object], spelled: Mapping[str, str]) -> dict[str, object]:
+    """The values with those that are not finite put back; ``name[i]`` is item i of a list."""
+    result = dict(values)
+    for key, spelling in spelled.items():
+        name, _, index = key.rstrip("]").partition("[")
+        listed = result.get(name)
+        if not index:
+            result[name] = float(spelling)
+        elif isinstance(listed, list):
+            place = int(index)
+            result[name] = [*listed[:place], float(spelling), *listed[place + 1 :]]
+    return result
+
+
 def _build(cls: type[TrainRecord] | type[EvalRecord], values: dict[str, object]) -> TrainRecord | EvalRecord:
     known = {name: values[name] for name in _NAMES[cls] if name in values}
-    for name in ("sample_ids", "offsets"):
+    for name in _LISTS:
         listed = known.get(name)
         if isinstance(listed, list):
             known[name] = tuple(listed)

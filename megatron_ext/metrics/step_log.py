@@ -60,7 +60,7 @@ class StepLog:
         """Take a finished step; ``micro_batches`` are one rank's sizes, ``batch`` is what it read."""
         kept = batch if self._keep_sample_ids else None
         finished = _Finished(planned, result, micro_batches, kept, start, end)
-        self._pending.add(finished, loss=result.loss, grad_norm=result.grad_norm)
+        self._pending.add(finished, loss=result.loss, grad_norm=result.grad_norm, prefix_loss=result.prefix_loss)
         if len(self._pending) >= self._flush_every:
             self.flush()
 
@@ -90,6 +90,7 @@ class StepLog:
             tokens_per_s=planned.tokens / seconds,
             mfu=self._measures.flops(planned) / (seconds * peak) if peak else None,
             skipped=finished.result.skipped,
+            prefix_loss=step.prefix_loss,
             sample_ids=None if batch is None else tuple(batch.samples.tolist()),
             offsets=None if batch is None else tuple(batch.offsets.tolist()),
         )

@@ -4,6 +4,7 @@ With Sequence Length Warmup a step is no fixed amount of data: curves of runs wi
 against tokens, so both axes are kept, as two TensorBoard runs of one directory.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_ext.errors import UserError
@@ -12,6 +13,7 @@ from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
 _TAGS = {
     "loss": "train/loss",
     "loss_ratio": "train/loss_ratio",
+    "prefix_loss": "train/prefix_loss",
     "grad_norm": "train/grad_norm",
     "adam_var_l1": "train/adam_var_l1",
     "adam_var_max": "train/adam_var_max",
@@ -54,8 +56,11 @@ class TensorBoardSink:
         self._write(values, step=record.step, tokens=record.tokens)
 
     def evaluation(self, record: EvalRecord) -> None:
-        """Write the validation loss and perplexity."""
+        """Write the validation loss, overall and by position, and the perplexity."""
         values: dict[str, float | None] = {"validation/loss": record.loss, "validation/perplexity": record.perplexity}
+        if record.position_edges is not None and record.position_loss is not None:
+            for (first, end), loss in zip(pairwise(record.position_edges), record.position_loss, strict=True):
+                values[f"validation_by_position/{first}_to_{end - 1}"] = loss
         self._write(values, step=record.step, tokens=record.tokens)
 
     def event(self, record: EventRecord) -> None:
