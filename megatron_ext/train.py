@@ -64,10 +64,11 @@ def train(config: RunConfig, *, device: Device, processes: Processes, stop: Stop
 
 
 def run_loop(run: Run, stop: StopRequest) -> None:
-    """Train from ``run.first_step`` to the end of the plan, or to the step after which a rank was asked to stop."""
+    """Train from ``run.first_step`` to ``training.stop_after`` or the end of the plan, or until a rank has to stop."""
     config, plan, step = run.config, run.plan, run.first_step
+    last = plan.steps_within(config.training.stop_after)
     stopping = StopAgreement(run.processes)
-    while step < plan.steps:
+    while step < last:
         planned = plan[step]
         stopping.ask(stop.requested)
         start = mark(run.device)
@@ -78,7 +79,7 @@ def run_loop(run: Run, stop: StopRequest) -> None:
         )
         run.log.add(planned, result, micro_batches=sizes, batch=batch, start=start, end=mark(run.device))
         step += 1
-        stopped, finished = stopping.answer(), step == plan.steps
+        stopped, finished = stopping.answer(), step == last
         if finished or is_due(config.validation.every, planned):
             validate(run, planned)
         if finished or stopped or is_due(config.checkpoint.every, planned):
@@ -87,6 +88,8 @@ def run_loop(run: Run, stop: StopRequest) -> None:
             run.recorder.event("preemption", step=step, tokens=planned.consumed_tokens + planned.tokens)
             LOGGER.info("stopped after step %d of %d on request; start again to continue", step, plan.steps)
             return
+    if step < plan.steps:
+        LOGGER.info("step %d of %d: the run goes on when training.stop_after is later or null", step, plan.steps)
 
 
 def validate(run: Run, after: PlannedStep) -> None:
@@ -162,7 +165,7 @@ def open_recorder(config: RunConfig, plan: TrainingPlan, *, resumed: Manifest | 
     sinks = open_sinks(
         config.run_dir,
         config.metrics,
-        total_tokens=plan.tokens,
+        total_tokens=plan.tokens_at_step(plan.steps_within(config.training.stop_after)),
         step=step,
         tokens=tokens,
         console=Console(stderr=True),

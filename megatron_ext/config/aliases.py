@@ -42,6 +42,7 @@ _BY_KEY: Final[dict[str, tuple[str, ...]]] = {
         "train_samples",
         "max_duration",
     ),
+    "training.stop_after": ("exit_interval", "exit_after", "stop_at"),
     "training.batch_size_warmup": ("rampup_batch_size", "batch_warmup"),
     "training.precision": ("fp16", "bf16", "dtype", "mixed_precision", "params_dtype"),
     "curriculum": (
@@ -129,6 +130,7 @@ _KEY_OF: Final[dict[str, str]] = {alias: key for key, aliases in _BY_KEY.items()
 
 _HINTS: Final[dict[str, str]] = {
     "training.duration": '{"tokens": n} or {"steps": n}',
+    "training.stop_after": '{"steps": n} or {"tokens": n}',
     "training.batch_size_warmup": '{"start": sequences, "increment": sequences, "duration": {"tokens": n}}',
     "training.precision": '"fp32", "bf16" or "fp16"',
     "curriculum": '{"pacing": "linear", "start": n, "duration": {"steps": T}}',

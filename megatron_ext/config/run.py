@@ -26,6 +26,7 @@ from megatron_ext.config.training import (
 _NOT_DETERMINING: dict[str, Any] = {
     **dict.fromkeys(("name", "output_dir", "validation", "checkpoint", "metrics", "parallel"), True),
     "data": {"prefetch", "index_cache"},
+    "training": {"stop_after"},
 }
 
 

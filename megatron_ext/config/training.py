@@ -27,6 +27,11 @@ class TrainingConfig(Section):
     duration: Duration
     """The run ends with the step that reaches this many steps or tokens."""
 
+    stop_after: Duration | None = None
+    """Stop after the step that reaches this point, counted from the start of the run, with a validation and a
+    checkpoint. Lengths, batch sizes and learning rates stay those of the whole ``duration``, and the run goes on when
+    it is started again with a later point or none."""
+
     batch_size_warmup: BatchSizeWarmup | None = None
     """GPT-3's comparator to SLW; not together with a growing length."""
 

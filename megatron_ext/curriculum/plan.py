@@ -161,6 +161,13 @@ class TrainingPlan:
             raise ValueError(f"step {step:,} is outside the plan's [0, {self.steps:,}]")
         return tokens_after(self.segments, step)
 
+    def steps_within(self, part: Duration | None) -> int:
+        """Steps of the run up to and including the one that reaches ``part``; all steps with None or a longer one."""
+        if part is None:
+            return self.steps
+        wanted = part.steps if part.steps is not None else steps_to_reach(self.segments, part.tokens or 0)
+        return min(wanted, self.steps)
+
     def arrays(self) -> PlanArrays:
         """All steps at once, for plots and sums."""
         parts = [self._columns(seg, np.arange(seg.first_step, seg.end_step)) for seg in self.segments]

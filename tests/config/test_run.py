@@ -47,6 +47,7 @@ def test_what_changes_the_run_changes_its_digest(changes: dict[str, Any]) -> Non
         {"checkpoint": {"keep_last": 1}},
         {"metrics": {"log_every": 1}},
         {"data": {"prefetch": 0, "index_cache": "/tmp/cache"}},
+        {"training": {"stop_after": {"steps": 5}}},
     ],
 )
 def test_layout_and_bookkeeping_do_not(changes: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.config.base import Duration
 from megatron_ext.curriculum.plan import PlanArrays, TrainingPlan
 from megatron_ext.errors import UserError
 from tests.curriculum.runs import Case, cases, property_test, run_config
@@ -279,3 +280,15 @@ def test_plan_json_holds_segments_and_totals() -> None:
 def test_importing_the_package_leaves_torch_alone() -> None:
     code = "import sys, megatron_ext.curriculum.sampler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@property_test
+@given(cases(), st.integers(1, 10**7))
+def test_steps_within_a_part_are_the_fewest_that_reach_it(case: Case, amount: int) -> None:
+    plan = TrainingPlan.from_config(case.config)
+    assert plan.steps_within(None) == plan.steps
+    assert plan.steps_within(Duration(steps=amount)) == min(amount, plan.steps)
+    steps = plan.steps_within(Duration(tokens=amount))
+    assert 1 <= steps <= plan.steps
+    assert steps == plan.steps or plan.tokens_at_step(steps) >= amount
+    assert plan.tokens_at_step(steps - 1) < amount
