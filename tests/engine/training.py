@@ -1,6 +1,6 @@
 """A small training run on made-up tokens, for tests that compare layouts, precisions and micro-batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Curve:
     skipped: list[bool]
     seq_lens: list[int]
     micro_batches: list[tuple[int, ...]]
+    prefix_losses: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Setup:
     engine: TrainEngine
 
 
-def set_up(config: RunConfig) -> Setup:
+def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
     """Build everything on an initialized process group."""
     layout = initialize_parallel(config.parallel.tensor, 2.0)
     streams = seed_streams(config.seed, layout, CPU.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=CPU)
+    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=CPU, prefix=prefix)
     return Setup(config, TrainingPlan.from_config(config), layout, streams, engine)
 
 
@@ -90,6 +91,7 @@ def run_steps(setup: Setup, first: int = 0, last: int | None = None) -> Curve:
         curve.skipped.append(result.skipped)
         curve.seq_lens.append(planned.seq_len)
         curve.micro_batches.append(sizes)
+        curve.prefix_losses.append(None if result.prefix_loss is None else float(result.prefix_loss))
     return curve
 
 

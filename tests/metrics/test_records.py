@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,8 +52,17 @@ train_records = st.builds(
 )
 
 
-@given(train_records)
-def test_every_value_survives_strict_json(record: TrainRecord) -> None:
+eval_records = st.builds(
+    lambda losses, loss: EvalRecord(
+        step=1, tokens=8, loss=loss, perplexity=1.0, position_edges=(0, 8), position_loss=tuple(losses)
+    ),
+    st.lists(numbers, max_size=4),
+    numbers,
+)
+
+
+@given(train_records | eval_records)
+def test_every_value_survives_strict_json(record: TrainRecord | EvalRecord) -> None:
     def refuse(constant: str) -> float:
         raise AssertionError(f"{constant} is not JSON")
 
@@ -92,6 +102,23 @@ def test_non_finite_values_are_null_and_named() -> None:
     assert line["loss_ratio"] is None
     assert line["non_finite"] == {"loss": "nan", "loss_ratio": "inf"}
     assert "non_finite" not in json.loads(encode(train_record(mfu=None)))
+
+
+def test_the_fields_of_an_eval_line() -> None:
+    losses = np.array([4.0] * 8 + [2.0] * 4)
+    line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
+    assert line.pop("perplexity") == pytest.approx(math.exp(40 / 12))
+    assert line.pop("loss") == pytest.approx(40 / 12)
+    buckets = {"position_edges": [0, 8, 12], "position_loss": [4.0, 2.0]}
+    assert line == {"kind": "eval", "step": 2, "tokens": 64, **buckets}
+    assert "position_loss" not in encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=False))
+
+
+def test_non_finite_items_of_a_list_are_null_and_named() -> None:
+    losses = np.array([4.0] * 8 + [math.nan] + [2.0] * 7)
+    line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
+    assert line["position_loss"] == [4.0, None]
+    assert line["non_finite"] == {"loss": "nan", "perplexity": "nan", "position_loss[1]": "nan"}
 
 
 def test_perplexity_of_a_loss() -> None:
