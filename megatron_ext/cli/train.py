@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_ext.cli.common import ConfigPath, Overrides
+
+if TYPE_CHECKING:
+    from megatron_ext.runtime.signals import StopRequest
 
 
 def command(
@@ -32,9 +35,14 @@ def command(
 
 
 def start(
-    config: Path, overrides: Sequence[str] = (), *, nproc: int | None = None, master_port: int | None = None
+    config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    nproc: int | None = None,
+    master_port: int | None = None,
+    stop: "StopRequest | None" = None,
 ) -> int:
-    """Check the config, start the ranks, and return the run's exit status.
+    """Check the config, start the ranks, and return the run's exit status; ``stop`` is told of signals.
 
     Raises:
         UserError: the config is wrong, the port is taken, or the launcher is not installed.
@@ -51,4 +59,4 @@ def start(
     arguments = [str(config)]
     for override in overrides:
         arguments += ["--set", override]
-    return launch(options, arguments)
+    return launch(options, arguments, stop=stop)

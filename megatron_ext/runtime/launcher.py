@@ -21,6 +21,7 @@ from types import FrameType
 import psutil
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.signals import StopRequest
 
 _WORKER = "megatron_ext.worker"
 _POLL_SECONDS = 0.2
@@ -38,23 +39,32 @@ class LaunchOptions:
     """Port of the rendezvous; None takes a free one."""
 
 
-def launch(options: LaunchOptions, worker_arguments: Sequence[str]) -> int:
+def launch(options: LaunchOptions, worker_arguments: Sequence[str], *, stop: StopRequest | None = None) -> int:
     """Run the training worker on ``options.ranks`` local ranks and return its exit status.
+
+    Args:
+        options: where the ranks run.
+        worker_arguments: what each rank is started with.
+        stop: is told of the signals that arrive meanwhile, for a caller that has something to do after this run.
 
     Raises:
         UserError: the launcher is not installed, or the port is taken.
     """
     command = launch_command(options, worker_arguments)
     process = subprocess.Popen(command, env=_environment(options), start_new_session=True)
-    passed_on: list[int] = []
+    received = StopRequest() if stop is None else stop
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        passed_on.append(number)
+        received.receive(number)
         _signal_ranks(process.pid, signal.SIGTERM)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    reached = False
     try:
         while process.poll() is None:
+            if received.requested and not reached:
+                # The first signal may have come before there was a rank to take it.
+                reached = _signal_ranks(process.pid, signal.SIGTERM)
             time.sleep(_POLL_SECONDS)
     finally:
         for number, handler in previous.items():
@@ -113,12 +123,16 @@ def _environment(options: LaunchOptions) -> dict[str, str]:
     return environment
 
 
-def _signal_ranks(launcher_pid: int, number: int) -> None:
+def _signal_ranks(launcher_pid: int, number: int) -> bool:
+    """Send the signal to all ranks; whether there was one."""
+    reached = False
     with suppress(psutil.Error):
         for child in psutil.Process(launcher_pid).children(recursive=True):
             with suppress(psutil.Error):
                 if _is_rank(child):
                     child.send_signal(number)
+                    reached = True
+    return reached
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -17,7 +17,8 @@ class StopRequest:
         """Whether a signal has arrived."""
         return self.signal_name is not None
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """Take a signal: the handler that ``stop_on_signal`` installs."""
         self.signal_name = self.signal_name or signal.Signals(number).name
 
 
@@ -26,7 +27,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
     """Catch SIGTERM and SIGINT while the body runs, then restore what was there before."""
     request = StopRequest()
     caught = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, request._receive) for number in caught}
+    previous = {number: signal.signal(number, request.receive) for number in caught}
     try:
         yield request
     finally:
