@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ext.config.adaptive_checks import adaptive_problems
 from megatron_ext.config.deepspeed_passthrough import passthrough_problems
 from megatron_ext.config.schedule_checks import schedule_problems
 
@@ -18,6 +19,7 @@ def check_run(config: "RunConfig") -> None:
         *_parallel_problems(config),
         *_data_problems(config),
         *schedule_problems(config),
+        *adaptive_problems(config),
         *passthrough_problems(config.deepspeed, config),
     ]
     if problems:

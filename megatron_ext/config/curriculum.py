@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import Duration, PositiveInt, Section
+from megatron_ext.config.base import Duration, NonNegativeFloat, PositiveInt, Section
 
 
 class ConstantPacing(Section):
@@ -14,7 +14,7 @@ class ConstantPacing(Section):
     """Selects this pacing."""
 
 
-class _Growing(Section):
+class _Rising(Section):
     start: PositiveInt
     """Length of the first step, in tokens; a multiple of ``multiple`` (paper: 8 for millions, 64 for billions of
     parameters)."""
@@ -25,6 +25,8 @@ class _Growing(Section):
     multiple: PositiveInt = 8
     """Lengths are floored to a multiple of this (8 keeps Tensor Cores aligned)."""
 
+
+class _Growing(_Rising):
     duration: Duration
     """T of the paper: the length reaches ``end`` at this step or token count."""
 
@@ -69,7 +71,54 @@ class DiscretePacing(Section):
     """Every stage's length is a multiple of this."""
 
 
-CurriculumConfig = Annotated[ConstantPacing | LinearPacing | RootPacing | DiscretePacing, Field(discriminator="pacing")]
+class AdaptivePacing(_Rising):
+    """The length grows while training is calm, holds or steps back while it is not, between two linear plans."""
+
+    pacing: Literal["adaptive"]
+    """Selects this pacing."""
+
+    fastest: Duration
+    """T of the linear plan that the length never exceeds."""
+
+    slowest: Duration
+    """T of the linear plan below which the length never falls, in the unit of ``fastest`` and at least as long; it
+    bounds the steps that the run takes."""
+
+    interval: PositiveInt = 20
+    """Steps between decisions."""
+
+    smoothing: PositiveInt = 5
+    """Losses are judged as the median of this many steps, so that the noise of single batches does not decide; at most
+    ``interval``."""
+
+    hold_above: Annotated[float, Field(gt=1)] = 1.1
+    """The length does not grow where the ratio of the median loss to the lowest one reached before was above this in
+    the interval."""
+
+    back_above: Annotated[float, Field(gt=1)] = 1.3
+    """The length steps back where that ratio was above this and has not fallen since the decision before; at least
+    ``hold_above``."""
+
+    variance_above: NonNegativeFloat = 0.0
+    """The length does not grow where the largest element of sqrt(Adam's second moment) was above this many times its
+    running median in the interval; 0: not looked at. Seen only at steps where that variance is measured."""
+
+    growth: PositiveInt | None = None
+    """Multiples that a decision to grow adds; by default twice what the fastest plan adds in an interval, so that a
+    run that was held catches up."""
+
+    back: PositiveInt | None = None
+    """Multiples that a step back takes off; by default as many as ``growth``."""
+
+    def bound(self, which: Literal["fastest", "slowest"]) -> LinearPacing:
+        """One of the two linear plans."""
+        duration = self.fastest if which == "fastest" else self.slowest
+        return LinearPacing(pacing="linear", start=self.start, end=self.end, multiple=self.multiple, duration=duration)
+
+
+CurriculumConfig = Annotated[
+    ConstantPacing | LinearPacing | RootPacing | DiscretePacing | AdaptivePacing, Field(discriminator="pacing")
+]
 
 
 class BatchSizeWarmup(Section):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_ext.config.base import MAX_COUNT, Duration
-from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing, LinearPacing, RootPacing
+from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, DiscretePacing, LinearPacing, RootPacing
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
@@ -20,6 +20,9 @@ def schedule_problems(config: "RunConfig") -> Iterator[str]:
     if isinstance(curriculum, LinearPacing | RootPacing):
         yield from _growing_problems(curriculum, full=config.training.seq_len)
         yield from _too_long("curriculum.duration", curriculum.duration, config=config)
+    if isinstance(curriculum, AdaptivePacing):
+        yield from _growing_problems(curriculum, full=config.training.seq_len)
+        yield from _too_long("curriculum.slowest", curriculum.slowest, config=config)
     if isinstance(curriculum, DiscretePacing):
         yield from _discrete_problems(curriculum, full=config.training.seq_len)
         yield from _too_long("the sum of curriculum.stages", _total(curriculum), config=config)
@@ -58,7 +61,7 @@ def _no_multiple(key: str, value: int, multiple: int, *, most: int) -> Iterator[
     yield f"{key} is {value}, which is no multiple of curriculum.multiple {multiple}: {advice}"
 
 
-def _growing_problems(curriculum: LinearPacing | RootPacing, *, full: int) -> Iterator[str]:
+def _growing_problems(curriculum: LinearPacing | RootPacing | AdaptivePacing, *, full: int) -> Iterator[str]:
     start, multiple = curriculum.start, curriculum.multiple
     end = full if curriculum.end is None else curriculum.end
     end_key = "training.seq_len (where the curriculum ends)" if curriculum.end is None else "curriculum.end"

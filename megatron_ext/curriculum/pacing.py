@@ -13,11 +13,13 @@ Sources: the paper's section 4 (linear), the DeepSpeed curriculum learning tutor
 Megatron-LM's ``--rampup-batch-size`` (equal increments of the batch size).
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_ext.config.base import Duration
 from megatron_ext.config.curriculum import (
+    AdaptivePacing,
     BatchSizeWarmup,
     ConstantPacing,
     CurriculumConfig,
@@ -49,8 +51,11 @@ Ladder = tuple[Level, ...]
 def length_ladder(curriculum: CurriculumConfig, seq_len: int) -> Ladder:
     """Levels of the sequence length, in tokens, that ``curriculum`` asks for.
 
-    ``seq_len`` is the full length: where the growth ends unless the curriculum has an ``end`` of its own.
+    ``seq_len`` is the full length: where the growth ends unless the curriculum has an ``end`` of its own. Of adaptive
+    pacing these are the levels of its slowest plan, which are there before anything was decided.
     """
+    if isinstance(curriculum, AdaptivePacing):
+        curriculum = curriculum.bound("slowest")
     if isinstance(curriculum, ConstantPacing):
         return constant(seq_len)
     if isinstance(curriculum, DiscretePacing):
@@ -70,6 +75,15 @@ def batch_ladder(warmup: BatchSizeWarmup | None, batch_size: int) -> Ladder:
     if warmup is None:
         return constant(batch_size)
     return rising(warmup.start, batch_size, multiple=warmup.increment, duration=warmup.duration)
+
+
+def value_at(ladder: Ladder, *, step: int, tokens: int) -> int:
+    """The value for the step before which ``step`` steps are done and ``tokens`` tokens consumed.
+
+    For ladders of one unit that count from the start of the run, as ``rising`` makes them. O(log levels).
+    """
+    done = tokens if ladder[0].in_tokens else step
+    return ladder[bisect_right(ladder, done, key=_begins) - 1].value
 
 
 def constant(value: int) -> Ladder:
@@ -113,6 +127,10 @@ def _amount(duration: Duration) -> tuple[int, bool]:
         return duration.tokens, True
     assert duration.steps is not None
     return duration.steps, False
+
+
+def _begins(level: Level) -> int:
+    return level.begins
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:

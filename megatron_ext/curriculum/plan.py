@@ -7,13 +7,14 @@ depends on ranks.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from megatron_ext.config.base import Duration
+from megatron_ext.config.curriculum import AdaptivePacing
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.pacing import batch_ladder, length_ladder
 from megatron_ext.curriculum.schedule import Floats, Ints, LearningRate, learning_rate
@@ -21,6 +22,8 @@ from megatron_ext.curriculum.segments import Segment, Stretch, climb, cut, segme
 from megatron_ext.errors import UserError
 
 Tail = Literal["truncate", "recycle"]
+Bound = Literal["fastest", "slowest"]
+BOUNDS: Final[tuple[Bound, ...]] = ("fastest", "slowest")
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,33 @@ class TrainingPlan:
     tail: Tail
     """What becomes of the rest of a sample when a step is shorter (see sampler.py)."""
 
+    most_samples: int | None = None
+    """Dataset samples to provide for where the plan may still change; None: those that the segments draw."""
+
     @classmethod
     def from_config(cls, config: RunConfig) -> "TrainingPlan":
-        """The plan of a run.
+        """The plan of a run; of adaptive pacing the one that holds the length wherever it may, its slowest.
 
         Raises UserError where durations in different units contradict each other: a warmup of length, batch size or
         learning rate that does not end within the run, a cooldown that begins before the warmup ends.
         """
+        if isinstance(config.curriculum, AdaptivePacing):
+            bounds = bounding_plans(config)
+            return replace(bounds["slowest"], most_samples=_most_samples(bounds, batch_size=config.training.batch_size))
         training = config.training
         lengths = length_ladder(config.curriculum, training.seq_len)
-        batch_sizes = batch_ladder(training.batch_size_warmup, training.batch_size)
-        stretches = climb(lengths, batch_sizes)
+        stretches = climb(lengths, batch_ladder(training.batch_size_warmup, training.batch_size))
+        _check_warmups_end(stretches, cut(stretches, training.duration), training.duration)
+        return cls.from_stretches(config, stretches)
+
+    @classmethod
+    def from_stretches(cls, config: RunConfig, stretches: Sequence[Stretch]) -> "TrainingPlan":
+        """The plan of a run whose lengths and batch sizes are ``stretches``, the last one as long as the run lasts.
+
+        Raises UserError where the learning rate's durations do not fit into it.
+        """
+        training, tail = config.training, config.data.tail
         segments = cut(stretches, training.duration)
-        _check_warmups_end(stretches, segments, training.duration)
-        tail = config.data.tail
         if tail == "recycle":
             segments = tuple(_recycled(segment, training.seq_len) for segment in segments)
         return cls(
@@ -116,10 +132,12 @@ class TrainingPlan:
 
     @property
     def samples(self) -> int:
-        """Dataset samples that the run needs.
+        """Dataset samples that the run needs, at most where the plan may still change.
 
         truncate: one for every sequence. recycle: for each of the batch's lanes as many as hold the lane's tokens.
         """
+        if self.most_samples is not None:
+            return self.most_samples
         return int(self._samples_after(self.segments[-1], np.array([self.segments[-1].steps]))[0])
 
     def __len__(self) -> int:
@@ -207,6 +225,31 @@ class TrainingPlan:
         if self.tail == "truncate":
             return segment.first_samples + steps * segment.batch_size
         return _samples_of_lanes(segment.batch_size, segment.first_tokens + steps * segment.step_tokens, self.seq_len)
+
+
+def bounding_plans(config: RunConfig) -> dict[Bound, TrainingPlan]:
+    """The two linear plans between which adaptive pacing stays. Raises UserError as ``from_config`` does."""
+    curriculum = config.curriculum
+    assert isinstance(curriculum, AdaptivePacing)
+    plans: dict[Bound, TrainingPlan] = {}
+    for which in BOUNDS:
+        try:
+            plans[which] = TrainingPlan.from_config(config.model_copy(update={"curriculum": curriculum.bound(which)}))
+        except UserError as error:
+            raise UserError(f"curriculum.{which}: {error}") from None
+    return plans
+
+
+def _most_samples(bounds: Mapping[Bound, TrainingPlan], *, batch_size: int) -> int:
+    """Samples that are enough for every plan between the bounds: none has more steps than the slowest."""
+    slowest = bounds["slowest"]
+    if slowest.tail == "truncate":
+        return slowest.samples
+    if slowest.duration.tokens is None:
+        return bounds["fastest"].samples
+    # The last step begins below the budget, on a whole number of tokens a lane, and is at most of full length.
+    lane_tokens = (slowest.duration.tokens - 1) // batch_size + slowest.segments[-1].seq_len
+    return int(_samples_of_lanes(batch_size, np.array([lane_tokens * batch_size]), slowest.seq_len)[0])
 
 
 def _samples_of_lanes(batch_size: int, tokens: Ints, seq_len: int) -> Ints:

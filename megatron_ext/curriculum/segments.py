@@ -66,14 +66,14 @@ class Stretch:
         return self.first_step + -(-missing // (self.batch_size * self.seq_len))
 
 
-def climb(lengths: Ladder, batch_sizes: Ladder) -> list[Stretch]:
-    """Walk both ladders from step 0 until each is on its last level; the last stretch goes on without end.
+def climb(lengths: Ladder, batch_sizes: Ladder, *, step: int = 0, tokens: int = 0) -> list[Stretch]:
+    """Walk both ladders until each is on its last level; the last stretch goes on without end.
 
+    The walk begins at ``step``, before which ``tokens`` tokens were consumed, with the ladders' levels for that point.
     A level counted in tokens begins with the first step before which that many tokens are consumed.
     """
     stretches: list[Stretch] = []
     length, batch = _Climber(lengths), _Climber(batch_sizes)
-    step = tokens = 0
     while True:
         length, batch = length.at(step, tokens), batch.at(step, tokens)
         here = Stretch(first_step=step, first_tokens=tokens, batch_size=batch.value, seq_len=length.value)
