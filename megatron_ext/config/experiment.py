@@ -221,7 +221,7 @@ def _run_name_problems(config: ExperimentConfig) -> Iterator[str]:
     if unknown := sorted(places - _PLACES):
         yield f"run_name is {json.dumps(template)}: it may hold {{variant}}, {{seed}} and {{experiment}}, not {unknown}"
         return
-    needed = {"variant"} if len(config.variants or {"": 0, " ": 0}) > 1 else set()
+    needed = {"variant"} if config.grid is not None or len(config.variants or ()) > 1 else set()
     needed |= {"seed"} if len(config.seeds) > 1 else set()
     if missing := sorted(needed - places):
         places_missing = " and ".join(f"{{{name}}}" for name in missing)
