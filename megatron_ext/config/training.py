@@ -127,5 +127,11 @@ class MetricsConfig(Section):
     """Also record the training loss over the first this many tokens of every sequence, so that steps of different
     lengths compare; None takes the run's first length, 0 turns it off."""
 
+    adam_variance_every: NonNegativeInt = 10
+    """Steps between measurements of the gradient variance in Adam's second moment; 0: never."""
+
+    adam_variance_detail: bool = False
+    """Also record the gradient variance of each layer and of each kind of parameter."""
+
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""
