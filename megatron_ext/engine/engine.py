@@ -13,6 +13,7 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.deepspeed_config import clips_outside_engine, deepspeed_config
 from megatron_ext.engine.gradient_norm import GradientNorm
 from megatron_ext.engine.micro_batches import MicroBatch
+from megatron_ext.engine.second_moments import SecondMoment, own_second_moments
 from megatron_ext.errors import UserError
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout
@@ -143,6 +144,10 @@ class TrainEngine:
                 sums = sums + torch.cat((losses, weights_here.sum().reshape(1)))
         dist.all_reduce(sums, group=self._layout.data_group)
         return (sums[:-1] / sums[-1]).cpu()
+
+    def second_moments(self) -> list[SecondMoment]:
+        """The elements of Adam's second moment that this rank counts; see ``own_second_moments``."""
+        return own_second_moments(self._engine.optimizer, self.module.named_parameters(), self._layout)
 
     def save(self, directory: Path, tag: str) -> None:
         """Write weights, optimizer state and loss scale of every rank to ``directory/tag``. Called by all ranks."""
