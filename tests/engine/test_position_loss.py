@@ -56,18 +56,18 @@ def position_losses(setup: Setup) -> npt.NDArray[np.float64]:
     return setup.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in loader).numpy()
 
 
-def measure_rank(_rank: int, _world_size: int, config_json: str) -> tuple[list[float | None], list[float], list[float]]:
+def measure_rank(_rank: int, _world_size: int, config_json: str) -> list[npt.NDArray[np.float64]]:
     """Prefix losses and losses of each step, then validation losses at each position."""
     setup = set_up(RunConfig.model_validate_json(config_json), prefix=PREFIX)
     try:
         curve = run_steps(setup, 0, STEPS)
-        return curve.prefix_losses, curve.losses, position_losses(setup).tolist()
+        return [np.array(curve.prefix_losses, dtype=float), np.array(curve.losses), position_losses(setup)]
     finally:
         destroy_parallel()
 
 
 @pytest.fixture(scope="module")
-def reference() -> tuple[list[float | None], list[float], list[float]]:
+def reference() -> list[npt.NDArray[np.float64]]:
     with one_rank():
         return measure_rank(0, 1, config_of(micro_batch_tokens=32).model_dump_json())
 
@@ -80,7 +80,7 @@ def reference() -> tuple[list[float | None], list[float], list[float]]:
     ],
 )
 def test_layouts_and_micro_batches_agree(
-    ranks: int, parallel: dict[str, Any], reference: tuple[list[float | None], list[float], list[float]]
+    ranks: int, parallel: dict[str, Any], reference: list[npt.NDArray[np.float64]]
 ) -> None:
     for result in run_ranks(measure_rank, ranks, config_of(**parallel).model_dump_json()):
         for values, expected in zip(result, reference, strict=True):
