@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
-from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing
+from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing, MixedPacing
 from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
@@ -74,5 +74,8 @@ def _curriculum(run: RunConfig) -> str:
     if isinstance(curriculum, DiscretePacing):
         stages = ", ".join(f"{stage.seq_len} for {stage.duration}" for stage in curriculum.stages)
         return f"discrete: {stages}, then {full}"
+    if isinstance(curriculum, MixedPacing):
+        lengths = ", ".join(map(str, curriculum.lengths))
+        return f"mixed: steps of {lengths} tokens in a cycle that the seed shuffles"
     lengths = f"{curriculum.start} to {curriculum.end or full} over {curriculum.duration}"
     return f"{curriculum.pacing}: {lengths}, multiples of {curriculum.multiple}"

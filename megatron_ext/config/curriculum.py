@@ -71,6 +71,22 @@ class DiscretePacing(Section):
     """Every stage's length is a multiple of this."""
 
 
+class MixedPacing(Section):
+    """Short and long steps from the first step on, the comparator that mixes lengths instead of growing them."""
+
+    pacing: Literal["mixed"]
+    """Selects this pacing."""
+
+    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=2)]
+    """Lengths of the steps, in tokens, rising to ``training.seq_len``; all are equally frequent."""
+
+    per_cycle: PositiveInt = 8
+    """How often each length occurs in a cycle of steps. The run's seed shuffles the cycle, which then repeats."""
+
+    multiple: PositiveInt = 8
+    """Every length is a multiple of this."""
+
+
 class AdaptivePacing(_Rising):
     """The length grows while training is calm, holds or steps back while it is not, between two linear plans."""
 
@@ -117,7 +133,8 @@ class AdaptivePacing(_Rising):
 
 
 CurriculumConfig = Annotated[
-    ConstantPacing | LinearPacing | RootPacing | DiscretePacing | AdaptivePacing, Field(discriminator="pacing")
+    ConstantPacing | LinearPacing | RootPacing | DiscretePacing | MixedPacing | AdaptivePacing,
+    Field(discriminator="pacing"),
 ]
 
 

@@ -15,7 +15,7 @@ from megatron_ext.config.merging import KeyPath, Tree, dotted, lookup
 from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
-_PACINGS: Final = '"constant", "linear", "root", "discrete", "adaptive"'
+_PACINGS: Final = '"constant", "linear", "root", "discrete", "mixed", "adaptive"'
 _SHOWN: Final = 80
 
 

@@ -8,7 +8,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_ext.config.base import MAX_COUNT, Duration
-from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, DiscretePacing, LinearPacing, RootPacing
+from megatron_ext.config.curriculum import (
+    AdaptivePacing,
+    ConstantPacing,
+    DiscretePacing,
+    LinearPacing,
+    MixedPacing,
+    RootPacing,
+)
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
@@ -26,6 +33,8 @@ def schedule_problems(config: "RunConfig") -> Iterator[str]:
     if isinstance(curriculum, DiscretePacing):
         yield from _discrete_problems(curriculum, full=config.training.seq_len)
         yield from _too_long("the sum of curriculum.stages", _total(curriculum), config=config)
+    if isinstance(curriculum, MixedPacing):
+        yield from _mixed_problems(curriculum, full=config.training.seq_len)
     yield from _uncountable(config)
     yield from _batch_size_problems(config)
     yield from _learning_rate_problems(config)
@@ -87,6 +96,19 @@ def _discrete_problems(curriculum: DiscretePacing, *, full: int) -> Iterator[str
         yield (
             f"curriculum.stages[{len(lengths) - 1}].seq_len is {lengths[-1]}, but training.seq_len {full} follows by "
             "itself after the last stage: write only stages below it"
+        )
+
+
+def _mixed_problems(curriculum: MixedPacing, *, full: int) -> Iterator[str]:
+    lengths = curriculum.lengths
+    for index, length in enumerate(lengths):
+        yield from _no_multiple(f"curriculum.lengths[{index}]", length, curriculum.multiple, most=full)
+    if any(after <= before for before, after in pairwise(lengths)):
+        yield f"curriculum.lengths is {list(lengths)}: write each length once, rising"
+    elif lengths[-1] != full:
+        yield (
+            f"curriculum.lengths ends with {lengths[-1]}, not with training.seq_len {full}, at which validation runs: "
+            f"make {full} the last length"
         )
 
 

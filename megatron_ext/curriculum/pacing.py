@@ -24,6 +24,7 @@ from megatron_ext.config.curriculum import (
     ConstantPacing,
     CurriculumConfig,
     DiscretePacing,
+    MixedPacing,
     RootPacing,
 )
 
@@ -56,6 +57,7 @@ def length_ladder(curriculum: CurriculumConfig, seq_len: int) -> Ladder:
     """
     if isinstance(curriculum, AdaptivePacing):
         curriculum = curriculum.bound("slowest")
+    assert not isinstance(curriculum, MixedPacing), "mixed lengths do not rise; they are a cycle (cycle.py)"
     if isinstance(curriculum, ConstantPacing):
         return constant(seq_len)
     if isinstance(curriculum, DiscretePacing):

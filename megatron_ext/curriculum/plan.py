@@ -14,8 +14,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from megatron_ext.config.base import Duration
-from megatron_ext.config.curriculum import AdaptivePacing
+from megatron_ext.config.curriculum import AdaptivePacing, MixedPacing
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.cycle import CycleSegments, cycle_of
 from megatron_ext.curriculum.pacing import batch_ladder, length_ladder
 from megatron_ext.curriculum.schedule import Floats, Ints, LearningRate, learning_rate
 from megatron_ext.curriculum.segments import Segment, Stretch, climb, cut, segment_of, steps_to_reach, tokens_after
@@ -65,7 +66,7 @@ class PlanArrays:
 class TrainingPlan:
     """The run, step by step: ``plan[t]`` for t in [0, steps)."""
 
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
     """Stretches of constant batch size and length, in order; at least one."""
 
     learning_rate: LearningRate
@@ -92,6 +93,13 @@ class TrainingPlan:
             bounds = bounding_plans(config)
             return replace(bounds["slowest"], most_samples=_most_samples(bounds, batch_size=config.training.batch_size))
         training = config.training
+        if isinstance(config.curriculum, MixedPacing):
+            cycle = cycle_of(config.curriculum, config.seed)
+            lane_seq_len = training.seq_len if config.data.tail == "recycle" else None
+            segments = CycleSegments.until(
+                training.duration, cycle=cycle, batch_size=training.batch_size, lane_seq_len=lane_seq_len
+            )
+            return cls._from_segments(config, segments)
         lengths = length_ladder(config.curriculum, training.seq_len)
         stretches = climb(lengths, batch_ladder(training.batch_size_warmup, training.batch_size))
         _check_warmups_end(stretches, cut(stretches, training.duration), training.duration)
@@ -103,16 +111,21 @@ class TrainingPlan:
 
         Raises UserError where the learning rate's durations do not fit into it.
         """
-        training, tail = config.training, config.data.tail
+        training = config.training
         segments = cut(stretches, training.duration)
-        if tail == "recycle":
+        if config.data.tail == "recycle":
             segments = tuple(_recycled(segment, training.seq_len) for segment in segments)
+        return cls._from_segments(config, segments)
+
+    @classmethod
+    def _from_segments(cls, config: RunConfig, segments: Sequence[Segment]) -> "TrainingPlan":
+        training = config.training
         return cls(
             segments=segments,
             learning_rate=learning_rate(config.learning_rate, segments, training.duration),
             duration=training.duration,
             seq_len=training.seq_len,
-            tail=tail,
+            tail=config.data.tail,
         )
 
     @property
@@ -203,7 +216,7 @@ class TrainingPlan:
             "seq_len": self.seq_len,
             "tail": self.tail,
             "learning_rate": asdict(self.learning_rate),
-            "segments": [asdict(segment) for segment in self.segments],
+            **_segments_json(self.segments),
         }
 
     def _columns(self, segment: Segment, step: Ints) -> PlanArrays:
@@ -225,6 +238,13 @@ class TrainingPlan:
         if self.tail == "truncate":
             return segment.first_samples + steps * segment.batch_size
         return _samples_of_lanes(segment.batch_size, segment.first_tokens + steps * segment.step_tokens, self.seq_len)
+
+
+def _segments_json(segments: Sequence[Segment]) -> dict[str, Any]:
+    """Segments one by one, or the cycle that they repeat."""
+    if isinstance(segments, CycleSegments):
+        return {"cycle": {"seq_len": segments.cycle, "batch_size": segments.batch_size}}
+    return {"segments": [asdict(segment) for segment in segments]}
 
 
 def bounding_plans(config: RunConfig) -> dict[Bound, TrainingPlan]:
