@@ -50,27 +50,67 @@ def launch(options: LaunchOptions, worker_arguments: Sequence[str], *, stop: Sto
     Raises:
         UserError: the launcher is not installed, or the port is taken.
     """
-    command = launch_command(options, worker_arguments)
-    process = subprocess.Popen(command, env=_environment(options), start_new_session=True)
+    ranks = start_ranks(options, worker_arguments)
     received = StopRequest() if stop is None else stop
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.receive(number)
-        _signal_ranks(process.pid, signal.SIGTERM)
+        ranks.ask_to_stop()
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     reached = False
     try:
-        while process.poll() is None:
+        while (status := ranks.poll()) is None:
             if received.requested and not reached:
                 # The first signal may have come before there was a rank to take it.
-                reached = _signal_ranks(process.pid, signal.SIGTERM)
+                reached = ranks.ask_to_stop()
             time.sleep(_POLL_SECONDS)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        _kill_session(process.pid)
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+        ranks.close()
+    return status
+
+
+class Ranks:
+    """A run's ranks on this machine, for a caller that has to watch them; otherwise ``launch`` waits."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Exit status of the run (128 + n where signal n ended the launcher), or None while it goes on."""
+        status = self._process.poll()
+        return status if status is None or status >= 0 else 128 - status
+
+    def ask_to_stop(self) -> bool:
+        """Ask every rank to finish its step, save and exit; whether there was a rank to ask."""
+        return _signal_ranks(self._process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """Kill whatever is left."""
+        _kill_session(self._process.pid)
+        self._process.wait()
+
+
+def start_ranks(options: LaunchOptions, worker_arguments: Sequence[str], *, output: Path | None = None) -> Ranks:
+    """Start the training worker on ``options.ranks`` local ranks; ``close`` what is returned.
+
+    Args:
+        options: where the ranks run.
+        worker_arguments: what each rank is started with.
+        output: file to which everything that they print is appended; None: where this process prints.
+
+    Raises:
+        UserError: the launcher is not installed, or the port is taken.
+    """
+    command, environment = launch_command(options, worker_arguments), _environment(options)
+    if output is None:
+        return Ranks(subprocess.Popen(command, env=environment, start_new_session=True))
+    with output.open("ab") as file:
+        return Ranks(
+            subprocess.Popen(command, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT)
+        )
 
 
 def launch_command(options: LaunchOptions, worker_arguments: Sequence[str]) -> list[str]:
