@@ -10,6 +10,8 @@ from rich.console import Console
 from megatron_ext.checkpoint.checkpointer import Checkpointer
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.adaptive import AdaptiveCourse, Decision, open_course
+from megatron_ext.curriculum.course import Course
 from megatron_ext.curriculum.intervals import is_due
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
@@ -17,6 +19,7 @@ from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.engine.micro_batches import MicroBatch, cut_micro_batches
+from megatron_ext.metrics.observer import CourseObserver
 from megatron_ext.metrics.positions import prefix_length
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.records import EvalRecord
@@ -30,6 +33,7 @@ from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes, StopAgreement
 from megatron_ext.runtime.signals import StopRequest
+from megatron_ext.stability.adam_variance import AdamVariance
 from megatron_ext.stability.loss_ratio import LossRatio
 
 
@@ -38,7 +42,7 @@ class Run:
     """The parts of a run on one rank, built and at the step from which it goes on."""
 
     config: RunConfig
-    plan: TrainingPlan
+    course: Course
     device: Device
     processes: Processes
     engine: TrainEngine
@@ -46,9 +50,20 @@ class Run:
     validation: ValidationLoader
     checkpointer: Checkpointer
     loss_ratio: LossRatio
+    variance: AdamVariance
     recorder: Recorder
     log: StepLog
     first_step: int
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan as it stands."""
+        return self.course.plan
+
+    @property
+    def last_step(self) -> int:
+        """Finished steps with which the loop ends, as the plan stands."""
+        return self.plan.steps_within(self.config.training.stop_after)
 
 
 def train(config: RunConfig, *, device: Device, processes: Processes, stop: StopRequest) -> None:
@@ -65,11 +80,10 @@ def train(config: RunConfig, *, device: Device, processes: Processes, stop: Stop
 
 def run_loop(run: Run, stop: StopRequest) -> None:
     """Train from ``run.first_step`` to ``training.stop_after`` or the end of the plan, or until a rank has to stop."""
-    config, plan, step = run.config, run.plan, run.first_step
-    last = plan.steps_within(config.training.stop_after)
+    config, step = run.config, run.first_step
     stopping = StopAgreement(run.processes)
-    while step < last:
-        planned = plan[step]
+    while step < run.last_step:
+        planned = run.plan[step]
         stopping.ask(stop.requested)
         start = mark(run.device)
         batch = run.loader.batch(planned)
@@ -77,19 +91,35 @@ def run_loop(run: Run, stop: StopRequest) -> None:
         result = run.engine.step(
             cut_micro_batches(batch.tokens, batch.labels, sizes), global_tokens=planned.tokens, lr=planned.lr
         )
+        result = run.variance.measured(planned, result)
         run.log.add(planned, result, micro_batches=sizes, batch=batch, start=start, end=mark(run.device))
         step += 1
-        stopped, finished = stopping.answer(), step == last
+        pace(run, planned)
+        stopped, finished = stopping.answer(), step == run.last_step
         if finished or is_due(config.validation.every, planned):
             validate(run, planned)
         if finished or stopped or is_due(config.checkpoint.every, planned):
             save(run, planned)
         if stopped and not finished:
             run.recorder.event("preemption", step=step, tokens=planned.consumed_tokens + planned.tokens)
-            LOGGER.info("stopped after step %d of %d on request; start again to continue", step, plan.steps)
+            LOGGER.info("stopped after step %d of %d on request; start again to continue", step, run.plan.steps)
             return
-    if step < plan.steps:
-        LOGGER.info("step %d of %d: the run goes on when training.stop_after is later or null", step, plan.steps)
+    if step < run.plan.steps:
+        LOGGER.info("step %d of %d: the run goes on when training.stop_after is later or null", step, run.plan.steps)
+
+
+def pace(run: Run, after: PlannedStep) -> None:
+    """Let adaptive pacing decide on the length after a step, before a checkpoint of that step is written."""
+    course = run.course
+    if not isinstance(course, AdaptiveCourse) or not course.due(after):
+        return
+    run.log.flush()
+    # One rank decides, so that no difference in the last bit of a loss can part the ranks.
+    decision = run.processes.agree_from_main(course.decide(after))
+    assert isinstance(decision, Decision)
+    course.follow(decision)
+    run.loader.follow(course.plan)
+    run.recorder.event("pacing", step=decision.step, tokens=after.consumed_tokens + after.tokens, **decision.details())
 
 
 def validate(run: Run, after: PlannedStep) -> None:
@@ -104,14 +134,16 @@ def save(run: Run, after: PlannedStep) -> None:
     """Write a checkpoint after a step."""
     run.log.flush()
     step, tokens = after.step + 1, after.consumed_tokens + after.tokens
-    path = run.checkpointer.save(step=step, tokens=tokens, loss_ratio=run.loss_ratio.state_dict())
+    state = {"loss_ratio": run.loss_ratio.state_dict(), "curriculum": run.course.state_dict()}
+    path = run.checkpointer.save(step=step, tokens=tokens, **state)
     run.recorder.event("checkpoint", step=step, tokens=tokens, path=str(path))
 
 
 @contextmanager
 def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterator[Run]:
     """Build everything in the order in which mistakes are cheapest to find, and take it down again."""
-    plan = TrainingPlan.from_config(config)
+    course = open_course(config)
+    plan = course.plan
     layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
     try:
         datasets = build_datasets(config, plan)
@@ -126,9 +158,13 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         loss_ratio = LossRatio()
         if resumed is not None:
             loss_ratio.load_state_dict(resumed.loss_ratio)
-        recorder = open_recorder(config, plan, resumed=resumed, processes=processes)
+            course.load_state_dict(resumed.curriculum)
+            loader.follow(course.plan)
+        recorder = open_recorder(config, course, resumed=resumed, processes=processes)
+        variance = AdamVariance(engine, config.metrics, device.torch_device)
         measures = Measures(
             loss_ratio=loss_ratio.update,
+            adam_variance=variance.summary,
             flops=lambda s: step_flops(config.model, batch_size=s.batch_size, seq_len=s.seq_len),
             peak_flops=config.metrics.peak_tflops * 1e12 * processes.info.world_size,
         )
@@ -136,7 +172,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         with loader:
             yield Run(
                 config=config,
-                plan=plan,
+                course=course,
                 device=device,
                 processes=processes,
                 engine=engine,
@@ -144,6 +180,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
                 validation=validation,
                 checkpointer=checkpointer,
                 loss_ratio=loss_ratio,
+                variance=variance,
                 recorder=recorder,
                 log=log,
                 first_step=resumed.step if resumed else 0,
@@ -154,14 +191,15 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         destroy_parallel()
 
 
-def open_recorder(config: RunConfig, plan: TrainingPlan, *, resumed: Manifest | None, processes: Processes) -> Recorder:
+def open_recorder(config: RunConfig, course: Course, *, resumed: Manifest | None, processes: Processes) -> Recorder:
     """Open the run's metrics on rank 0 and write down what is being run; the other ranks get one that keeps nothing."""
     if not processes.info.is_main:
         return Recorder()
     step, tokens = (resumed.step, resumed.tokens) if resumed else (0, 0)
+    plan = course.plan
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-    (config.run_dir / "plan.json").write_text(json.dumps(plan.to_json(), indent=1) + "\n")
+    (config.run_dir / "plan.json").write_text(json.dumps(course.to_json(), indent=1) + "\n")
     sinks = open_sinks(
         config.run_dir,
         config.metrics,
@@ -170,6 +208,6 @@ def open_recorder(config: RunConfig, plan: TrainingPlan, *, resumed: Manifest | 
         tokens=tokens,
         console=Console(stderr=True),
     )
-    recorder = Recorder(sinks)
+    recorder = Recorder([*sinks, CourseObserver(course)])
     recorder.event("resume" if resumed else "start", step=step, tokens=tokens, world_size=processes.info.world_size)
     return recorder

@@ -32,7 +32,9 @@ class Checkpointer:
             "zero_stage": config.parallel.zero_stage,
         }
 
-    def save(self, *, step: int, tokens: int, loss_ratio: dict[str, object]) -> Path:
+    def save(
+        self, *, step: int, tokens: int, loss_ratio: dict[str, object], curriculum: dict[str, object] | None = None
+    ) -> Path:
         """Write and publish the checkpoint after ``step`` finished steps; returns when it is complete on disk."""
         rank, is_main = self._processes.info.rank, self._processes.info.is_main
         if is_main:
@@ -48,6 +50,7 @@ class Checkpointer:
                 determining=self._config.determining_values(),
                 layout=self._layout,
                 loss_ratio=loss_ratio,
+                curriculum=curriculum or {},
             )
             write_manifest(self._directory / partial_name(step), manifest)
         self._processes.barrier()

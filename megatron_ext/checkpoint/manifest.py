@@ -1,7 +1,7 @@
 """checkpoint.json: what a checkpoint is of, readable without torch, and the checks before it is loaded."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Manifest:
 
     loss_ratio: dict[str, Any]
     """State of the loss-ratio tracker."""
+
+    curriculum: dict[str, Any] = field(default_factory=dict)
+    """What adaptive pacing has decided and measured; empty under fixed pacing."""
 
     format: int = FORMAT
     """Version of this file's meaning."""

@@ -7,8 +7,8 @@ end: it lasts until its budget is consumed.
 
 Why the cost is bounded: with L_slow <= L <= L_fast at every point (a step count, or a token count for bounds in
 tokens), tokens consumed after t steps are at least those of the slowest plan and at most those of the fastest, by
-induction over t, since both ladders rise. The run therefore takes at most as many steps, and under ``truncate`` draws at
-most as many samples, as the slowest plan.
+induction over t, since both ladders rise. The run therefore takes at most as many steps, and under ``truncate`` draws
+at most as many samples, as the slowest plan.
 
 What the learning rate of a step depends on lies in its past: the checks of the config see to it that the decay ends at
 a known token count, and the end of the warmup is known once it is there.

@@ -123,6 +123,17 @@ class TrainLoader:
             self._ahead.close()
         self._ahead = None
 
+    def follow(self, plan: TrainingPlan) -> None:
+        """Take another version of the plan for the steps to come.
+
+        What was prepared ahead is dropped, so that the next step costs the preparation of its batch.
+        """
+        if plan is self._plan:
+            return
+        assert plan.samples <= len(self._assembler.dataset), "the plan outgrew its dataset"
+        self._plan = plan
+        self.close()
+
     def batch(self, step: PlannedStep) -> Batch:
         """This rank's batch of ``step``, in memory that nothing else uses. Raises what reading the data raised."""
         if not self._depth:
