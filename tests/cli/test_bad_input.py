@@ -1,0 +1,192 @@
+"""Bad input, each tried as a user would: one message that says what and where and what to do, exit 2, nothing lost."""
+
+import contextlib
+import io
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.worker import main as worker
+from tests.ranks import run_ranks
+from tests.train.small_run import VOCABULARY, cli, write_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made: Path) -> Path:
+    for path in made.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    return tmp_path
+
+
+def run_worker(_rank: int, _world_size: int, *arguments: str) -> tuple[int, str]:
+    """Exit status and error output of the worker; for run_ranks."""
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured):
+        status = worker(list(arguments))
+    return status, captured.getvalue()
+
+
+def refusal(config: Path, *arguments: str, ranks: int = 1) -> str:
+    """The one message of a run that must not start."""
+    before = contents(config.parent)
+    results: list[tuple[int, str]] = run_ranks(run_worker, ranks, str(config), *arguments, init=False)
+    assert [status for status, _ in results] == [2] * ranks
+    lines = [line for _, text in results for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, f"{ranks} rank(s) said: {results}"
+    assert "Traceback" not in "".join(text for _, text in results)
+    after = contents(config.parent)
+    assert before == {path: data for path, data in after.items() if path in before}, "input was changed"
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
+def model(**values: Any) -> dict[str, Any]:
+    return {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": VOCABULARY} | values
+
+
+def missing_tokens(folder: Path) -> None:
+    (folder / "corpus.bin").unlink()
+
+
+def truncated_tokens(folder: Path) -> None:
+    path = folder / "corpus.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def another_vocabulary(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (missing_tokens, ("corpus.bin does not exist", "preprocess")),
+        (truncated_tokens, ("corpus.bin: cut off", "corpus.idx calls for")),
+        (another_vocabulary, ("another tokenizer", "data.tokenizer")),
+        (broken_tokenizer, ("tokenizer.json",)),
+    ],
+)
+def test_damaged_data(folder: Path, damage: Callable[[Path], None], told: tuple[str, ...]) -> None:
+    damage(folder)
+    message = refusal(write_config(folder, model=model()))
+    for part in told:
+        assert part in message
+
+
+def test_several_ranks_say_it_once(folder: Path) -> None:
+    missing_tokens(folder)
+    assert "corpus.bin does not exist" in refusal(write_config(folder, model=model()), ranks=2)
+
+
+def test_vocabulary_too_small_for_the_data(folder: Path) -> None:
+    message = refusal(write_config(folder, model=model(vocab_size=200)))
+    assert "model.vocab_size 200 is too small for the data" in message
+    assert "at least 300" in message
+
+
+def test_corpus_shorter_than_one_sample(folder: Path) -> None:
+    training = {"seq_len": 65536, "batch_size": 1, "duration": {"steps": 2}}
+    config = write_config(
+        folder, model=model(), training=training, curriculum={"pacing": "constant"}, parallel={},
+        learning_rate={"peak": 1e-3},
+    )  # fmt: skip
+    message = refusal(config)
+    assert "less than one sample" in message
+    assert "lower training.seq_len" in message
+
+
+def test_batch_that_ranks_cannot_share(folder: Path) -> None:
+    training = {"seq_len": 32, "batch_size": 7, "duration": {"steps": 40}}
+    message = refusal(write_config(folder, model=model(), training=training), ranks=2)
+    assert "7 sequences does not divide evenly over 2 data-parallel ranks" in message
+
+
+def test_tensor_ranks_that_do_not_divide_the_ranks(folder: Path) -> None:
+    message = refusal(write_config(folder, model=model(), parallel={"tensor": 2}))
+    assert "parallel.tensor is 2" in message
+
+
+def test_checkpoint_of_another_model(folder: Path) -> None:
+    short = {"seq_len": 32, "batch_size": 8, "duration": {"steps": 2}}
+    plain = {"training": short, "curriculum": {"pacing": "constant"}, "learning_rate": {"peak": 1e-3}}
+    config = write_config(folder, model=model(), **plain)
+    [(status, text)] = run_ranks(run_worker, 1, str(config), init=False)
+    assert status == 0, text
+    message = refusal(write_config(folder, model=model(hidden_size=32), **plain))
+    assert "model.hidden_size is 16 there and 32 here" in message
+    assert "another name" in message
+
+
+def test_checkpoint_that_was_cut_off(folder: Path) -> None:
+    short = {"seq_len": 32, "batch_size": 8, "duration": {"steps": 2}}
+    plain = {"training": short, "curriculum": {"pacing": "constant"}, "learning_rate": {"peak": 1e-3}}
+    config = write_config(folder, model=model(), **plain)
+    run_ranks(run_worker, 1, str(config), init=False)
+    manifest = folder / "small" / "checkpoints" / "step_2" / "checkpoint.json"
+    manifest.write_text(manifest.read_text()[:50])
+    assert f"{manifest} cannot be read" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("trainig.batch_size=8", ("trainig", "did you mean", "training")),
+        ("training.batch_size=many", ("training.batch_size", "many")),
+        ("training.batch_size=-1", ("training.batch_size", "-1")),
+        ("model.num_attention_heads=3", ("model.hidden_size", "num_attention_heads 3")),
+        ("curriculum.start=12", ("curriculum.start", "12", "8 or 16")),
+        ("parallel.micro_batch_tokens=16", ("parallel.micro_batch_tokens", "16", "32")),
+    ],
+)
+def test_mistakes_in_the_config(folder: Path, override: str, told: tuple[str, ...]) -> None:
+    message = refusal(write_config(folder), "--set", override)
+    for part in told:
+        assert part in message
+
+
+def test_config_that_does_not_exist(tmp_path: Path) -> None:
+    done = cli("train", str(tmp_path / "none.json"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path / "none.json") in done.stderr
+
+
+def test_port_in_use(folder: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        done = cli("train", str(write_config(folder)), "--master-port", str(port))
+    assert done.returncode == 2
+    assert f"--master-port {port} cannot be used" in done.stderr
+    assert not (folder / "small").exists()
+
+
+def test_mistake_that_only_the_ranks_find_goes_through_the_launcher(folder: Path) -> None:
+    missing_tokens(folder)
+    done = cli("train", str(write_config(folder)), "--nproc", "2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
