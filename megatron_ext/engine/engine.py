@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.deepspeed_config import clips_outside_engine, deepspeed_config
+from megatron_ext.engine.finite import weights_finite
 from megatron_ext.engine.gradient_norm import GradientNorm
 from megatron_ext.engine.micro_batches import MicroBatch
 from megatron_ext.engine.second_moments import SecondMoment, own_second_moments
+from megatron_ext.engine.update_gate import Judge, UpdateGate, invalid_to_nan
 from megatron_ext.errors import UserError
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout
@@ -32,10 +34,13 @@ class StepResult:
     """Global gradient norm before clipping; inf where the step was skipped."""
 
     skipped: bool
-    """Whether fp16 overflowed and the weights were left alone."""
+    """Whether the weights were left alone: the gradient was not finite, or a judge refused the update."""
 
     prefix_loss: torch.Tensor | None = None
     """Mean over the first ``prefix`` tokens of every sequence of the global batch; None where it is not measured."""
+
+    adam_variance: torch.Tensor | None = None
+    """What ``AdamVariance.measure`` returned after the step, where it did."""
 
 
 class TrainEngine:
@@ -84,6 +89,8 @@ class TrainEngine:
             dist_init_required=False,
         )
         self._norm = self._own_norm(config) if clips_outside_engine(config) else None
+        self._gate = UpdateGate(self._engine.basic_optimizer, own_norm=self._norm, grad_norm=self._grad_norm)
+        self._scales_loss = config.training.precision == "fp16"
 
     @property
     def module(self) -> torch.nn.Module:
@@ -91,13 +98,17 @@ class TrainEngine:
         module: torch.nn.Module = self._engine.module
         return module
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, global_tokens: int, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, global_tokens: int, lr: float, judge: Judge | None = None
+    ) -> StepResult:
         """Forward and backward over the micro-batches, then one update at ``lr``.
 
         Args:
             micro_batches: This rank's sequences; as many micro-batches as every other rank has.
             global_tokens: N above, over all ranks.
             lr: Learning rate of this step.
+            judge: Is asked before the update, which makes the host wait for the device; a refused one leaves weights
+                and optimizer state as they were, though random streams have moved on.
         """
         totals = torch.zeros(2, dtype=torch.float32, device=self._device.torch_device)
         scale = self._layout.data_size / global_tokens
@@ -113,13 +124,15 @@ class TrainEngine:
                 totals[1] += first.sum() * (scale * losses.shape[1] / first.shape[1])
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
         dist.all_reduce(totals, op=dist.ReduceOp.SUM, group=self._layout.data_group)
         totals /= self._layout.data_size
+        self._gate.open(judge, totals[0])
+        self._engine.step()
+        overflow = bool(getattr(self._engine.optimizer, "overflow", False))
         return StepResult(
             loss=totals[0],
             grad_norm=self._grad_norm(),
-            skipped=bool(getattr(self._engine.optimizer, "overflow", False)),
+            skipped=self._gate.close(overflow=overflow, expected=self._scales_loss),
             prefix_loss=totals[1] if self._prefix else None,
         )
 
@@ -165,20 +178,25 @@ class TrainEngine:
                 f"{directory / tag} holds no checkpoint of this layout; continue with the one that wrote it"
             )
 
+    def weights_finite(self) -> bool:
+        """Whether no weight on any rank is NaN or infinite. Called by all ranks; waits for the device."""
+        return weights_finite(
+            self.module.parameters(), data_rank=self._layout.data_rank, device=self._device.torch_device
+        )
+
     def _own_norm(self, config: RunConfig) -> GradientNorm:
-        norm = GradientNorm(
+        return GradientNorm(
             self.module.parameters(),
             clip=config.optimizer.clip_grad,
             tensor_rank=self._layout.tensor_rank,
             tensor_group=self._layout.tensor_group,
         )
-        self._engine.optimizer.register_step_pre_hook(norm)
-        return norm
 
     def _grad_norm(self) -> torch.Tensor | float:
-        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm.last
+        # DeepSpeed's engine copies its optimizer's norm after the update; the gate needs it before.
+        norm = self._engine.optimizer._global_grad_norm if self._norm is None else self._norm.last
         assert norm is not None, "DeepSpeed computed no gradient norm"
-        return norm.detach() if isinstance(norm, torch.Tensor) else float(norm)
+        return invalid_to_nan(norm.detach()) if isinstance(norm, torch.Tensor) else float(norm)
 
     def _to_device(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         device = self._device.torch_device

@@ -9,7 +9,7 @@ _EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_: a zero gradient must not d
 
 
 class GradientNorm:
-    """Runs between the gradients' reduction and the optimizer's update, as the optimizer's step pre-hook.
+    """Runs between the gradients' reduction and the optimizer's update.
 
     norm = sqrt(sum over all parameters of |g|^2), each parameter counted once: parameters that tensor ranks hold in
     parts are summed over the ranks, those that they hold as copies are counted on tensor rank 0. No host sync: norm and
@@ -33,7 +33,7 @@ class GradientNorm:
         self.last: torch.Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, *_: object) -> None:
+    def __call__(self) -> None:
         """Compute the norm of the reduced gradients and scale them down to ``clip`` where they exceed it."""
         gradients = [parameter.grad for parameter in self._parameters]
         counted = [g for g, count in zip(gradients, self._counted, strict=True) if count and g is not None]
