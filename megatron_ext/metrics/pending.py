@@ -4,8 +4,9 @@ Reading a loss makes the host wait for the device. The loop therefore adds each 
 they are, and drains the steps every few of them: one copy from the device then serves them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 import torch
@@ -26,6 +27,8 @@ class FetchedStep(Generic[Info]):
     """Global l2 norm of the gradient; None where it is not known."""
     prefix_loss: float | None = None
     """Mean loss over the first positions of every sequence; None where it was not measured."""
+    adam_variance: tuple[float, ...] | None = None
+    """What ``AdamVariance.measure`` returned; None where it was not measured."""
 
 
 class PendingSteps(Generic[Info]):
@@ -37,6 +40,7 @@ class PendingSteps(Generic[Info]):
     def __init__(self) -> None:
         self._infos: list[Info] = []
         self._values: list[Tensor | float | None] = []
+        self._vectors: list[Tensor | None] = []
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -48,37 +52,45 @@ class PendingSteps(Generic[Info]):
         loss: Tensor | float,
         grad_norm: Tensor | float | None,
         prefix_loss: Tensor | float | None = None,
+        adam_variance: Tensor | None = None,
     ) -> None:
-        """Add a finished step; tensors hold one element each, and are copied, for an engine may reuse its buffers."""
+        """Add a finished step. Tensors are copied, for an engine may reuse its buffers.
+
+        All hold one element each but ``adam_variance`` [n], which is kept as it is.
+        """
         self._infos.append(info)
         self._values += [_keep(loss), _keep(grad_norm), _keep(prefix_loss)]
+        self._vectors.append(adam_variance)
 
     def drain(self) -> list[FetchedStep[Info]]:
         """All steps added since the last drain, in order; waits for the device once."""
-        values = fetch(self._values)
+        values, vectors = _fetch(self._values, self._vectors)
         steps = []
         for index, info in enumerate(self._infos):
             loss, grad_norm, prefix_loss = values[3 * index : 3 * index + 3]
             assert loss is not None, "a step is added with a loss"
-            steps.append(FetchedStep(info, loss, grad_norm, prefix_loss))
-        self._infos, self._values = [], []
+            steps.append(FetchedStep(info, loss, grad_norm, prefix_loss, vectors[index]))
+        self._infos, self._values, self._vectors = [], [], []
         return steps
 
 
 def fetch(values: Sequence[Tensor | float | None]) -> list[float | None]:
     """The values as Python floats, all tensors (one element each, on one device) in a single copy to the host."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return [None if value is None else float(value) for value in values if not isinstance(value, Tensor)]
-    # float64 holds every element type exactly, and lets tensors of different types share the copy.
-    on_host = iter(torch.stack([tensor.detach().reshape(()).to(torch.float64) for tensor in tensors]).tolist())
-    fetched: list[float | None] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            fetched.append(next(on_host))
-        else:
-            fetched.append(None if value is None else float(value))
-    return fetched
+    return _fetch(values, [])[0]
+
+
+def _fetch(
+    values: Sequence[Tensor | float | None], vectors: Sequence[Tensor | None]
+) -> tuple[list[float | None], list[tuple[float, ...] | None]]:
+    tensors = [value for value in [*values, *vectors] if isinstance(value, Tensor)]
+    on_host: Iterator[float] = iter(())
+    if tensors:
+        # float64 holds every element type exactly, and lets tensors of different types share the copy.
+        on_host = iter(torch.cat([tensor.detach().reshape(-1).to(torch.float64) for tensor in tensors]).tolist())
+    return (
+        [next(on_host) if isinstance(value, Tensor) else None if value is None else float(value) for value in values],
+        [None if vector is None else tuple(islice(on_host, vector.numel())) for vector in vectors],
+    )
 
 
 def _keep(value: Tensor | float | None) -> Tensor | float | None:

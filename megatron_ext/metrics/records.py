@@ -8,14 +8,14 @@ finite is therefore written as null, with its name and spelling in an object ``n
 
     {"kind": "train", "step": 7, "loss": null, ..., "non_finite": {"loss": "nan"}}
 
-(spellings: "nan", "inf", "-inf"; item i of a list is named "position_loss[i]"), so that tables read it as a missing
-number and this module reads back the value.
+(spellings: "nan", "inf", "-inf"; item i of a list is named "position_loss[i]", an item deeper inside
+"adam_var[layers][0][1]"), so that tables read it as a missing number and this module reads back the value.
 A null without an entry there means "not known" (``mfu`` without a known peak rate, ``grad_norm`` of a skipped step).
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
+from megatron_ext.metrics.non_finite import put_back, take_out
 from megatron_ext.metrics.positions import bucket_edges, bucket_means
 
 
@@ -68,6 +69,8 @@ class TrainRecord:
     """l1 norm of sqrt(Adam's second moment) over all parameters; None on steps where it was not measured."""
     adam_var_max: float | None = None
     """Largest element of sqrt(Adam's second moment); None on steps where it was not measured."""
+    adam_var: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    """The same in detail, where the run records it: {"layers": {"0": [l1, max], ...}, "kinds": {"attention": ...}}."""
     sample_ids: tuple[int, ...] | None = None
     """Dataset sample of each sequence of the global batch, where the run keeps them."""
     offsets: tuple[int, ...] | None = None
@@ -127,7 +130,7 @@ Record = TrainRecord | EvalRecord | EventRecord
 
 _LISTS = frozenset({"sample_ids", "offsets", "position_edges", "position_loss"})
 """Fields that are lists in a line and tuples in a record."""
-_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max"}
+_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max", "adam_var"}
 """Fields that a line leaves out where they are None."""
 
 _FIELDS: dict[type[TrainRecord] | type[EvalRecord], tuple[Field[object], ...]] = {
@@ -137,6 +140,11 @@ _FIELDS: dict[type[TrainRecord] | type[EvalRecord], tuple[Field[object], ...]] =
 _NAMES = {cls: tuple(item.name for item in items) for cls, items in _FIELDS.items()}
 _REQUIRED = {cls: frozenset(item.name for item in items if item.default is MISSING) for cls, items in _FIELDS.items()}
 _CLASSES: dict[str, type[TrainRecord] | type[EvalRecord]] = {cls.kind: cls for cls in _FIELDS}
+
+
+def required_fields(kind: type[TrainRecord] | type[EvalRecord]) -> frozenset[str]:
+    """Fields without which a line of this kind is no record."""
+    return _REQUIRED[kind]
 
 
 def encode(record: Record) -> str:
@@ -158,15 +166,7 @@ def encode(record: Record) -> str:
             value = getattr(record, name)
             if value is not None or name not in _OPTIONAL:
                 line[name] = value
-    non_finite: dict[str, str] = {}
-    for name, value in list(line.items()):
-        if isinstance(value, float) and not math.isfinite(value):
-            non_finite[name] = str(value)
-            line[name] = None
-        elif name == "position_loss" and isinstance(value, tuple) and not math.isfinite(sum(value)):
-            bad = {index: str(item) for index, item in enumerate(value) if not math.isfinite(item)}
-            non_finite.update({f"{name}[{index}]": spelling for index, spelling in bad.items()})
-            line[name] = [None if index in bad else item for index, item in enumerate(value)]
+    non_finite = take_out(line)
     if non_finite:
         line["non_finite"] = non_finite
     return json.dumps(line, allow_nan=False)
@@ -183,7 +183,7 @@ def decode(line: Mapping[str, object]) -> Record | None:
     values = dict(line)
     non_finite = values.pop("non_finite", None)
     if isinstance(non_finite, dict):
-        values = _with_non_finite(values, non_finite)
+        values = put_back(values, non_finite)
     kind = values.pop("kind", None)
     if kind == EventRecord.kind:
         name = values.pop("name", None)
@@ -199,20 +199,6 @@ def decode(line: Mapping[str, object]) -> Record | None:
     if missing:
         raise UserError(f"a record of kind {kind} lacks {', '.join(sorted(missing))}")
     return _build(cls, values)
-
-
-def _with_non_finite(values: dict[str, object], spelled: Mapping[str, str]) -> dict[str, object]:
-    """The values with those that are not finite put back; ``name[i]`` is item i of a list."""
-    result = dict(values)
-    for key, spelling in spelled.items():
-        name, _, index = key.rstrip("]").partition("[")
-        listed = result.get(name)
-        if not index:
-            result[name] = float(spelling)
-        elif isinstance(listed, list):
-            place = int(index)
-            result[name] = [*listed[:place], float(spelling), *listed[place + 1 :]]
-    return result
 
 
 def _build(cls: type[TrainRecord] | type[EvalRecord], values: dict[str, object]) -> TrainRecord | EvalRecord:

@@ -1,7 +1,8 @@
 """From finished steps to train records: the one place where values leave the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.curriculum.plan import PlannedStep
@@ -13,12 +14,35 @@ from megatron_ext.metrics.records import TrainRecord
 from megatron_ext.runtime.clock import Mark, seconds_between
 
 
+class VarianceSummary(Protocol):
+    """What is recorded of a measurement of Adam's variance."""
+
+    @property
+    def l1(self) -> float:
+        """l1 norm of sqrt(v) over all parameters."""
+
+    @property
+    def largest(self) -> float:
+        """Largest element of sqrt(v)."""
+
+    @property
+    def layers(self) -> Mapping[str, tuple[float, float]]:
+        """Both, of each layer."""
+
+    @property
+    def kinds(self) -> Mapping[str, tuple[float, float]]:
+        """Both, of each kind of parameter."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """What turns raw values into metrics."""
 
     loss_ratio: Callable[[float], float]
     """Loss of a step -> its loss ratio; called once a step, in order."""
+
+    adam_variance: Callable[[Sequence[float]], VarianceSummary]
+    """Fetched values of a measurement of Adam's variance -> what they say."""
 
     flops: Callable[[PlannedStep], float]
     """FLOPs that the model needs for a step, forward and backward, over all ranks."""
@@ -45,6 +69,7 @@ class StepLog:
         self._measures = measures
         self._flush_every = config.flush_every
         self._keep_sample_ids = config.keep_sample_ids
+        self._variance_detail = config.adam_variance_detail
         self._pending: PendingSteps[_Finished] = PendingSteps()
 
     def add(
@@ -60,7 +85,13 @@ class StepLog:
         """Take a finished step; ``micro_batches`` are one rank's sizes, ``batch`` is what it read."""
         kept = batch if self._keep_sample_ids else None
         finished = _Finished(planned, result, micro_batches, kept, start, end)
-        self._pending.add(finished, loss=result.loss, grad_norm=result.grad_norm, prefix_loss=result.prefix_loss)
+        self._pending.add(
+            finished,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            prefix_loss=result.prefix_loss,
+            adam_variance=result.adam_variance,
+        )
         if len(self._pending) >= self._flush_every:
             self.flush()
 
@@ -74,6 +105,8 @@ class StepLog:
         seconds = seconds_between(finished.start, finished.end)
         peak = self._measures.peak_flops
         batch = finished.batch
+        variance = None if step.adam_variance is None else self._measures.adam_variance(step.adam_variance)
+        detail = {"layers": variance.layers, "kinds": variance.kinds} if variance and self._variance_detail else None
         return TrainRecord(
             step=planned.step + 1,
             tokens=planned.consumed_tokens + planned.tokens,
@@ -91,6 +124,9 @@ class StepLog:
             mfu=self._measures.flops(planned) / (seconds * peak) if peak else None,
             skipped=finished.result.skipped,
             prefix_loss=step.prefix_loss,
+            adam_var_l1=variance.l1 if variance else None,
+            adam_var_max=variance.largest if variance else None,
+            adam_var=detail,
             sample_ids=None if batch is None else tuple(batch.samples.tolist()),
             offsets=None if batch is None else tuple(batch.offsets.tolist()),
         )

@@ -8,14 +8,14 @@ values also grow because v fills up, the same way in every run with the same bet
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.curriculum.plan import PlannedStep
-from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.engine import StepResult, TrainEngine
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.parameters import parameter_kind
 
@@ -62,11 +62,15 @@ class AdamVariance:
         self._layers = _grouped((_layer_of(name), place) for place, name in enumerate(self._names))
         self._kinds = _grouped((parameter_kind(name), place) for place, name in enumerate(self._names))
 
-    def after(self, planned: PlannedStep) -> torch.Tensor | None:
-        """What ``measure`` returns if it is due after this step, else None. Called by all ranks after every step."""
+    def measured(self, planned: PlannedStep, result: StepResult) -> StepResult:
+        """The step's result, with a measurement where one is due after it. Called by all ranks after every step.
+
+        Due are the steps with which the number of finished ones is divisible by ``metrics.adam_variance_every``; a step
+        that was skipped measures what the steps before it left.
+        """
         if self._every == 0 or (planned.step + 1) % self._every:
-            return None
-        return self.measure()
+            return result
+        return replace(result, adam_variance=self.measure())
 
     @torch.no_grad()
     def measure(self) -> torch.Tensor:
