@@ -17,6 +17,7 @@ def command(
     config: Annotated[Path, typer.Option(help="The run to make.")] = Path("configs/demo/shakespeare.json"),
     *,
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together.")] = 2,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Only make text, vocabulary and token files.")] = False,
 ) -> None:
     """Train a small GPT with Sequence Length Warmup on real text, through the deepspeed launcher.
 
@@ -29,6 +30,10 @@ def command(
 
     run = load_config(config)
     _make_data(run)
+    if data_only:
+        assert run.data.sources is not None
+        typer.echo(f"token files: {run.data.sources[0].prefix}.bin, .idx; vocabulary: {run.data.tokenizer}")
+        return
     _say(f"train {config} --nproc {nproc}")
     status = train.start(config, nproc=nproc)
     if status:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from megatron_ext.config.experiment import Experiment, ExperimentRun
+from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
@@ -151,7 +152,7 @@ def _train(run: ExperimentRun, ledger: "_Ledger", *, nproc: int | None, stop: An
         return 2, str(error)
     if exit_status == 0:
         return 0, ""
-    return exit_status, f"exit status {exit_status}; see {run.config.run_dir / 'log.txt'}"
+    return exit_status, f"exit status {exit_status}; the reason is above, or in {run.config.run_dir / 'log.txt'}"
 
 
 def _status(run: ExperimentRun, plan: TrainingPlan, *, entry: dict[str, Any], running: bool) -> RunStatus:
@@ -162,7 +163,7 @@ def _status(run: ExperimentRun, plan: TrainingPlan, *, entry: dict[str, Any], ru
     evaluation = metrics.evaluations[-1] if metrics and metrics.evaluations else None
     return RunStatus(
         run=run,
-        state=_state(run, plan, metrics, entry=entry, running=running),
+        state=_state(run, metrics, entry=entry, running=running),
         step=last.step if last else 0,
         steps=plan.steps,
         tokens=last.tokens if last else 0,
@@ -173,27 +174,35 @@ def _status(run: ExperimentRun, plan: TrainingPlan, *, entry: dict[str, Any], ru
     )
 
 
-def _state(
-    run: ExperimentRun, plan: TrainingPlan, metrics: "Metrics | None", *, entry: dict[str, Any], running: bool
-) -> State:
+def _state(run: ExperimentRun, metrics: "Metrics | None", *, entry: dict[str, Any], running: bool) -> State:
     if running:
         return "running"
-    if finished_steps(run, metrics) >= plan.steps:
+    if _is_finished(run.config, metrics):
         return "finished"
     if entry.get("exit_status"):
         return "failed"
     return "interrupted" if metrics is not None and metrics.train else "waiting"
 
 
-def finished_steps(run: ExperimentRun, metrics: "Metrics | None") -> int:
-    """Steps after which the run has a checkpoint or a validation, whichever is more: with all of them it is done."""
+def _is_finished(config: RunConfig, metrics: "Metrics | None") -> bool:
+    """Whether a checkpoint or a validation stands at the end of the run, or where ``training.stop_after`` ends it."""
     from megatron_ext.checkpoint.manifest import read_manifest
     from megatron_ext.checkpoint.store import newest_checkpoint
 
-    newest = newest_checkpoint(run.config.run_dir / "checkpoints")
-    saved = read_manifest(newest).step if newest else 0
-    evaluated = metrics.evaluations[-1].step if metrics and metrics.evaluations else 0
-    return max(saved, evaluated)
+    reached: list[tuple[int, int]] = []
+    newest = newest_checkpoint(config.run_dir / "checkpoints")
+    if newest is not None:
+        manifest = read_manifest(newest)
+        reached.append((manifest.step, manifest.tokens))
+    if metrics and metrics.evaluations:
+        reached.append((metrics.evaluations[-1].step, metrics.evaluations[-1].tokens))
+    ends = [end for end in (config.training.duration, config.training.stop_after) if end is not None]
+    # Compared with the duration, not with the plan's steps: those of adaptive pacing become known on the way.
+    return any(
+        step >= end.steps if end.steps is not None else tokens >= (end.tokens or 0)
+        for step, tokens in reached
+        for end in ends
+    )
 
 
 def _refuse_other_runs(experiment: Experiment) -> None:

@@ -10,7 +10,11 @@ from megatron_ext.config.run import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"base.json", "large_batch.json"}
-RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("**/*.json") if path.name not in PARTS)
+RECIPES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.glob("**/*.json")
+    if path.name not in PARTS and path.parent.name != "experiments"
+)
 
 
 def load(name: str) -> RunConfig:

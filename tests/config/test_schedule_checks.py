@@ -19,6 +19,10 @@ def discrete(*stages: tuple[int, int], **changes: Any) -> dict[str, Any]:
     return {"curriculum": {"pacing": "discrete", "stages": listed, **changes}}
 
 
+def mixed(*lengths: int) -> dict[str, Any]:
+    return {"curriculum": {"pacing": "mixed", "lengths": list(lengths)}}
+
+
 def rate(**changes: Any) -> dict[str, Any]:
     return {"learning_rate": {"peak": 1e-3, **changes}}
 
@@ -42,6 +46,9 @@ def warmup(**changes: Any) -> dict[str, Any]:
         (discrete((32, 5), (32, 5)), ["curriculum.stages[1].seq_len is 32 after a stage of 32"]),
         (discrete((32, 5), (128, 5)), ["curriculum.stages[1].seq_len is 128", "training.seq_len 128 follows"]),
         (discrete((32, 60), (64, 40)), ["the sum of curriculum.stages is 100 steps", "training.duration"]),
+        (mixed(20, 128), ["curriculum.lengths[0] is 20", "write 16 or 24"]),
+        (mixed(64, 32, 128), ["curriculum.lengths is [64, 32, 128]", "rising"]),
+        (mixed(32, 64), ["curriculum.lengths ends with 64", "training.seq_len 128"]),
         (rate(min=0.01), ["learning_rate.min is 0.01", "learning_rate.peak 0.001", "at most 0.001"]),
         (rate(decay="wsd"), ['"wsd" without learning_rate.cooldown']),
         (rate(cooldown={"steps": 5}), ['cooldown is 5 steps with learning_rate.decay "cosine"', 'write decay "wsd"']),
