@@ -35,6 +35,7 @@ _COMMANDS: Final[dict[str, _Entry]] = {
     "tokenizer": _Entry("megatron_ext.cli.tokenizer", group="tokenizer_app"),
     "preprocess": _Entry("megatron_ext.cli.preprocess"),
     "train": _Entry("megatron_ext.cli.train"),
+    "tune": _Entry("megatron_ext.cli.tune"),
     "generate": _Entry("megatron_ext.cli.generate"),
     "report": _Entry("megatron_ext.cli.report"),
     "experiment": _Entry("megatron_ext.cli.experiment", group="experiment_app"),

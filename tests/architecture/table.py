@@ -19,6 +19,7 @@ LAYERS: Mapping[str, int] = {
     "checkpoint": 5,
     "metrics": 5,
     "train": 6,
+    "tuning": 6,
     "worker": 7,
     "cli": 7,
     "__main__": 8,

@@ -1,0 +1,222 @@
+"""``tune``: start length and duration of the length warmup, from short probes instead of whole runs."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_ext.cli.common import ConfigPath, Overrides
+from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ext.tuning.problem import Problem
+    from megatron_ext.tuning.search import Candidate, Grid
+    from megatron_ext.tuning.tune import Tuning
+
+TUNED = "tuned.json"
+
+Starts = Annotated[
+    str | None,
+    typer.Option(
+        help="Start lengths to try, rising: 8,16,32.",
+        show_default="8 to 128, or 64 to 256 from a billion parameters on",
+    ),
+]
+Durations = Annotated[
+    str | None,
+    typer.Option(
+        help="The T to choose among, in steps: 500,1000,2000.",
+        show_default="units times powers of --notch, as far as the run goes",
+    ),
+]
+Notch = Annotated[float, typer.Option(help="Ratio of one T to the one before.")]
+Unit = Annotated[
+    int | None, typer.Option(min=1, help="Steps of a unit.", show_default="those of the learning rate's warmup")
+]
+First = Annotated[int, typer.Option(min=1, help="T with which start lengths are compared, in units.")]
+ProbeUnits = Annotated[int, typer.Option(min=1, help="Length of a probe, in units.")]
+ProbeSteps = Annotated[
+    int | None, typer.Option(min=1, help="The same in steps.", show_default="--probe-units times the unit")
+]
+Beginning = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Up to this step a fluctuation asks for a longer start, not another T.", show_default="one unit"
+    ),
+]
+Threshold = Annotated[float, typer.Option(help="Perplexity over the best so far that is a significant fluctuation.")]
+ValidateEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between validations.", show_default="a tenth of a unit")
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        "--validation-samples", min=1, help="Sequences of a validation.", show_default="the run's, at most 64"
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
+]
+Nproc = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Ranks on this machine; by default one per GPU, or one on a CPU.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what could be run and what it costs at most.")]
+
+
+def command(
+    config: ConfigPath,
+    *,
+    overrides: Overrides = None,
+    starts: Starts = None,
+    durations: Durations = None,
+    notch: Notch = 1.25,
+    unit: Unit = None,
+    first: First = 3,
+    probe_units: ProbeUnits = 4,
+    probe_steps: ProbeSteps = None,
+    beginning: Beginning = None,
+    threshold: Threshold = 1.3,
+    validate_every: ValidateEvery = None,
+    validation_samples: Samples = None,
+    output: Output = None,
+    nproc: Nproc = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Find the curriculum's start length s and duration T at a small part of a run's cost, as the paper does.
+
+    Raises s until validation perplexity no longer fluctuates at the very beginning of training, then finds the largest
+    T without a fluctuation by binary search. Interrupt it and call it again: it goes on. Writes tuned.json (the
+    config, extended by the curriculum) and report.md.
+
+    Example: megatron-ext tune configs/gpt2/1.5b_slw.json --starts 64,96,128 --nproc 8
+    """
+    from megatron_ext.config.files import Layer, read_layers
+    from megatron_ext.config.loading import parse_layers
+    from megatron_ext.config.merging import parse_overrides
+    from megatron_ext.model.counts import count_parameters
+    from megatron_ext.tuning.problem import Notches, ProbeSettings, Problem, default_starts, grid_of, unit_of
+
+    if not threshold > 1 or not notch > 1:
+        raise UserError(f"--threshold is {threshold:g} and --notch is {notch:g}: write numbers above 1")
+    changes = parse_overrides(overrides or ())
+    layers = (*read_layers(config), Layer("--set", changes))
+    run = parse_layers(layers)
+    parameters = count_parameters(run.model, positions=run.max_positions).total
+    lengths = _numbers("--starts", starts) if starts else default_starts(run, parameters=parameters)
+    steps = unit or unit_of(run, start=lengths[0])
+    settings = ProbeSettings(
+        threshold=threshold,
+        steps=probe_steps or probe_units * steps,
+        validate_every=validate_every or max(1, steps // 10),
+        validation_samples=validation_samples or min(64, run.validation.samples),
+    )
+    problem = Problem(layers, run, settings)
+    given = _numbers("--durations", durations) if durations else None
+    notches = Notches(unit=steps, ratio=notch, first=first, given=given)
+    grid = grid_of(problem, lengths, notches, beginning=beginning or steps)
+    if dry_run:
+        _announce(problem, grid)
+        return
+    folder = output or run.run_dir.with_name(run.name + "_tune")
+    _tune(config, folder, problem=problem, grid=grid, changes=changes, nproc=nproc)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{option} is {text!r}: write whole numbers separated by commas, for example 8,16,32")
+    return numbers
+
+
+def _announce(problem: "Problem", grid: "Grid") -> None:
+    from megatron_ext.tuning.search import Candidate, courses
+
+    candidates = [Candidate(start, steps) for start, ladder in grid.ladders.items() for steps in ladder]
+    cost = {candidate: problem.probe_tokens(candidate) for candidate in candidates}
+    ways = list(courses(grid))
+    possible = {candidate for way in ways for candidate in way}
+    typer.echo(f"Probes of {problem.settings.steps:,} steps that could be run (not all of them will be):")
+    for start, ladder in grid.ladders.items():
+        listed = [f"{steps:,}" for steps in ladder if Candidate(start, steps) in possible]
+        typer.echo(f"  s = {start:4d}, T = {', '.join(listed)}")
+    dearest = max(ways, key=lambda way: sum(cost[candidate] for candidate in way))
+    most = sum(cost[candidate] for candidate in dearest)
+    typer.echo(
+        f"At most {max(map(len, ways))} probes and {most:,} tokens; all {len(cost)} pairs of s and T would be "
+        f"{sum(cost.values()):,} tokens."
+    )
+    fulls = [problem.plan(Candidate(start, grid.first)).tokens for start in grid.ladders]
+    typer.echo(f"The run itself has {min(fulls):,} tokens.")
+
+
+def _tune(
+    config: Path, folder: Path, *, problem: "Problem", grid: "Grid", changes: dict[str, object], nproc: int | None
+) -> None:
+    from megatron_ext.runtime.device import gpu_names
+    from megatron_ext.runtime.launcher import LaunchOptions
+    from megatron_ext.runtime.signals import stop_on_signal
+    from megatron_ext.tuning.report import verdict_text
+    from megatron_ext.tuning.runner import LocalRunner
+    from megatron_ext.tuning.search import Candidate
+    from megatron_ext.tuning.tune import Tuning
+
+    gpus = len(gpu_names())
+    runner = LocalRunner(LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus))
+    tuning = Tuning(problem, grid, folder=folder, runner=runner)
+    for result in tuning.results().values():
+        typer.echo(f"s = {result.candidate.start}, T = {result.candidate.duration:,}: {verdict_text(result)} (before)")
+    with stop_on_signal() as stop:
+        for event in tuning.run(stop):
+            if isinstance(event, Candidate):
+                typer.echo(f"s = {event.start}, T = {event.duration:,}: ", nl=False)
+            else:
+                typer.echo(f"{verdict_text(event)}, {event.verdict.tokens:,} tokens")
+    if isinstance(tuning.next(), Candidate):
+        typer.echo(f"stopped on {stop.signal_name}; the same command goes on from here")
+        raise typer.Exit(130)
+    _conclude(tuning, config, changes)
+
+
+def _conclude(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:
+    from megatron_ext.tuning.report import Findings, write_report
+    from megatron_ext.tuning.search import Outcome
+
+    outcome, problem = tuning.next(), tuning.problem
+    assert isinstance(outcome, Outcome), "called at the end of the search"
+    best = outcome.best
+    findings = Findings(
+        results=list(tuning.results().values()),
+        settings=problem.settings,
+        vocab_size=problem.config.model.vocab_size,
+        best=best,
+        notes=outcome.notes,
+        full_tokens=problem.plan(best).tokens if best else None,
+    )
+    page = write_report(tuning.folder, findings)
+    for note in outcome.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{findings.cost()}\nreport: {page}")
+    if best is None:
+        raise UserError(
+            f"no curriculum without fluctuations was found ({'; '.join(outcome.notes)}): lower learning_rate.peak, "
+            "lengthen its warmup, or offer other --starts or --durations"
+        )
+    typer.echo(f"tuned: s = {best.start}, T = {best.duration:,} in {_write_tuned(tuning, best, config, changes)}")
+
+
+def _write_tuned(tuning: "Tuning", best: "Candidate", config: Path, changes: dict[str, object]) -> Path:
+    """Write the config that extends the given one and its overrides by the curriculum that was found."""
+    from megatron_ext.config.loading import load_config
+
+    path = tuning.folder / TUNED
+    tree = {"extends": os.path.relpath(config.resolve(), path.parent.resolve()), **changes}
+    tree["curriculum"] = tuning.problem.curriculum(best)
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+    written, meant = load_config(path), tuning.problem.tuned(best)
+    assert written == meant, "the file says what was tuned"
+    return path

@@ -1,0 +1,141 @@
+"""The search for start length and warmup duration, as a function of the verdicts that are known so far.
+
+``next_step`` says which probe has to be run next, or what the search found. It remembers nothing: whoever keeps the
+verdicts can stop at any moment, and it can be asked in advance about every course that a search might take.
+
+The paper's procedure (and the DeepSpeed tutorial's): with T a few multiples of the learning rate's warmup, raise the
+start length s until validation perplexity no longer fluctuates at the very beginning; then find the largest T without a
+significant fluctuation by binary search. A binary search assumes that fluctuations begin at some T and stay from
+there on. Where a probe is at the edge, chance decides, and that need not hold; so an answer counts only if the notch
+below it is free of fluctuations too. If it is not, the answer is taken for chance, the search goes on below, and
+``Outcome.notes`` says so.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_ext.tuning.verdict import Verdict
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A curriculum to probe."""
+
+    start: int
+    """s: length of the first step, in tokens."""
+
+    duration: int
+    """T: steps until the full length."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is searched."""
+
+    ladders: Mapping[int, tuple[int, ...]]
+    """For each start length, rising, the notches of T in steps, rising; each ladder holds ``first``."""
+
+    first: int
+    """T with which start lengths are compared."""
+
+    beginning: int
+    """A fluctuation up to this step is one at the very beginning, which a longer start is to cure."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a search."""
+
+    best: Candidate | None
+    """None where nothing was free of fluctuations."""
+
+    notes: tuple[str, ...]
+    """What whoever uses the answer has to know."""
+
+
+Verdicts = Mapping[Candidate, Verdict]
+
+
+def next_step(grid: Grid, verdicts: Verdicts) -> Candidate | Outcome:
+    """The probe to run next given the verdicts known so far, or the outcome when they are enough."""
+    course = _course(grid)
+    try:
+        asked = next(course)
+        while asked in verdicts:
+            asked = course.send(verdicts[asked])
+    except StopIteration as end:
+        outcome: Outcome = end.value
+        return outcome
+    return asked
+
+
+def search(
+    grid: Grid, probe: Callable[[Candidate], Verdict], *, known: Verdicts | None = None
+) -> tuple[Outcome, dict[Candidate, Verdict]]:
+    """Search to the end with ``probe``; returns the outcome and all verdicts, those in ``known`` included."""
+    verdicts = dict(known or {})
+    while isinstance(step := next_step(grid, verdicts), Candidate):
+        verdicts[step] = probe(step)
+    return step, verdicts
+
+
+def courses(grid: Grid) -> Iterator[tuple[Candidate, ...]]:
+    """The probes of every course that the search can take, whatever the verdicts are."""
+    yield from _courses(grid, {})
+
+
+def _courses(grid: Grid, verdicts: dict[Candidate, Verdict]) -> Iterator[tuple[Candidate, ...]]:
+    step = next_step(grid, verdicts)
+    if isinstance(step, Outcome):
+        yield tuple(verdicts)
+        return
+    after: list[int | None] = [None, grid.beginning + 1]
+    if step.duration == grid.first:
+        after.append(grid.beginning)
+    for fluctuated_at in after:
+        verdict = Verdict(fluctuated_at=fluctuated_at, worst_ratio=1.0, tokens=0)
+        yield from _courses(grid, {**verdicts, step: verdict})
+
+
+_Asking = Generator[Candidate, Verdict, int]
+
+
+def _course(grid: Grid) -> Generator[Candidate, Verdict, Outcome]:
+    """Asks for probes by yielding them; may ask again for one that is known."""
+    for start, ladder in grid.ladders.items():
+        verdict = yield Candidate(start, grid.first)
+        if verdict.fluctuated_at is None or verdict.fluctuated_at > grid.beginning:
+            return (yield from _longest(start, ladder, at=ladder.index(grid.first), stable=verdict.stable))
+    tried = ", ".join(str(start) for start in grid.ladders)
+    note = f"every start length ({tried}) fluctuates within the first {grid.beginning:,} steps"
+    return Outcome(best=None, notes=(note,))
+
+
+def _longest(start: int, ladder: tuple[int, ...], *, at: int, stable: bool) -> Generator[Candidate, Verdict, Outcome]:
+    """The largest T of ``ladder``, where the verdict of notch ``at`` is known."""
+    lowest = at if stable else -1
+    found = yield from _bisect(start, ladder, low=lowest, high=len(ladder) if stable else at)
+    notes: list[str] = []
+    if found > 0 and not (yield Candidate(start, ladder[found - 1])).stable:
+        notes.append(
+            f"T = {ladder[found]:,} did not fluctuate although the smaller {ladder[found - 1]:,} did: its verdict was "
+            "taken for chance and the search went on below; a longer probe or more validation samples tell more"
+        )
+        found = yield from _bisect(start, ladder, low=lowest, high=found - 1)
+    if found < 0:
+        return Outcome(best=None, notes=(*notes, f"with start length {start} every T that was probed fluctuates"))
+    if found == len(ladder) - 1:
+        notes.append(f"T = {ladder[found]:,} is the largest that was offered: a larger one might do too")
+    return Outcome(best=Candidate(start, ladder[found]), notes=tuple(notes))
+
+
+def _bisect(start: int, ladder: tuple[int, ...], *, low: int, high: int) -> _Asking:
+    """The last stable notch before a fluctuating one; ``low`` counts as stable and ``high`` as fluctuating."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        verdict = yield Candidate(start, ladder[middle])
+        if verdict.stable:
+            low = middle
+        else:
+            high = middle
+    return low
