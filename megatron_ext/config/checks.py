@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.config.adaptive_checks import adaptive_problems
 from megatron_ext.config.deepspeed_passthrough import passthrough_problems
+from megatron_ext.config.guard_checks import guard_problems
 from megatron_ext.config.schedule_checks import schedule_problems
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def check_run(config: "RunConfig") -> None:
         *_data_problems(config),
         *schedule_problems(config),
         *adaptive_problems(config),
+        *guard_problems(config),
         *passthrough_problems(config.deepspeed, config),
     ]
     if problems:

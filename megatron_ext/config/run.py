@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 
 from megatron_ext.config.base import Section, Seed
 from megatron_ext.config.checks import check_run
-from megatron_ext.config.curriculum import ConstantPacing, CurriculumConfig
+from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, CurriculumConfig
 from megatron_ext.config.data import DataConfig
+from megatron_ext.config.guards import GuardsConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.training import (
@@ -72,6 +73,9 @@ class RunConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and logs."""
 
+    guards: GuardsConfig = GuardsConfig()
+    """What to do about a loss that rises or is no number; may be changed when a run is continued."""
+
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed settings, passed through; what another section decides may not be set here."""
 
@@ -97,7 +101,11 @@ class RunConfig(Section):
 
     def determining_values(self) -> dict[str, Any]:
         """Everything that determines weights and data order, as JSON values; layout and bookkeeping do not count."""
-        return self.model_dump(mode="json", exclude=_NOT_DETERMINING)
+        values = self.model_dump(mode="json", exclude=_NOT_DETERMINING)
+        if isinstance(self.curriculum, AdaptivePacing) and self.curriculum.variance_above:
+            # The length then depends on when the variance is measured.
+            values["metrics"] = {"adam_variance_every": self.metrics.adam_variance_every}
+        return values
 
     def digest(self) -> str:
         """SHA-256 (hex) of ``determining_values``."""
