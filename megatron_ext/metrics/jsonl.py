@@ -99,17 +99,27 @@ def read_metrics(path: Path) -> Metrics:
     Raises:
         UserError: there is no such file, or a line other than a partial last one is no record (its number is named).
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"{path}: no {FILE_NAME} there; name a run's directory (what `train` wrote to) or the file itself"
-        )
-    records = [record for _, record in _numbered_records(file)]
+    records = [record for _, record in _numbered_records(metrics_file(path))]
     return Metrics(
         train=tuple(record for record in records if isinstance(record, TrainRecord)),
         evaluations=tuple(record for record in records if isinstance(record, EvalRecord)),
         events=tuple(record for record in records if isinstance(record, EventRecord)),
     )
+
+
+def metrics_file(path: Path) -> Path:
+    """The metrics file that ``path`` (itself, or a run's directory) names; UserError where there is none."""
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"{path}: no {FILE_NAME} there; name a run's directory (what `train` wrote to) or the file itself"
+        )
+    return file
+
+
+def not_a_record(path: Path, number: int, reason: str) -> str:
+    """What is said about line ``number`` of a metrics file that holds no record."""
+    return f"{path}, line {number}: not a metrics record ({reason}); correct or remove the line"
 
 
 def _numbered_records(path: Path) -> Iterator[tuple[bytes, Record | None]]:
@@ -120,11 +130,11 @@ def _numbered_records(path: Path) -> Iterator[tuple[bytes, Record | None]]:
             values = _parse(lines, path=path, first=first)
             for number, (line, value) in enumerate(zip(lines, values, strict=False), start=first):
                 if not isinstance(value, dict):
-                    raise UserError(_not_a_record(path, number, f"it is {line[:80]!r}"))
+                    raise UserError(not_a_record(path, number, f"it is {line[:80]!r}"))
                 try:
                     record = decode(value)
                 except UserError as error:
-                    raise UserError(_not_a_record(path, number, str(error))) from None
+                    raise UserError(not_a_record(path, number, str(error))) from None
                 yield line.rstrip(b"\n"), record
             first += len(lines)
 
@@ -144,12 +154,8 @@ def _parse(lines: list[bytes], *, path: Path, first: int) -> list[object]:
         except ValueError as error:
             if not line.endswith(b"\n"):
                 break
-            raise UserError(_not_a_record(path, number, str(error))) from None
+            raise UserError(not_a_record(path, number, str(error))) from None
     return values
-
-
-def _not_a_record(path: Path, number: int, reason: str) -> str:
-    return f"{path}, line {number}: not a metrics record ({reason}); correct or remove the line"
 
 
 def _is_after(record: Record | None, step: int) -> bool:

@@ -5,12 +5,15 @@ sequences is therefore higher than that of long ones under the same weights; the
 """
 
 from itertools import chain, takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
+if TYPE_CHECKING:
+    # Reading a metrics file needs this module, and no config.
+    from megatron_ext.config.run import RunConfig
+    from megatron_ext.curriculum.plan import TrainingPlan
 
 FIRST_EDGE = 8
 """End of the first bucket; each further one is as long as all before it."""
@@ -33,6 +36,6 @@ def bucket_means(losses: npt.NDArray[np.float64], edges: tuple[int, ...]) -> tup
     return tuple(means.tolist())
 
 
-def prefix_length(config: RunConfig, plan: TrainingPlan) -> int:
+def prefix_length(config: "RunConfig", plan: "TrainingPlan") -> int:
     """Positions over which the training loss is also averaged: ``metrics.prefix``, by default the first length."""
     return plan[0].seq_len if config.metrics.prefix is None else config.metrics.prefix
