@@ -30,6 +30,11 @@ def adaptive_problems(config: "RunConfig") -> Iterator[str]:
             f"curriculum.variance_above is {curriculum.variance_above:g}, which half of all measurements exceed: "
             "write more than 1, or 0 to turn it off"
         )
+    if curriculum.variance_above and not config.metrics.adam_variance_every:
+        yield (
+            f"curriculum.variance_above is {curriculum.variance_above:g}, but metrics.adam_variance_every 0 measures "
+            "no variance: write its interval in steps, or curriculum.variance_above 0"
+        )
     if config.learning_rate.decay != "constant":
         yield from _decay_problems(config)
 

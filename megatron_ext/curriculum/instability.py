@@ -2,9 +2,9 @@
 
 The loss ratio is the paper's (loss over the lowest earlier loss), with two changes that make it fit for decisions:
 
-- It is taken of the median of the last few steps' losses. The ratio of single steps counts the noise of the data, above
-  all in small batches, and one bad batch should not decide.
-- The lowest loss is the lowest one reached at this length or a shorter one. Loss per token falls with the length,
+- It is the median of the last few steps' ratios, and the lowest loss is that of medians. The ratio of single steps
+  counts the noise of the data, above all in small batches, and one bad batch should not decide.
+- The lowest loss is the lowest one reached at the step's length or a shorter one. Loss per token falls with the length,
   because later tokens have more context; after a step back to a shorter length, a comparison with losses at the longer
   one would show an instability that is none. While lengths only rise, this is the lowest of all earlier losses.
 
@@ -32,7 +32,7 @@ class Instability:
     """The largest values since the last decision; None where there was nothing to take them of."""
 
     loss_ratio: float | None
-    """Median loss over the lowest earlier one; below 1 where the loss only fell."""
+    """Median of loss over lowest earlier loss; below 1 where losses only fell."""
 
     variance_ratio: float | None
     """Largest element of sqrt(Adam's second moment) over its running median before."""
@@ -44,7 +44,8 @@ class InstabilityWatch:
     def __init__(self, *, smoothing: int) -> None:
         """Judge losses as the median of ``smoothing`` steps."""
         self._smoothing = smoothing
-        self._losses: list[float] = []
+        # Of the last steps: length and loss.
+        self._losses: list[tuple[int, float]] = []
         # [length, lowest median loss at it]: lengths rise and losses fall, so the last entry up to a length is the
         # lowest loss at that length or a shorter one.
         self._lowest: list[tuple[int, float]] = []
@@ -59,12 +60,13 @@ class InstabilityWatch:
 
     def observe(self, *, seq_len: int, loss: float, variance: float | None) -> None:
         """Take a step: its length in tokens, its loss, and the largest sqrt of the second moment if it was measured."""
-        self._losses = [*self._losses, loss if math.isfinite(loss) else math.inf][-self._smoothing :]
+        self._losses = [*self._losses, (seq_len, loss if math.isfinite(loss) else math.inf)][-self._smoothing :]
         if len(self._losses) == self._smoothing:
-            smooth = float(median(self._losses))
-            self._loss_ratio = _larger(self._loss_ratio, _ratio(smooth, self._lowest_up_to(seq_len)))
+            ratio = median(_ratio(each, self._lowest_up_to(length)) for length, each in self._losses)
+            self._loss_ratio = _larger(self._loss_ratio, ratio)
+            smooth = median(each for _, each in self._losses)
             if math.isfinite(smooth):
-                self._lower(seq_len, smooth)
+                self._lower(max(length for length, _ in self._losses), smooth)
         if variance is None:
             return
         variance = variance if math.isfinite(variance) else math.inf
@@ -76,7 +78,7 @@ class InstabilityWatch:
         """Begin anew after a decision.
 
         Args:
-            shorter: The length stepped back, so that losses seen before it do not compare with those that follow.
+            shorter: The length stepped back, and the steps that led to this shall not count again after it.
         """
         self._loss_ratio = self._variance_ratio = None
         if shorter:
@@ -85,7 +87,7 @@ class InstabilityWatch:
     def state_dict(self) -> dict[str, Any]:
         """Everything that later ratios depend on, as JSON values (with Python's spelling of infinity)."""
         return {
-            "losses": list(self._losses),
+            "losses": [[seq_len, loss] for seq_len, loss in self._losses],
             "lowest": [[seq_len, loss] for seq_len, loss in self._lowest],
             "variances": list(self._variances),
             "loss_ratio": self._loss_ratio,
@@ -104,7 +106,7 @@ class InstabilityWatch:
                 f"the checkpoint's pacing state lacks {', '.join(missing)}: it was written by another version; resume "
                 "with that version"
             )
-        self._losses = [float(loss) for loss in state["losses"]]
+        self._losses = [(int(seq_len), float(loss)) for seq_len, loss in state["losses"]]
         self._lowest = [(int(seq_len), float(loss)) for seq_len, loss in state["lowest"]]
         self._variances = [float(variance) for variance in state["variances"]]
         self._loss_ratio, self._variance_ratio = state["loss_ratio"], state["variance_ratio"]
