@@ -134,8 +134,9 @@ def save(run: Run, after: PlannedStep) -> None:
     """Write a checkpoint after a step."""
     run.log.flush()
     step, tokens = after.step + 1, after.consumed_tokens + after.tokens
-    state = {"loss_ratio": run.loss_ratio.state_dict(), "curriculum": run.course.state_dict()}
-    path = run.checkpointer.save(step=step, tokens=tokens, **state)
+    path = run.checkpointer.save(
+        step=step, tokens=tokens, loss_ratio=run.loss_ratio.state_dict(), curriculum=run.course.state_dict()
+    )
     run.recorder.event("checkpoint", step=step, tokens=tokens, path=str(path))
 
 
