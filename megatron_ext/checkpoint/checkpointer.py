@@ -5,7 +5,15 @@ from pathlib import Path
 import torch
 
 from megatron_ext.checkpoint.manifest import Manifest, check_resumable, read_manifest, write_manifest
-from megatron_ext.checkpoint.store import begin, newest_checkpoint, partial_name, prune, publish
+from megatron_ext.checkpoint.store import (
+    begin,
+    complete_checkpoints,
+    drop_after,
+    partial_name,
+    prune,
+    publish,
+    step_of,
+)
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.errors import UserError
@@ -33,7 +41,14 @@ class Checkpointer:
         }
 
     def save(
-        self, *, step: int, tokens: int, loss_ratio: dict[str, object], curriculum: dict[str, object] | None = None
+        self,
+        *,
+        step: int,
+        tokens: int,
+        loss_ratio: dict[str, object],
+        curriculum: dict[str, object] | None = None,
+        guard: dict[str, int] | None = None,
+        skipped_samples: list[list[int]] | None = None,
     ) -> Path:
         """Write and publish the checkpoint after ``step`` finished steps; returns when it is complete on disk."""
         rank, is_main = self._processes.info.rank, self._processes.info.is_main
@@ -51,6 +66,8 @@ class Checkpointer:
                 layout=self._layout,
                 loss_ratio=loss_ratio,
                 curriculum=curriculum or {},
+                guard=guard or {},
+                skipped_samples=skipped_samples or [],
             )
             write_manifest(self._directory / partial_name(step), manifest)
         self._processes.barrier()
@@ -66,23 +83,43 @@ class Checkpointer:
         Raises:
             UserError: it belongs to another run or another layout, or one of its files is damaged.
         """
+        found = self.newest()
+        return None if found is None else self.load(found)
+
+    def newest(self, *, not_after: int | None = None) -> Path | None:
+        """The newest complete checkpoint, or the newest after at most ``not_after`` finished steps."""
+        found = complete_checkpoints(self._directory)
+        if not_after is not None:
+            found = [path for path in found if step_of(path) <= not_after]
         # One rank looks, so that all take the same one whatever a network file system shows them at this moment.
-        found = self._processes.agree_from_main(newest_checkpoint(self._directory))
-        if found is None:
-            return None
-        assert isinstance(found, Path)
-        manifest = read_manifest(found)
-        check_resumable(manifest, self._config, layout=self._layout, where=found)
-        LOGGER.info("resuming from %s", found)
+        agreed = self._processes.agree_from_main(found[-1] if found else None)
+        assert agreed is None or isinstance(agreed, Path)
+        return agreed
+
+    def load(self, checkpoint: Path) -> Manifest:
+        """Load a complete checkpoint of this run. Raises as ``resume`` does."""
+        manifest = read_manifest(checkpoint)
+        check_resumable(manifest, self._config, layout=self._layout, where=checkpoint)
+        LOGGER.info("resuming from %s", checkpoint)
         try:
-            self._engine.load(self._directory, found.name)
-            state = torch.load(found / _rng_file(self._processes.info.rank), weights_only=True)
+            self._engine.load(self._directory, checkpoint.name)
+            state = torch.load(checkpoint / _rng_file(self._processes.info.rank), weights_only=True)
         except (OSError, RuntimeError, EOFError) as error:
             raise UserError(
-                f"{found} cannot be loaded ({error}); move it away to continue from the checkpoint before it"
+                f"{checkpoint} cannot be loaded ({error}); move it away to continue from the checkpoint before it"
             ) from error
         self._streams.set_rng_state(state)
         return manifest
+
+    def go_on_from(self, checkpoint: Path, manifest: Manifest) -> None:
+        """Make a complete checkpoint the newest one, with another manifest: later ones belong to steps given up.
+
+        A process killed before the end continues as if this had not been called.
+        """
+        if self._processes.info.is_main:
+            drop_after(self._directory, checkpoint)
+            write_manifest(checkpoint, manifest)
+        self._processes.barrier()
 
 
 def _rng_file(rank: int) -> str:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.store import replace_file
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 
@@ -37,13 +38,19 @@ class Manifest:
     curriculum: dict[str, Any] = field(default_factory=dict)
     """What adaptive pacing has decided and measured; empty under fixed pacing."""
 
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of the guards; empty without them."""
+
+    skipped_samples: list[list[int]] = field(default_factory=list)
+    """(first, count) of the dataset samples that the run passes over, since it rolled back over them."""
+
     format: int = FORMAT
     """Version of this file's meaning."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write checkpoint.json into a checkpoint that is still partial."""
-    (directory / _FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    """Write checkpoint.json; in a complete checkpoint the old one is replaced in one go."""
+    replace_file(directory / _FILE, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -76,8 +83,10 @@ def check_resumable(manifest: Manifest, config: RunConfig, *, layout: dict[str, 
         where: The checkpoint, for the message.
     """
     way_out = "give the run another name, or restore those values"
-    if manifest.determining != config.determining_values():
-        changes = "; ".join(_differences(manifest.determining, config.determining_values()))
+    # Guards are there to be changed after they have stopped a run; what they did is on record.
+    there, here = ({**values, "guards": None} for values in (manifest.determining, config.determining_values()))
+    if there != here:
+        changes = "; ".join(_differences(there, here))
         raise UserError(f"{where} belongs to another run: {changes}. To train this one, {way_out}")
     if manifest.layout != layout:
         changes = "; ".join(_differences(manifest.layout, layout))

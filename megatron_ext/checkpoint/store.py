@@ -71,11 +71,7 @@ def publish(directory: Path, step: int) -> Path:
         # The same step again, after a resume without checkpoints in between: the newer copy counts.
         shutil.rmtree(final)
     partial.rename(final)
-    aside = directory / f"{_LATEST}{_PARTIAL}"
-    aside.write_text(final.name + "\n")
-    _fsync(aside)
-    aside.replace(directory / _LATEST)
-    _fsync(directory)
+    _name_latest(directory, final)
     return final
 
 
@@ -83,11 +79,40 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
     """Remove all complete checkpoints but the newest ``keep_last``; return what was removed."""
     removed = complete_checkpoints(directory)[:-keep_last]
     for path in removed:
-        # Renamed first: a deletion cut short must not leave half a checkpoint under a complete one's name.
-        doomed = path.with_name(path.name + _PARTIAL)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(path)
     return removed
+
+
+def drop_after(directory: Path, checkpoint: Path) -> list[Path]:
+    """Remove the complete checkpoints that are newer than ``checkpoint``; return what was removed.
+
+    The newest goes first, so that a process killed in between leaves a run that continues from one of them.
+    """
+    removed = [path for path in complete_checkpoints(directory) if step_of(path) > step_of(checkpoint)][::-1]
+    for path in removed:
+        _remove(path)
+    _name_latest(directory, checkpoint)
+    return removed
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it sees the old content or the new one."""
+    aside = path.with_name(path.name + _PARTIAL)
+    aside.write_text(text)
+    _fsync(aside)
+    aside.replace(path)
+    _fsync(path.parent)
+
+
+def _name_latest(directory: Path, checkpoint: Path) -> None:
+    replace_file(directory / _LATEST, checkpoint.name + "\n")
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a deletion cut short must not leave half a checkpoint under a complete one's name.
+    doomed = path.with_name(path.name + _PARTIAL)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _fsync(path: Path) -> None:

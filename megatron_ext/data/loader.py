@@ -5,7 +5,7 @@ and the global batch is the same for any number of data-parallel ranks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +15,7 @@ import torch
 
 from megatron_ext.curriculum.plan import PlannedStep, Tail, TrainingPlan
 from megatron_ext.curriculum.sampler import batch_slices, micro_batch_sizes, rank_block
+from megatron_ext.curriculum.skips import SkippedSamples
 from megatron_ext.data.datasets import Samples
 from megatron_ext.data.prefetch import Prefetcher
 
@@ -46,9 +47,10 @@ class _Assembler:
     rank: int
     ranks: int
     pin_memory: bool
+    skipped: SkippedSamples
 
     def batch(self, step: PlannedStep) -> Batch:
-        slices = batch_slices(step, seq_len=self.seq_len, tail=self.tail)
+        slices = self.skipped.applied(batch_slices(step, seq_len=self.seq_len, tail=self.tail))
         block = rank_block(slices, self.rank, self.ranks)
         rows = np.empty((2, len(block), step.seq_len), dtype=np.int64)
         for row in range(len(block)):
@@ -107,6 +109,7 @@ class TrainLoader:
             rank=data_rank,
             ranks=data_size,
             pin_memory=pin_memory,
+            skipped=SkippedSamples.none(len(dataset), plan),
         )
 
     def __enter__(self) -> Self:
@@ -133,6 +136,18 @@ class TrainLoader:
         assert plan.samples <= len(self._assembler.dataset), "the plan outgrew its dataset"
         self._plan = plan
         self.close()
+
+    @property
+    def skipped(self) -> SkippedSamples:
+        """Samples that are passed over; none at first."""
+        return self._assembler.skipped
+
+    def skip(self, skipped: SkippedSamples) -> None:
+        """Pass over other samples than before in the steps to come. What was prepared ahead is dropped."""
+        if skipped == self.skipped:
+            return
+        self.close()
+        self._assembler = replace(self._assembler, skipped=skipped)
 
     def batch(self, step: PlannedStep) -> Batch:
         """This rank's batch of ``step``, in memory that nothing else uses. Raises what reading the data raised."""

@@ -57,6 +57,11 @@ class ProgressBar:
         """Print an event above the bar."""
         self._progress.console.print(event_line(record), highlight=False, markup=False)
 
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """Move the bar back."""
+        del step
+        self._progress.update(self._task, completed=tokens)
+
     def close(self) -> None:
         """Leave the bar where it is and give the terminal back."""
         self._progress.stop()
@@ -91,6 +96,9 @@ class LogLines:
         """Log an event."""
         self._logger.info("%s", event_line(record))
 
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """Lines stay; the event says what happened."""
+
     def close(self) -> None:
         """Nothing to close: the logger is its owner's."""
 
@@ -108,7 +116,7 @@ def train_line(record: TrainRecord, *, rate: TokenRate, total_tokens: int) -> st
         f"{format_count(rate.tokens_per_s or 0.0)} tokens/s",
         f"ETA {format_duration(rate.seconds_left(total_tokens - record.tokens))}",
     ]
-    return " | ".join([*parts, "skipped (gradient overflow)"] if record.skipped else parts)
+    return " | ".join([*parts, "update skipped"] if record.skipped else parts)
 
 
 def evaluation_line(record: EvalRecord) -> str:

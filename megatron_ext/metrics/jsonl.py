@@ -18,6 +18,9 @@ from megatron_ext.metrics.records import EvalRecord, EventRecord, Record, TrainR
 FILE_NAME = "metrics.jsonl"
 """Name of the file in a run's directory."""
 
+ROLLED_BACK_NAME = "rolled_back.jsonl"
+"""Name of the file beside it that keeps the records of steps over which the run rolled back."""
+
 _CHUNK = 4096
 """Lines parsed together, because one call of the parser for many is faster than one for each."""
 
@@ -61,6 +64,16 @@ class JsonlSink:
         aside.replace(self._path)
         _fsync_folder(self._path.parent)
         self._file = self._path.open("ab", buffering=0)
+
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """As ``rewind``, but what is dropped goes to the end of ``rolled_back.jsonl``: these steps did happen."""
+        del tokens
+        dropped = [line for line, record in _numbered_records(self._path) if _is_after(record, step)]
+        with self._path.with_name(ROLLED_BACK_NAME).open("ab") as out:
+            out.writelines(line + b"\n" for line in dropped)
+            out.flush()
+            os.fsync(out.fileno())
+        self.rewind(step)
 
     def train(self, record: TrainRecord) -> None:
         """Append a step."""

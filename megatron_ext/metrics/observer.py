@@ -20,5 +20,8 @@ class CourseObserver:
     def event(self, record: EventRecord) -> None:
         """Events decide nothing."""
 
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """The course goes back by a state of its own."""
+
     def close(self) -> None:
         """Nothing is kept."""

@@ -26,6 +26,9 @@ class Sink(Protocol):
     def event(self, record: EventRecord) -> None:
         """Take an event."""
 
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """Take back the steps and validations after ``step`` finished steps and ``tokens``: others will follow."""
+
     def close(self) -> None:
         """Write out everything; nothing comes after."""
 
@@ -51,6 +54,11 @@ class Recorder:
         record = EventRecord(name, details)
         for sink in self._sinks:
             sink.event(record)
+
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """Take back what was recorded after ``step`` finished steps and ``tokens`` consumed ones, events excepted."""
+        for sink in self._sinks:
+            sink.roll_back(step=step, tokens=tokens)
 
     def close(self) -> None:
         """Close all sinks."""

@@ -62,7 +62,7 @@ class TrainRecord:
     mfu: float | None = None
     """Model FLOPs utilization, 0..1; None where the peak rate is not known."""
     skipped: bool = False
-    """The optimizer was not stepped because the gradient overflowed."""
+    """The optimizer was not stepped: the gradient overflowed, or a guard left the update out."""
     prefix_loss: float | None = None
     """Mean loss over the first ``metrics.prefix`` tokens of every sequence; None where the run does not measure it."""
     adam_var_l1: float | None = None

@@ -47,8 +47,9 @@ class TensorBoardSink:
                 f"metrics.tensorboard is true but TensorBoard cannot be imported ({error}): "
                 "pip install tensorboard, or set metrics.tensorboard to false"
             ) from None
-        self._by_step = SummaryWriter(str(directory / "by_step"), purge_step=step + 1)
-        self._by_tokens = SummaryWriter(str(directory / "by_tokens"), purge_step=tokens + 1)
+        self._make = SummaryWriter
+        self._directory = directory
+        self._open(step, tokens)
 
     def train(self, record: TrainRecord) -> None:
         """Write a point of every curve that the step has a value for."""
@@ -69,10 +70,19 @@ class TensorBoardSink:
         self._by_step.flush()
         self._by_tokens.flush()
 
+    def roll_back(self, *, step: int, tokens: int) -> None:
+        """Go on in new files, which purge what was written after ``step`` and ``tokens``."""
+        self.close()
+        self._open(step, tokens)
+
     def close(self) -> None:
         """Write out everything and close both files."""
         self._by_step.close()
         self._by_tokens.close()
+
+    def _open(self, step: int, tokens: int) -> None:
+        self._by_step = self._make(str(self._directory / "by_step"), purge_step=step + 1)
+        self._by_tokens = self._make(str(self._directory / "by_tokens"), purge_step=tokens + 1)
 
     def _write(self, values: dict[str, float | None], *, step: int, tokens: int) -> None:
         for tag, value in values.items():

@@ -36,7 +36,7 @@ def test_log_lines_of_odd_values(caplog: pytest.LogCaptureFixture) -> None:
         lines.event(EventRecord("preemption"))
     assert "loss nan" in caplog.messages[0]
     assert "grad norm ?" in caplog.messages[0]
-    assert caplog.messages[0].endswith("ETA ? | skipped (gradient overflow)")
+    assert caplog.messages[0].endswith("ETA ? | update skipped")
     assert caplog.messages[1:] == [
         "validation after step 1,500 (12K tokens): loss 2.0000, perplexity 7.39",
         "resume: step 100, tokens 800",
