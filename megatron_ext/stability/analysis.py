@@ -1,0 +1,287 @@
+"""How unstable a run was, from its recorded steps: thresholds, variance, their correlation. Arrays in, values out.
+
+Source of the measures: Li, Zhang, He, "The Stability-Efficiency Dilemma", section 3 (NeurIPS 2022).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.stability.loss_ratio import THRESHOLDS
+from megatron_ext.stability.spikes import Place, Spike, find_spikes
+
+Floats = npt.NDArray[np.float64]
+
+_COPIED = 1 << 22
+"""Values that a running median copies together."""
+
+_FEWEST = 3
+"""Points from which a correlation says anything: two always lie on a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The recorded steps as columns [steps], in order, each step once."""
+
+    step: Floats
+    tokens: Floats
+    """Consumed, the step's own included."""
+
+    loss: Floats
+    """NaN or infinite where it was not finite."""
+
+    ratio: Floats
+    """Loss over the lowest loss of any earlier step; infinite where the loss was not finite."""
+
+    variance: Mapping[str, Floats]
+    """Measures of Adam's second moment by name; NaN on steps where they were not measured."""
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Floats], measures: Sequence[str]) -> "Steps":
+        """From columns ``step``, ``tokens``, ``loss``, ``loss_ratio`` and ``measures`` as a metrics file holds them.
+
+        Of a step that is there twice the later line counts. The recorded loss ratio knows of steps that the file may
+        lack; where it is not recorded it is computed from the steps that are there.
+        """
+        # np.unique keeps the first of equal steps, so the order is turned round.
+        _, last = np.unique(columns["step"][::-1], return_index=True)
+        kept = {name: column[::-1][last] for name, column in columns.items()}
+        ratio = kept["loss_ratio"]
+        return cls(
+            step=kept["step"],
+            tokens=kept["tokens"],
+            loss=kept["loss"],
+            ratio=np.where(np.isnan(ratio), loss_ratios(kept["loss"]), ratio),
+            variance={name: kept[name] for name in measures},
+        )
+
+    def place(self, index: int) -> Place:
+        """Where a step is."""
+        return Place(step=int(self.step[index]), tokens=int(self.tokens[index]))
+
+
+@dataclass(frozen=True)
+class ThresholdRow:
+    """Steps with a loss ratio above a threshold."""
+
+    threshold: float
+    count: int
+    share: float
+    """Of all steps, 0..1."""
+
+    first: Place | None
+    last: Place | None
+
+
+@dataclass(frozen=True)
+class RatioTable:
+    """Loss ratios of a run."""
+
+    largest: float
+    at: Place
+    rows: tuple[ThresholdRow, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A measured value and where it was."""
+
+    value: float
+    at: Place
+
+
+@dataclass(frozen=True)
+class VarianceSummary:
+    """One measure of Adam's second moment over the run."""
+
+    measure: str
+    measured: int
+    """Steps on which it was measured."""
+
+    first: Reading
+    min: Reading
+    max: Reading
+    last: Reading
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r between the loss ratio and a variance measure on the steps where it was measured."""
+
+    measure: str
+    smoothed: bool
+    """Whether the ratio is that of the smoothed loss."""
+
+    n: int
+    """Steps with both values finite."""
+
+    r: float | None
+    p: float | None
+    """Of r = 0, two-sided, under normality (scipy.stats.pearsonr)."""
+
+    undefined: str | None
+    """Why there is no r."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What `analyze` tells about a run."""
+
+    steps: int
+    first: Place
+    last: Place
+    missing_steps: int
+    """Steps between the first and the last that the file does not hold."""
+
+    non_finite_losses: int
+    ratio: RatioTable
+    window: int
+    """Steps of the running median behind ``smoothed_ratio``."""
+
+    smoothed_ratio: RatioTable
+    variance: tuple[VarianceSummary, ...]
+    """Of the measures that the run recorded."""
+
+    correlations: tuple[Correlation, ...]
+    spike_threshold: float
+    spikes: tuple[Spike, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is counted, and how."""
+
+    thresholds: tuple[float, ...] = THRESHOLDS
+    spike_threshold: float = 1.2
+    merge_gap: int = 10
+    """Spikes with at most this many steps between them are one."""
+
+    window: int = 11
+    """Steps of the running median; odd."""
+
+
+def analyze(steps: Steps, settings: Settings) -> Analysis:
+    """Measure the instability of a run of at least one step."""
+    assert len(steps.step), "there is something to analyze"
+    smoothed = running_median(steps.loss, settings.window)
+    smoothed_ratio = loss_ratios(smoothed)
+    ratios = {False: steps.ratio, True: smoothed_ratio}
+    return Analysis(
+        steps=len(steps.step),
+        first=steps.place(0),
+        last=steps.place(-1),
+        missing_steps=int(steps.step[-1] - steps.step[0]) + 1 - len(steps.step),
+        non_finite_losses=int(np.sum(~np.isfinite(steps.loss))),
+        ratio=ratio_table(steps, steps.ratio, settings.thresholds),
+        window=settings.window,
+        smoothed_ratio=ratio_table(steps, smoothed_ratio, settings.thresholds),
+        variance=tuple(summary for name in steps.variance if (summary := variance_summary(steps, name)) is not None),
+        correlations=tuple(
+            correlation(ratio, values, measure=name, smoothed=is_smoothed)
+            for name, values in steps.variance.items()
+            for is_smoothed, ratio in ratios.items()
+        ),
+        spike_threshold=settings.spike_threshold,
+        spikes=find_spikes(
+            steps.ratio,
+            steps.loss,
+            smoothed,
+            place=steps.place,
+            threshold=settings.spike_threshold,
+            merge_gap=settings.merge_gap,
+            window=settings.window,
+        ),
+    )
+
+
+def loss_ratios(loss: Floats) -> Floats:
+    """The loss ratio of every step, as `LossRatio` gives it step by step."""
+    finite = np.where(np.isfinite(loss), loss, np.inf)
+    lowest = np.minimum.accumulate(np.concatenate(([np.inf], finite)))[:-1]
+    ratio = np.ones_like(finite)
+    known = np.isfinite(lowest) & (lowest != 0)
+    np.divide(finite, lowest, out=ratio, where=known)
+    ratio[(lowest == 0) & (finite != 0)] = np.inf
+    ratio[~np.isfinite(loss)] = np.inf
+    return ratio
+
+
+def running_median(values: Floats, window: int) -> Floats:
+    """Median of ``window`` (odd) values around each; near the ends of as many as there are on both sides.
+
+    A value that is not finite counts as infinite.
+    """
+    assert window % 2 == 1, "a window has a middle"
+    finite = np.where(np.isfinite(values), values, np.inf)
+    half = min(window // 2, (len(values) - 1) // 2)
+    result = np.empty_like(finite)
+    windows = np.lib.stride_tricks.sliding_window_view(finite, 2 * half + 1)
+    # Partitioning copies every window, so not all of them at once.
+    rows = max(1, _COPIED // windows.shape[1])
+    for first in range(0, len(windows), rows):
+        part = np.partition(windows[first : first + rows], half, axis=1)[:, half]
+        result[half + first : half + first + len(part)] = part
+    for index in range(half):
+        result[index] = np.median(finite[: 2 * index + 1])
+        result[-1 - index] = np.median(finite[len(values) - 2 * index - 1 :])
+    return result
+
+
+def ratio_table(steps: Steps, ratio: Floats, thresholds: Sequence[float]) -> RatioTable:
+    """Count the steps above each threshold; a ratio equal to one is not above it."""
+    rows = []
+    for threshold in thresholds:
+        above = np.flatnonzero(ratio > threshold)
+        ends = (steps.place(above[0]), steps.place(above[-1])) if len(above) else (None, None)
+        rows.append(ThresholdRow(threshold, len(above), len(above) / len(ratio), *ends))
+    largest = int(np.argmax(ratio))
+    return RatioTable(largest=float(ratio[largest]), at=steps.place(largest), rows=tuple(rows))
+
+
+def variance_summary(steps: Steps, measure: str) -> VarianceSummary | None:
+    """First, smallest, largest and last value of a measure; None where it was never measured."""
+    values = steps.variance[measure]
+    measured = np.flatnonzero(~np.isnan(values))
+    if not len(measured):
+        return None
+
+    def reading(index: int) -> Reading:
+        return Reading(value=float(values[index]), at=steps.place(index))
+
+    return VarianceSummary(
+        measure=measure,
+        measured=len(measured),
+        first=reading(measured[0]),
+        min=reading(measured[np.argmin(values[measured])]),
+        max=reading(measured[np.argmax(values[measured])]),
+        last=reading(measured[-1]),
+    )
+
+
+def correlation(ratio: Floats, values: Floats, *, measure: str, smoothed: bool) -> Correlation:
+    """Pearson's r between ``ratio`` and the measured ``values`` ([steps]), with the reason where there is none."""
+    measured = ~np.isnan(values)
+    both = np.isfinite(ratio) & np.isfinite(values)
+    n = int(both.sum())
+    reason = None
+    if not measured.any():
+        reason = "it was never measured"
+    elif n < _FEWEST:
+        reason = f"only {n} of {int(measured.sum())} measured steps have finite values, it takes {_FEWEST}"
+    else:
+        for name, column in (("the loss ratio", ratio[both]), (measure, values[both])):
+            # To rounding: differences in the last digits of a constant correlate with anything.
+            if np.ptp(column) <= 1e-13 * np.abs(column).max():
+                reason = f"{name} has the same value on all {n} steps"
+    if reason is not None:
+        return Correlation(measure, smoothed, n, None, None, reason)
+    # Imported here: it takes longer than reading the file of a short run.
+    from scipy.stats import pearsonr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # values that hardly differ are said above
+        result = pearsonr(ratio[both], values[both])
+    return Correlation(measure, smoothed, n, float(result.statistic), float(result.pvalue), None)
