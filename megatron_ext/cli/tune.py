@@ -74,7 +74,7 @@ def command(
     notch: Notch = 1.25,
     unit: Unit = None,
     first: First = 3,
-    probe_units: ProbeUnits = 4,
+    probe_units: ProbeUnits = 2,
     probe_steps: ProbeSteps = None,
     beginning: Beginning = None,
     threshold: Threshold = 1.3,
@@ -137,21 +137,23 @@ def _announce(problem: "Problem", grid: "Grid") -> None:
     from megatron_ext.tuning.search import Candidate, courses
 
     candidates = [Candidate(start, steps) for start, ladder in grid.ladders.items() for steps in ladder]
-    cost = {candidate: problem.probe_tokens(candidate) for candidate in candidates}
+    whole = {candidate: problem.probe_tokens(candidate) for candidate in candidates}
+    early = {candidate: problem.probe_tokens(candidate, steps=grid.beginning) for candidate in candidates}
     ways = list(courses(grid))
+    costs = [
+        sum((early if verdict.fluctuated_at == grid.beginning else whole)[probe] for probe, verdict in way.items())
+        for way in ways
+    ]
     possible = {candidate for way in ways for candidate in way}
     typer.echo(f"Probes of {problem.settings.steps:,} steps that could be run (not all of them will be):")
     for start, ladder in grid.ladders.items():
         listed = [f"{steps:,}" for steps in ladder if Candidate(start, steps) in possible]
         typer.echo(f"  s = {start:4d}, T = {', '.join(listed)}")
-    dearest = max(ways, key=lambda way: sum(cost[candidate] for candidate in way))
-    most = sum(cost[candidate] for candidate in dearest)
+    full = min(problem.plan(Candidate(start, grid.first)).tokens for start in grid.ladders)
     typer.echo(
-        f"At most {max(map(len, ways))} probes and {most:,} tokens; all {len(cost)} pairs of s and T would be "
-        f"{sum(cost.values()):,} tokens."
+        f"At most {max(map(len, ways))} probes and {max(costs):,} tokens, {max(costs) / full:.1%} of the run's "
+        f"{full:,}; all {len(whole)} pairs of s and T would be {sum(whole.values()):,} tokens."
     )
-    fulls = [problem.plan(Candidate(start, grid.first)).tokens for start in grid.ladders]
-    typer.echo(f"The run itself has {min(fulls):,} tokens.")
 
 
 def _tune(

@@ -80,10 +80,10 @@ class Problem:
         """
         return TrainingPlan.from_config(self.tuned(candidate))
 
-    def probe_tokens(self, candidate: Candidate) -> int:
-        """Tokens that a probe without a fluctuation trains."""
+    def probe_tokens(self, candidate: Candidate, *, steps: int | None = None) -> int:
+        """Tokens of a probe's first ``steps``; by default of a whole one, that is, one without a fluctuation."""
         plan = self.plan(candidate)
-        return plan.tokens_at_step(min(self.settings.steps, plan.steps))
+        return plan.tokens_at_step(min(self.settings.steps if steps is None else steps, plan.steps))
 
     def probe_config(self, candidate: Candidate, *, output_dir: str) -> RunConfig:
         """The first part of the candidate's run, validated often, under ``output_dir``/``probe_name``."""

@@ -79,15 +79,18 @@ def search(
     return step, verdicts
 
 
-def courses(grid: Grid) -> Iterator[tuple[Candidate, ...]]:
-    """The probes of every course that the search can take, whatever the verdicts are."""
+def courses(grid: Grid) -> Iterator[Verdicts]:
+    """Every course that the search can take: its probes with the verdicts that lead it there.
+
+    A verdict is one of three: no fluctuation, one at the very beginning (in step ``grid.beginning``), a later one.
+    """
     yield from _courses(grid, {})
 
 
-def _courses(grid: Grid, verdicts: dict[Candidate, Verdict]) -> Iterator[tuple[Candidate, ...]]:
+def _courses(grid: Grid, verdicts: dict[Candidate, Verdict]) -> Iterator[Verdicts]:
     step = next_step(grid, verdicts)
     if isinstance(step, Outcome):
-        yield tuple(verdicts)
+        yield verdicts
         return
     after: list[int | None] = [None, grid.beginning + 1]
     if step.duration == grid.first:
