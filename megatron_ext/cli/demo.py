@@ -40,8 +40,9 @@ def command(
         raise typer.Exit(status)
     _say(f'generate {run.run_dir} --prompt "{_PROMPT}"')
     generate.command(run.run_dir, prompt=_PROMPT)
-    _say(f"report {run.run_dir}")
-    report.command([run.run_dir])
+    for name in ("report.html", "report.png"):
+        _say(f"report {run.run_dir} --output {run.run_dir / name}")
+        report.command([run.run_dir], output=run.run_dir / name)
     _summary(run)
 
 
@@ -75,6 +76,7 @@ def _summary(run: "RunConfig") -> None:
         f"{last.tokens:,} tokens.\n"
         f"Validation loss {last.loss:.3f} ({last.loss / uniform:.0%} of ln(vocabulary) = {uniform:.3f}), "
         f"perplexity {last.perplexity:.1f}.\n"
+        f"To open in a browser: {run.run_dir / 'report.html'}\n"
         f"Picture: {run.run_dir / 'report.png'}"
     )
 

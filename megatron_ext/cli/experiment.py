@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_ext.cli.common import AsJson
+from megatron_ext.cli.report import TargetLoss, write_page
 from megatron_ext.config.experiment import load_experiment
+from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,6 +81,42 @@ def status(file: ExperimentPath, *, as_json: AsJson = False) -> None:
         return
     _print(_status_table(found))
     typer.echo(done(found))
+
+
+@experiment_app.command("report")
+def report(
+    file: ExperimentPath,
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The .html to write; by default report.html in the experiment's output_dir.",
+            show_default=False,
+        ),
+    ] = None,
+    target_loss: TargetLoss = None,
+) -> None:
+    """Compare the runs of an experiment that have begun: one HTML file, and a table in Markdown on the standard output.
+
+    Seeds of a variant have one color in the page and one row in the table, with mean and spread. The first variant is
+    what the others are compared with.
+
+    Example: megatron-ext experiment report configs/experiments/comparators.json > table.md
+    """
+    from megatron_ext.cli.experiment_runs import data_of
+
+    experiment = load_experiment(file)
+    target = output if output is not None else Path(experiment.config.output_dir) / "report.html"
+    if target.suffix.lower() != ".html":
+        raise UserError(f"--output {target}: the report is a page; give a name that ends in .html")
+    runs = data_of(experiment)
+    comparison = write_page(runs, target, title=experiment.config.name, target_loss=target_loss)
+    typer.echo(comparison.markdown())
+    typer.echo(target, err=True)
+    if len(runs) < len(experiment.runs):
+        typer.echo(f"{len(experiment.runs) - len(runs)} of {len(experiment.runs)} runs have not begun", err=True)
 
 
 def _print(table: "Table") -> None:

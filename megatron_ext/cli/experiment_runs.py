@@ -22,6 +22,7 @@ from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.metrics.jsonl import Metrics
+    from megatron_ext.metrics.report_data import RunData
 
 State = Literal["waiting", "running", "interrupted", "failed", "finished"]
 
@@ -203,6 +204,29 @@ def _is_finished(config: RunConfig, metrics: "Metrics | None") -> bool:
         for step, tokens in reached
         for end in ends
     )
+
+
+def data_of(experiment: Experiment) -> "list[RunData]":
+    """Metrics of the runs that have trained a step, in order; the seeds of a variant are a group.
+
+    Raises:
+        UserError: none has.
+    """
+    from megatron_ext.metrics.columns import read_columns
+    from megatron_ext.metrics.jsonl import FILE_NAME
+    from megatron_ext.metrics.report_data import read_run
+
+    found = []
+    for run in experiment.runs:
+        # A run that has just begun has a file without steps.
+        file = run.config.run_dir / FILE_NAME
+        if file.is_file() and len(read_columns(file, ["step"])["step"]):
+            found.append(read_run(file, label=run.config.name, group=run.variant))
+    if not found:
+        raise UserError(
+            f"{experiment.source}: no run of it has trained a step yet; `megatron-ext experiment run` trains them"
+        )
+    return found
 
 
 def _refuse_other_runs(experiment: Experiment) -> None:

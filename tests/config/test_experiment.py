@@ -30,8 +30,8 @@ def load(folder: Path, **changes: Any) -> Experiment:
 
 
 def test_every_variant_is_the_base_changed_as_a_file_that_extends_it_would(tmp_path: Path) -> None:
-    root = {"curriculum": {"pacing": "root", "start": 16, "duration": {"tokens": 5000}}}
-    clip = {"optimizer": {"clip_grad": 0.5}}
+    root: dict[str, Any] = {"curriculum": {"pacing": "root", "start": 16, "duration": {"tokens": 5000}}}
+    clip: dict[str, Any] = {"optimizer": {"clip_grad": 0.5}}
     experiment = load(tmp_path, seeds=[3, 1], variants={"root": root, "clip": clip})
     assert [(run.variant, run.seed) for run in experiment.runs] == [("root", 3), ("root", 1), ("clip", 3), ("clip", 1)]
     for run in experiment.runs:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from megatron_ext.metrics.figure import Curves, curves_of, draw_runs, legend_text, smooth
+from megatron_ext.metrics.curves import Curves, curves_of, smooth
+from megatron_ext.metrics.figure import draw_runs, legend_text
 from megatron_ext.metrics.jsonl import Metrics
 from megatron_ext.metrics.records import EvalRecord, EventRecord
 from tests.metrics.test_records import train_record
