@@ -7,12 +7,15 @@ makes sure that of several ranks that found the same mistake one says it.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_ext.config.loading import load_config
+from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.environment import prepare_deepspeed, rank_info
+from megatron_ext.runtime.environment import RankInfo, prepare_deepspeed, rank_info
 from megatron_ext.runtime.log import configure_logging
+from megatron_ext.runtime.run_lock import run_lock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(path: Path, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     info = rank_info()
+    with run_lock(config.run_dir) if info.is_main else nullcontext():
+        return _train(config, info)
+
+
+def _train(config: RunConfig, info: RankInfo) -> int:
     configure_logging(info.rank, log_file=config.run_dir / "log.txt")
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
@@ -40,6 +48,7 @@ def _run(path: Path, overrides: Sequence[str]) -> int:
 
     from megatron_ext.runtime.process_group import process_group
     from megatron_ext.runtime.signals import stop_on_signal
+    from megatron_ext.stability.guard import GuardStop
     from megatron_ext.train import train
 
     with process_group(info, device, timeout_minutes=config.parallel.timeout_minutes) as processes:
@@ -50,6 +59,12 @@ def _run(path: Path, overrides: Sequence[str]) -> int:
             if processes.first_to("user error"):
                 raise
             return 2
+        except GuardStop as stopped:
+            # All ranks come here, and the launcher ends the others with the first that leaves.
+            if info.is_main:
+                print(f"error: {stopped}", file=sys.stderr)  # noqa: T201
+            processes.barrier()
+            return 1
     return 0
 
 
