@@ -40,26 +40,32 @@ def command(
 ) -> None:
     """Show a run before it starts: steps, tokens, lengths, learning rate, parameters, FLOPs, memory, time.
 
+    Under adaptive pacing these are the fastest and the slowest plan, between which the run decides.
+
     Example: megatron-ext plan configs/gpt2/1.5b_slw.json --ranks 64 --device-tflops 312 --plot plan.png
     """
     from rich.console import Console
 
     from megatron_ext.cli.plan_report import Machine, plan_report, tables
-    from megatron_ext.curriculum.plan import TrainingPlan
+    from megatron_ext.curriculum.plan import possible_plans
 
     run = load_config(config, overrides or ())
-    plan = TrainingPlan.from_config(run)
+    plans = possible_plans(run)
     machine = Machine(ranks=ranks or run.parallel.tensor, device_tflops=device_tflops, mfu=mfu)
-    report = plan_report(run, plan, machine)
+    reports = {which: plan_report(run, plan, machine) for which, plan in plans.items()}
     if plot is not None:
         from megatron_ext.cli.plan_figure import draw_plan
 
-        draw_plan(plan, plot)
+        draw_plan(plans, plot)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2))
+        told = {which: report.to_json() for which, report in reports.items()}
+        typer.echo(json.dumps(told if len(told) > 1 else next(iter(told.values())), indent=2))
         return
     console = Console(highlight=False)
-    for table in tables(run, report):
-        console.print(table)
+    for which, report in reports.items():
+        if len(reports) > 1:
+            console.rule(f"The {which} plan", align="left")
+        for table in tables(run, report):
+            console.print(table)
     if plot is not None:
         console.print(f"Plot: {plot}", soft_wrap=True)

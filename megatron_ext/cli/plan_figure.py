@@ -1,6 +1,8 @@
 """One picture of a plan: sequence length, batch size and learning rate against steps and against tokens."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -8,31 +10,34 @@ from matplotlib.figure import Figure
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
+_COLORS: Final = ("#0072B2", "#D55E00")
 
-def draw_plan(plan: TrainingPlan, output: Path) -> None:
-    """Write the picture as a PNG.
+
+def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:
+    """Write the picture of a plan, or of the two that bound one, with their names, as a PNG.
 
     Raises UserError if the file cannot be written.
     """
-    rows = plan.arrays()
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(3, 2, sharex="col", sharey="row")
-    columns = (("step", rows.step), ("tokens consumed", rows.consumed_tokens))
-    quantities = (
-        ("tokens per sequence", rows.seq_len),
-        ("sequences per batch", rows.batch_size),
-        ("learning rate", rows.lr),
-    )
-    for panel_row, (name, values) in zip(panels, quantities, strict=True):
-        for axes, (_, at) in zip(panel_row, columns, strict=True):
-            axes.plot(at, values, color="#0072B2", drawstyle="steps-post")
+    for (which, plan), color in zip(plans.items(), _COLORS, strict=False):
+        rows = plan.arrays()
+        for panel_row, values in zip(panels, (rows.seq_len, rows.batch_size, rows.lr), strict=True):
+            for axes, at in zip(panel_row, (rows.step, rows.consumed_tokens), strict=True):
+                axes.plot(at, values, color=color, drawstyle="steps-post", label=which)
+    for panel_row, name in zip(panels, ("tokens per sequence", "sequences per batch", "learning rate"), strict=True):
+        panel_row[0].set_ylabel(name)
+        for axes in panel_row:
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
-        panel_row[0].set_ylabel(name)
-    for axes, (label, _) in zip(panels[-1], columns, strict=True):
+    for axes, label in zip(panels[-1], ("step", "tokens consumed"), strict=True):
         axes.set_xlabel(label)
-    figure.suptitle(f"{plan.steps:,} steps, {plan.tokens:,} tokens")
+    totals = {which: f"{plan.steps:,} steps, {plan.tokens:,} tokens" for which, plan in plans.items()}
+    if len(plans) > 1:
+        panels[0][0].legend(loc="lower right")
+        totals = {which: f"{which}: {text}" for which, text in totals.items()}
+    figure.suptitle("; ".join(totals.values()))
     try:
         figure.savefig(output, dpi=120, format="png")
     except OSError as error:

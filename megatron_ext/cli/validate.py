@@ -6,11 +6,11 @@ from pathlib import Path
 import typer
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
-from megatron_ext.config.curriculum import ConstantPacing, DiscretePacing, MixedPacing
+from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, DiscretePacing, MixedPacing
 from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.curriculum.plan import TrainingPlan, possible_plans
 from megatron_ext.errors import UserError
 
 
@@ -35,7 +35,7 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
         answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
         typer.echo(json.dumps(answer, indent=2))
         return
-    lines = [*summary(run), f"plan        {plan.steps:,} steps, {plan.tokens:,} tokens, {plan.samples:,} samples"]
+    lines = [*summary(run), f"plan        {_totals(run, plan)}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
 
 
@@ -45,6 +45,17 @@ def _planned(run: RunConfig, config: Path) -> TrainingPlan:
         return TrainingPlan.from_config(run)
     except UserError as error:
         raise UserError(f"{config}: {error}") from None
+
+
+def _totals(run: RunConfig, plan: TrainingPlan) -> str:
+    """Steps, tokens and samples; from the least to the most where the run decides on them as it goes."""
+    plans = possible_plans(run).values()
+    if len(plans) == 1:
+        return f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.samples:,} samples"
+    steps, tokens = sorted(each.steps for each in plans), sorted(each.tokens for each in plans)
+    budget = plan.duration.tokens
+    told = f"{tokens[0]:,} to {tokens[-1]:,} tokens" if budget is None else f"{budget:,} tokens or up to a batch more"
+    return f"{steps[0]:,} to {steps[-1]:,} steps, {told}, at most {plan.samples:,} samples"
 
 
 def summary(run: RunConfig) -> list[str]:
@@ -77,5 +88,9 @@ def _curriculum(run: RunConfig) -> str:
     if isinstance(curriculum, MixedPacing):
         lengths = ", ".join(map(str, curriculum.lengths))
         return f"mixed: steps of {lengths} tokens in a cycle that the seed shuffles"
+    if isinstance(curriculum, AdaptivePacing):
+        over = f"{curriculum.fastest} at the fastest to {curriculum.slowest} at the slowest"
+        decisions = f"a decision every {curriculum.interval} steps"
+        return f"adaptive: {curriculum.start} to {curriculum.end or full} over {over}, {decisions}"
     lengths = f"{curriculum.start} to {curriculum.end or full} over {curriculum.duration}"
     return f"{curriculum.pacing}: {lengths}, multiples of {curriculum.multiple}"

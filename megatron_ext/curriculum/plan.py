@@ -260,6 +260,17 @@ def bounding_plans(config: RunConfig) -> dict[Bound, TrainingPlan]:
     return plans
 
 
+def possible_plans(config: RunConfig) -> Mapping[str, TrainingPlan]:
+    """The plan of a run, or under adaptive pacing the two that bound it, by name.
+
+    Raises UserError as ``from_config`` does.
+    """
+    if isinstance(config.curriculum, AdaptivePacing):
+        bounds = bounding_plans(config)
+        return {which: bounds[which] for which in BOUNDS}
+    return {"plan": TrainingPlan.from_config(config)}
+
+
 def _most_samples(bounds: Mapping[Bound, TrainingPlan], *, batch_size: int) -> int:
     """Samples that are enough for every plan between the bounds: none has more steps than the slowest."""
     slowest = bounds["slowest"]

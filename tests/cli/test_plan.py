@@ -109,6 +109,19 @@ def test_the_plot_is_a_png(plan_command: PlanCommand, config: Path, tmp_path: Pa
     assert str(picture) in out
 
 
+def test_adaptive_pacing_shows_the_plans_that_bound_it(plan_command: PlanCommand, config: Path, tmp_path: Path) -> None:
+    bounds = {"fastest": {"steps": 20_000}, "slowest": {"steps": 45_000}}
+    override = f"curriculum={json.dumps({'pacing': 'adaptive', 'start': 64} | bounds)}"
+    text = plan_command(config, "--set", override, "--plot", tmp_path / "plan.png").stdout
+    assert text.index("The fastest plan") < text.index("46,954") < text.index("The slowest plan") < text.index("58,770")
+    assert max(len(line) for line in text.splitlines()) <= 80
+    answer = json.loads(plan_command(config, "--set", override, "--json").stdout)
+    assert list(answer) == ["fastest", "slowest"]
+    fixed = TrainingPlan.from_config(load_config(config))
+    assert answer["slowest"]["plan"] == json.loads(json.dumps(fixed.to_json()))
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
 def test_neither_torch_nor_matplotlib_is_imported(config: Path) -> None:
     code = (
         "import sys\n"

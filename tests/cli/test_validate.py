@@ -1,6 +1,7 @@
 """megatron-ext validate."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ STEPS = {"duration": {"steps": 50}}
 )
 def test_every_pacing_is_described(curriculum: dict[str, object], words: str) -> None:
     assert any(words in line for line in summary(small_config(curriculum=curriculum)))
+
+
+def test_adaptive_pacing_is_described_with_both_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curriculum = {"pacing": "adaptive", "start": 8, "fastest": {"steps": 20}, "slowest": {"steps": 50}}
+    tree = small_tree(curriculum=curriculum, training={"duration": {"tokens": 80_000}})
+    command(write(tmp_path / "run.json", tree))
+    text = capsys.readouterr().out
+    assert "adaptive: 8 to 128 over 20 steps at the fastest to 50 steps at the slowest, a decision every 20" in text
+    assert re.search(r"plan +89 to 104 steps, 80,000 tokens or up to a batch more, at most 832 samples", text), text
 
 
 def test_batch_size_warmup_is_described() -> None:

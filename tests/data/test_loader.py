@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.curriculum.segments import Stretch, cut
 from megatron_ext.data.datasets import Datasets, Samples, build_datasets
 from megatron_ext.data.loader import Batch, TrainLoader, ValidationLoader
 from megatron_ext.errors import UserError
@@ -130,6 +131,20 @@ def test_step_that_departs_from_the_plan_is_obeyed(run: Run) -> None:
         assert loader.batch(changed).tokens.shape == (12, 16)
         other_rate = replace(run.plan[5], lr=0.5)
         _assert_same(loader.batch(other_rate), _batches(run, range(5, 6))[0])
+
+
+def test_another_version_of_the_plan_is_followed_from_the_next_step_on(run: Run) -> None:
+    held = [Stretch(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
+    other = replace(run.plan, segments=cut(held, run.plan.duration))
+    assert other[8] == run.plan[8]
+    assert other[30].seq_len < run.plan[30].seq_len
+    expected = _batches(replace(run, plan=other), range(60), prefetch=0)
+    with TrainLoader(run.data.train, run.plan, prefetch=3) as loader:
+        for step in range(9):
+            _assert_same(loader.batch(run.plan[step]), expected[step])
+        loader.follow(other)
+        for step in range(9, 60):
+            _assert_same(loader.batch(other[step]), expected[step])
 
 
 def test_samples_repeat_only_after_the_whole_corpus(tmp_path: Path) -> None:
