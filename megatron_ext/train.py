@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,6 +16,7 @@ from megatron_ext.curriculum.course import Course
 from megatron_ext.curriculum.intervals import is_due
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
+from megatron_ext.curriculum.skips import positions_between
 from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.engine import TrainEngine
@@ -34,6 +36,7 @@ from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes, StopAgreement
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.stability.adam_variance import AdamVariance
+from megatron_ext.stability.guard import GuardStop, UpdateGuard, Verdict
 from megatron_ext.stability.loss_ratio import LossRatio
 
 
@@ -50,6 +53,7 @@ class Run:
     validation: ValidationLoader
     checkpointer: Checkpointer
     loss_ratio: LossRatio
+    guard: UpdateGuard | None
     variance: AdamVariance
     recorder: Recorder
     log: StepLog
@@ -73,6 +77,7 @@ def train(config: RunConfig, *, device: Device, processes: Processes, stop: Stop
 
     Raises:
         UserError: data, checkpoint or layout do not fit the config.
+        GuardStop: a guard of the config ended the run.
     """
     with set_up(config, device=device, processes=processes) as run:
         run_loop(run, stop)
@@ -88,14 +93,16 @@ def run_loop(run: Run, stop: StopRequest) -> None:
         start = mark(run.device)
         batch = run.loader.batch(planned)
         sizes = micro_batch_sizes(len(batch.tokens), planned.seq_len, config.micro_batch_tokens)
-        result = run.engine.step(
-            cut_micro_batches(batch.tokens, batch.labels, sizes), global_tokens=planned.tokens, lr=planned.lr
-        )
+        pieces = cut_micro_batches(batch.tokens, batch.labels, sizes)
+        result = run.engine.step(pieces, global_tokens=planned.tokens, lr=planned.lr, judge=run.guard)
         result = run.variance.measured(planned, result)
         run.log.add(planned, result, micro_batches=sizes, batch=batch, start=start, end=mark(run.device))
-        step += 1
+        step, stopped = step + 1, stopping.answer()
+        if (back := heed_guard(run, planned)) is not None:
+            step = back
+            continue
         pace(run, planned)
-        stopped, finished = stopping.answer(), step == run.last_step
+        finished = step == run.last_step
         if finished or is_due(config.validation.every, planned):
             validate(run, planned)
         if finished or stopped or is_due(config.checkpoint.every, planned):
@@ -130,14 +137,77 @@ def validate(run: Run, after: PlannedStep) -> None:
     run.recorder.evaluation(EvalRecord.from_positions(losses, step=after.step + 1, tokens=tokens, buckets=buckets))
 
 
-def save(run: Run, after: PlannedStep) -> None:
-    """Write a checkpoint after a step."""
+def save(run: Run, after: PlannedStep) -> Path | None:
+    """Write a checkpoint after a step; with guards on, None and no checkpoint where weights are not finite."""
     run.log.flush()
     step, tokens = after.step + 1, after.consumed_tokens + after.tokens
+    if run.guard is not None and not run.engine.weights_finite():
+        run.recorder.event("guard", step=step, tokens=tokens, action="no checkpoint", reason="weights")
+        return None
     path = run.checkpointer.save(
-        step=step, tokens=tokens, loss_ratio=run.loss_ratio.state_dict(), curriculum=run.course.state_dict()
+        step=step,
+        tokens=tokens,
+        loss_ratio=run.loss_ratio.state_dict(),
+        curriculum=run.course.state_dict(),
+        guard=None if run.guard is None else run.guard.state_dict(),
+        skipped_samples=run.loader.skipped.to_json(),
     )
     run.recorder.event("checkpoint", step=step, tokens=tokens, path=str(path))
+    return path
+
+
+def heed_guard(run: Run, after: PlannedStep) -> int | None:
+    """Do what the guard says about a step; the step to go on with, where that is not the next one.
+
+    Raises:
+        GuardStop: the run has to end.
+    """
+    verdict = None if run.guard is None else run.guard.verdict
+    if verdict is None:
+        return None
+    run.log.flush()
+    tokens = after.consumed_tokens + after.tokens
+    run.recorder.event("guard", step=after.step + 1, tokens=tokens, **verdict.details())
+    if verdict.action == "rollback":
+        return roll_back(run, after, verdict)
+    if verdict.action == "stop":
+        raise stop_for(run, after, verdict, saved=save(run, after) if verdict.saves else None)
+    return None
+
+
+def roll_back(run: Run, after: PlannedStep, verdict: Verdict) -> int:
+    """Go back to before an incident, skip the samples read since, and return the step to go on with."""
+    assert run.guard is not None
+    checkpoint = run.checkpointer.newest(not_after=after.step + 1 - verdict.steps)
+    if checkpoint is None:
+        raise stop_for(run, after, replace(verdict, limit="there is no checkpoint from before it to roll back to"))
+    manifest = run.checkpointer.load(checkpoint)
+    skipped = run.loader.skipped.without(positions_between(run.plan, manifest.step, after.step))
+    if skipped.left < after.batch_size:
+        raise stop_for(run, after, replace(verdict, limit="rolling back would leave no sample to read"))
+    more = run.loader.skipped.left - skipped.left
+    run.loss_ratio.load_state_dict(manifest.loss_ratio)
+    run.guard.roll_back(manifest.guard, manifest.loss_ratio)
+    run.course.load_state_dict(manifest.curriculum)
+    run.loader.follow(run.plan)
+    run.loader.skip(skipped)
+    run.recorder.roll_back(step=manifest.step, tokens=manifest.tokens)
+    # From here on a run that is killed goes on as this one does.
+    state = replace(manifest, guard=run.guard.state_dict(), skipped_samples=skipped.to_json())
+    run.checkpointer.go_on_from(checkpoint, state)
+    place = {"from_step": after.step + 1, "to_step": manifest.step, "tokens": manifest.tokens}
+    run.recorder.event("rollback", **place, skipped_samples=more, checkpoint=str(checkpoint))
+    return manifest.step
+
+
+def stop_for(run: Run, after: PlannedStep, verdict: Verdict, *, saved: Path | None = None) -> GuardStop:
+    """The end of a run that a guard stops: what happened, what is left, what to do."""
+    newest = saved or run.checkpointer.newest()
+    left = f"{newest} is the newest checkpoint" if newest else "there is no checkpoint"
+    if saved:
+        left = f"{saved} holds the weights without that step's update; start again to go on with the next step"
+    why = f"{verdict.why}; {verdict.limit}" if verdict.limit else verdict.why
+    return GuardStop(f"a guard stopped the run at step {after.step + 1:,}: {why}. {left}, or change guards first")
 
 
 @contextmanager
@@ -157,10 +227,14 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
         resumed = checkpointer.resume() if config.checkpoint.resume else None
         loss_ratio = LossRatio()
+        guard = UpdateGuard(config.guards) if config.guards.are_on else None
         if resumed is not None:
             loss_ratio.load_state_dict(resumed.loss_ratio)
             course.load_state_dict(resumed.curriculum)
             loader.follow(course.plan)
+            loader.skip(loader.skipped.with_ranges(resumed.skipped_samples))
+            if guard is not None:
+                guard.load_state_dict(resumed.guard, resumed.loss_ratio)
         recorder = open_recorder(config, course, resumed=resumed, processes=processes)
         variance = AdamVariance(engine, config.metrics, device.torch_device)
         measures = Measures(
@@ -170,7 +244,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
             peak_flops=config.metrics.peak_tflops * 1e12 * processes.info.world_size,
         )
         log = StepLog(recorder, measures, config.metrics)
-        with loader:
+        with closing(recorder), loader:
             yield Run(
                 config=config,
                 course=course,
@@ -181,13 +255,13 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
                 validation=validation,
                 checkpointer=checkpointer,
                 loss_ratio=loss_ratio,
+                guard=guard,
                 variance=variance,
                 recorder=recorder,
                 log=log,
                 first_step=resumed.step if resumed else 0,
             )
             log.flush()
-        recorder.close()
     finally:
         destroy_parallel()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_ext.config.guards import GuardAction, GuardsConfig
@@ -31,6 +31,10 @@ class Verdict:
 
     limit: str | None = None
     """Why the run stops although the action asked for is another one."""
+
+    saves: bool = True
+    """Whether a stop saves a checkpoint. Not where rollbacks were of no use: the newest checkpoint is then still one
+    from before the incident."""
 
     @property
     def why(self) -> str:
@@ -76,7 +80,8 @@ class Guard:
             self._skips = 0
             return verdict
         if self._skips == self._config.max_skips:
-            return _stopped(verdict, f"guards.max_skips: {self._skips:,} updates in a row were skipped")
+            limit = f"guards.max_skips: {self._skips:,} updates in a row were skipped"
+            return replace(verdict, action="stop", limit=limit)
         self._skips += 1
         return verdict
 
@@ -98,7 +103,8 @@ class Guard:
         if verdict.action == "log" and verdict.steps > first:
             return None  # one line for an incident, however long it lasts
         if verdict.action == "rollback" and self._rollbacks == self._config.max_rollbacks:
-            return _stopped(verdict, f"guards.max_rollbacks: the run was rolled back {self._rollbacks:,} times")
+            limit = f"guards.max_rollbacks: the run was rolled back {self._rollbacks:,} times"
+            return replace(verdict, action="stop", limit=limit, saves=False)
         return verdict
 
     def roll_back(self) -> None:
@@ -150,7 +156,3 @@ class UpdateGuard:
         self._guard.load_state_dict(state)
         self._ratio.load_state_dict(loss_ratio)
         self._verdict = None
-
-
-def _stopped(verdict: Verdict, limit: str) -> Verdict:
-    return Verdict("stop", verdict.reason, verdict.value, verdict.steps, limit)

@@ -1,0 +1,118 @@
+"""Guards in whole runs on two ranks: a batch that explodes, a NaN, and every action."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.train.guard_runs import BATCH, EVERY, STEPS, Planted, events, guarded, run_once
+from tests.train.small_run import train_records, write_corpus
+
+BAD_STEP = 10
+BAD_SAMPLE = BAD_STEP * BATCH + 6  # read by the second rank
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def test_rollback_skips_the_samples_and_resumes_exactly(tmp_path: Path, corpus: Path) -> None:
+    guards = {"non_finite": "rollback"}
+    planted = Planted(samples=(BAD_SAMPLE,))
+    whole, killed = (guarded(tmp_path / name, corpus, guards) for name in ("whole", "killed"))
+    runs = [
+        (str(whole), [], planted),
+        (str(killed), [], Planted(samples=(BAD_SAMPLE,), dies_at=(2 * EVERY, 2))),
+        (str(killed), [], planted),
+    ]
+    assert run_ranks(run_once, 2, runs) == [["", "killed", ""]] * 2
+
+    run = tmp_path / "whole" / "small"
+    trained = train_records(run)
+    assert [record["step"] for record in trained] == list(range(1, STEPS + 1))
+    assert all(record["loss"] is not None and not record["skipped"] for record in trained)
+    (guard,), (back,) = events(run, "guard"), events(run, "rollback")
+    assert (guard["action"], guard["reason"], guard["step"]) == ("rollback", "loss", BAD_STEP + 1)
+    skipped = range(2 * EVERY * BATCH, (BAD_STEP + 1) * BATCH)
+    assert (back["from_step"], back["to_step"]) == (BAD_STEP + 1, 2 * EVERY)
+    assert back["skipped_samples"] == len(skipped)
+    read = [sample for record in trained for sample in record["sample_ids"]]
+    kept = [sample for sample in range(STEPS * BATCH) if sample not in skipped]
+    assert read == kept + kept[: len(skipped)]
+    aside = [record for record in rolled_back(run) if record["kind"] == "train"]
+    assert [record["step"] for record in aside] == list(range(2 * EVERY + 1, BAD_STEP + 2))
+    assert aside[-1]["loss"] is None
+
+    # The process that died right after the rollback went on as the one that lived.
+    assert train_records(tmp_path / "killed" / "small") == trained
+
+
+def rolled_back(run: Path) -> list[dict[str, object]]:
+    import json
+
+    return [json.loads(line) for line in (run / "rolled_back.jsonl").read_text().splitlines()]
+
+
+def test_skip_and_log(tmp_path: Path, corpus: Path) -> None:
+    exploding = Planted(samples=(BAD_SAMPLE,), factor=30.0)
+    skip = guarded(tmp_path / "skip", corpus, {"loss_ratio": {"above": 3.0, "action": "skip"}})
+    log = guarded(tmp_path / "log", corpus, {"loss_ratio": {"above": 3.0, "action": "log"}, "non_finite": "log"})
+    off = guarded(tmp_path / "off", corpus, {})
+    runs = [(str(path), list[str](), exploding) for path in (skip, log, off)]
+    assert run_ranks(run_once, 2, runs) == [["", "", ""]] * 2
+    skipped, logged, plain = (train_records(tmp_path / name / "small") for name in ("skip", "log", "off"))
+    assert [record["step"] for record in skipped if record["skipped"]] == [BAD_STEP + 1]
+    assert skipped[: BAD_STEP + 1] == [*plain[:BAD_STEP], plain[BAD_STEP] | {"skipped": True}]
+    assert skipped[BAD_STEP + 1]["loss"] != plain[BAD_STEP + 1]["loss"]
+    assert logged == plain, "a guard that logs changes nothing"
+    for name, action in (("skip", "skip"), ("log", "log")):
+        (event,) = events(tmp_path / name / "small", "guard")
+        assert (event["action"], event["reason"], event["step"]) == (action, "loss_ratio", BAD_STEP + 1)
+        assert event["value"] == plain[BAD_STEP]["loss_ratio"] > 3
+    assert events(tmp_path / "off" / "small", "guard") == []
+
+
+def test_stop_saves_what_was_good_and_goes_on_when_started_again(tmp_path: Path, corpus: Path) -> None:
+    stop = guarded(tmp_path / "stop", corpus, {"non_finite": "stop"})
+    skip = guarded(tmp_path / "skip", corpus, {"non_finite": "skip"})
+    planted = Planted(samples=(BAD_SAMPLE,))
+    runs = [(str(stop), list[str](), planted), (str(stop), [], planted), (str(skip), [], planted)]
+    ends = run_ranks(run_once, 2, runs)
+    assert ends[0] == ends[1]
+    message = ends[0][0]
+    assert f"stopped the run at step {BAD_STEP + 1}: the loss is not finite" in message
+    assert f"step_{BAD_STEP + 1} holds the weights without that step's update" in message
+    assert ends[0][1:] == ["", ""]
+    # Leaving out an update and going on in another process is leaving out an update.
+    assert train_records(tmp_path / "stop" / "small") == train_records(tmp_path / "skip" / "small")
+
+
+def test_rollbacks_that_do_not_help_end(tmp_path: Path, corpus: Path) -> None:
+    again = guarded(tmp_path / "again", corpus, {"non_finite": "rollback", "max_rollbacks": 2})
+    early = guarded(tmp_path / "early", corpus, {"non_finite": "rollback"})
+    runs = [(str(again), list[str](), Planted(steps=(BAD_STEP,))), (str(early), [], Planted(steps=(1,)))]
+    ends = run_ranks(run_once, 2, runs)
+    assert ends[0] == ends[1]
+    assert "guards.max_rollbacks: the run was rolled back 2 times" in ends[0][0]
+    assert f"step_{2 * EVERY} is the newest checkpoint" in ends[0][0]
+    run = tmp_path / "again" / "small"
+    assert [event["action"] for event in events(run, "guard")] == ["rollback", "rollback", "stop"]
+    assert [event["skipped_samples"] for event in events(run, "rollback")] == [3 * BATCH, 3 * BATCH]
+    assert "no checkpoint from before it" in ends[0][1]
+    assert not (tmp_path / "early" / "small" / "checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, corpus: Path) -> None:
+    # Without ZeRO in fp32 nothing but a guard keeps a NaN from the weights, and one that logs does not.
+    log = guarded(tmp_path / "log", corpus, {"non_finite": "log"}, parallel={"zero_stage": 0, "micro_batch_tokens": 64})
+    assert run_ranks(run_once, 2, [(str(log), [], Planted(samples=(BAD_SAMPLE,)))]) == [[""]] * 2
+    run = tmp_path / "log" / "small"
+    assert [(event["action"], event["reason"]) for event in events(run, "guard")] == [
+        ("log", "loss"),
+        ("no checkpoint", "weights"),
+        ("no checkpoint", "weights"),
+    ]
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{2 * EVERY}\n"
