@@ -210,6 +210,16 @@ def build_datasets(config: RunConfig, plan: TrainingPlan) -> Datasets:
     )
 
 
+def build_training(config: RunConfig, *, samples: int, seed: int) -> Samples:
+    """``samples`` training samples of a run in an order of their own, which ``seed`` decides.
+
+    Raises as :func:`build_datasets` does.
+    """
+    cache = _cache(config)
+    (parts,) = _open_parts(config, (Split.train,), cache)
+    return _build(parts, samples=samples, seq_len=config.training.seq_len, seed=seed, cache=cache)
+
+
 def build_validation(config: RunConfig) -> Samples:
     """The validation samples alone: the same ones for every seed. Raises as :func:`build_datasets` does."""
     cache = _cache(config)
