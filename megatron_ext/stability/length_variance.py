@@ -83,6 +83,11 @@ class LengthStatistics:
     """Parameters that hold the largest standard deviations, largest first."""
 
 
+def doubling_lengths(full: int) -> tuple[int, ...]:
+    """8, 16, 32, ... up to ``full``, which is the last one; only those that divide it."""
+    return (*(8 << power for power in range(32) if 8 << power < full and full % (8 << power) == 0), full)
+
+
 def check_settings(settings: StudySettings, *, seq_len: int) -> None:
     """Raise UserError where batches cannot be made of these lengths; ``seq_len`` is that of the dataset's samples."""
     for length in settings.lengths:
