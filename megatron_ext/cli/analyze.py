@@ -148,9 +148,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise UserError(
-            f"--lengths is {text!r}: write whole numbers with commas between, for example 8,32,128"
-        ) from None
+        raise UserError(f"--lengths is {text!r}: write whole numbers with commas between, like 8,32,128") from None
 
 
 def _json_value(value: Any) -> Any:

@@ -37,6 +37,7 @@ _COMMANDS: Final[dict[str, _Entry]] = {
     "train": _Entry("megatron_ext.cli.train"),
     "tune": _Entry("megatron_ext.cli.tune"),
     "generate": _Entry("megatron_ext.cli.generate"),
+    "analyze": _Entry("megatron_ext.cli.analyze"),
     "report": _Entry("megatron_ext.cli.report"),
     "experiment": _Entry("megatron_ext.cli.experiment", group="experiment_app"),
     "demo": _Entry("megatron_ext.cli.demo"),
