@@ -97,6 +97,8 @@ class Problem:
             },
             "checkpoint": {"keep_last": 1, "resume": True},
             "metrics": {"tensorboard": False},
+            # A guard would mend or end what the probe is to show.
+            "guards": {"loss_ratio": None, "non_finite": None},
         }
         tuned = Layer("the tuned run", self.tuned(candidate).model_dump(mode="json"))
         return parse_layers([tuned, Layer("tune", changes)])

@@ -22,6 +22,8 @@ from megatron_ext.tuning.state import ProbeResult
 MARKDOWN, PICTURE = "report.md", "report.png"
 _STABLE, _FLUCTUATING, _LIMIT = "#0072B2", "#D55E00", "0.4"
 _COLUMNS = 3
+_HIGHEST = 20
+"""Perplexities are drawn up to so many times the vocabulary's size."""
 
 
 @dataclass(frozen=True)
@@ -110,22 +112,26 @@ def _markdown(findings: Findings) -> str:
 
 def _draw(findings: Findings, output: Path) -> None:
     count = len(findings.results)
-    rows = math.ceil(count / _COLUMNS)
+    columns = min(_COLUMNS, count)
+    rows = math.ceil(count / columns)
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(12, 1.0 + 2.8 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for index, axes in enumerate(panels.flat):
             if index >= count:
                 axes.set_axis_off()
                 continue
             _panel(axes, findings, findings.results[index])
-            if index % _COLUMNS == 0:
+            if index % columns == 0:
                 axes.set_ylabel("perplexity")
-            if index + _COLUMNS >= count:
+            if index + columns >= count:
                 axes.set_xlabel("step")
                 # A shared axis labels only the last row, which may not reach this column.
                 axes.tick_params(labelbottom=True)
+        ends = [result.points[-1].step for result in findings.results if result.points]
+        ends += [result.verdict.fluctuated_at or 0 for result in findings.results]
+        panels[0, 0].set_xlim(0, 1.03 * max(1, *ends))
         limit = f"{findings.settings.threshold:g} x the best so far"
         handles = [
             Line2D([], [], color=_STABLE, marker="o", markersize=3, label="validation perplexity, no fluctuation"),
@@ -140,11 +146,14 @@ def _draw(findings: Findings, output: Path) -> None:
 def _panel(axes: Axes, findings: Findings, result: ProbeResult) -> None:
     steps = np.array([point.step for point in result.points], dtype=np.float64)
     values = np.array([point.perplexity for point in result.points], dtype=np.float64)
-    values[~np.isfinite(values)] = np.nan
+    # What is far above an untrained model would flatten every curve.
+    values = np.where(np.isfinite(values), np.minimum(values, _HIGHEST * findings.vocab_size), np.nan)
     color = _STABLE if result.verdict.stable else _FLUCTUATING
     axes.plot(steps, values, color=color, marker="o", markersize=3)
-    best = list(accumulate([float(findings.vocab_size), *np.where(np.isnan(values), np.inf, values)], min))[:-1]
-    axes.plot(steps, findings.settings.threshold * np.array(best), color=_LIMIT, linestyle="--", drawstyle="steps-post")
+    best = list(accumulate([float(findings.vocab_size), *np.where(np.isnan(values), np.inf, values)], min))
+    # What a validation is compared with is drawn from the one before it up to it.
+    limit = findings.settings.threshold * np.array([best[0], *best[:-1]])
+    axes.plot([0.0, *steps], limit, color=_LIMIT, linestyle="--", drawstyle="steps-pre")
     at = result.verdict.fluctuated_at
     if at is not None:
         known = np.flatnonzero((steps == at) & np.isfinite(values))
@@ -158,4 +167,3 @@ def _panel(axes: Axes, findings: Findings, result: ProbeResult) -> None:
     axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(left=0)

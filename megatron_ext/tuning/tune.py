@@ -110,7 +110,8 @@ class Tuning:
             threshold=self.problem.settings.threshold,
             initial=float(config.model.vocab_size),
             tokens=metrics.train[-1].tokens if metrics.train else 0,
-            broken_steps=[record.step for record in metrics.train if not math.isfinite(record.loss)],
+            # A step that fp16's loss scale left out did no harm.
+            broken_steps=[r.step for r in metrics.train if not r.skipped and not math.isfinite(r.loss)],
         )
         return ProbeResult(candidate, verdict, points)
 

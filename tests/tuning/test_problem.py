@@ -95,6 +95,12 @@ def test_what_does_not_suit_the_run_is_refused(starts: tuple[int, ...], notches:
         grid_of(problem(), starts, notches, beginning=10)
 
 
+def test_a_probe_has_no_guards(tmp_path: Path) -> None:
+    guarded = problem(guards={"non_finite": "skip", "loss_ratio": {"above": 2.0, "action": "stop"}})
+    assert not guarded.probe_config(Candidate(8, 30), output_dir=str(tmp_path)).guards.are_on
+    assert guarded.tuned(Candidate(8, 30)).guards.are_on
+
+
 def test_batch_size_warmup_is_refused() -> None:
     warmup = {"start": 4, "increment": 4, "duration": {"steps": 5}}
     training = {"seq_len": 128, "batch_size": 8, "duration": {"steps": 100}, "batch_size_warmup": warmup}
