@@ -31,15 +31,16 @@ def test_where_verdicts_are_monotone_the_answer_is_that_of_exhaustive_search(dat
     assert not any("chance" in note for note in outcome.notes)
 
 
-@pytest.mark.parametrize("shortest", [8, 16, 32, 64])
-def test_a_quarter_of_the_exhaustive_cost_is_enough(shortest: int) -> None:
+# Where only the longest start works, every other pair ends early: there is little that a search could save.
+@pytest.mark.parametrize(("shortest", "share"), [(8, 0.25), (16, 0.25), (32, 0.25), (64, 0.25), (128, 0.42)])
+def test_a_quarter_of_the_exhaustive_cost_is_enough(shortest: int, share: float) -> None:
     over = grid(16)
     for limit in (0, *over.ladders[8]):
         problem = Planted(shortest, dict.fromkeys(STARTS, limit))
         outcome, verdicts = search(over, problem.probe)
         best, cost = problem.exhaustive(over)
         assert outcome.best == best
-        assert sum(verdict.tokens for verdict in verdicts.values()) <= cost / 4
+        assert sum(verdict.tokens for verdict in verdicts.values()) <= share * cost
         assert len(verdicts) <= 4 + 1 + 4  # shorter starts, the first T, 16 notches by halves
 
 
