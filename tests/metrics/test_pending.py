@@ -42,10 +42,12 @@ def test_tensors_of_a_drain_are_copied_together(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "__float__", refused)
     pending: PendingSteps[int] = PendingSteps()
     for step in range(5):
-        pending.add(step, loss=torch.tensor(float(step)), grad_norm=torch.tensor(0.5, dtype=torch.bfloat16))
+        vector = torch.ones(3, dtype=torch.float64) if step == 2 else None
+        norm = torch.tensor(0.5, dtype=torch.bfloat16)
+        pending.add(step, loss=torch.tensor(float(step)), grad_norm=norm, adam_variance=vector)
     assert copies == []
     assert [step.loss for step in pending.drain()] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert copies == [(10,)]
+    assert copies == [(13,)]
 
 
 def test_drain_returns_steps_once_and_in_order() -> None:
@@ -56,6 +58,17 @@ def test_drain_returns_steps_once_and_in_order() -> None:
     assert pending.drain() == [FetchedStep("a", 2.0, 1.5), FetchedStep("b", math.inf, None)]
     assert len(pending) == 0
     assert pending.drain() == []
+
+
+def test_vectors_come_with_the_steps_that_have_one() -> None:
+    pending: PendingSteps[int] = PendingSteps()
+    vectors = {1: [1.0, math.inf, 3.0], 3: [0.1]}
+    for step in range(4):
+        vector = torch.tensor(vectors[step], dtype=torch.float64) if step in vectors else None
+        pending.add(step, loss=torch.tensor(float(step)), grad_norm=None, adam_variance=vector)
+    steps = pending.drain()
+    assert [step.loss for step in steps] == [0.0, 1.0, 2.0, 3.0]
+    assert [step.adam_variance for step in steps] == [None, (1.0, math.inf, 3.0), None, (0.1,)]
 
 
 def test_a_buffer_that_is_used_again_does_not_change_what_was_added() -> None:

@@ -91,6 +91,9 @@ def test_the_fields_of_a_train_line() -> None:
         "mfu": None,
         "skipped": False,
     }
+    detail = {"layers": {"0": (1.5, 0.5)}, "kinds": {"mlp": (1.5, 0.5), "norm": (0.5, 0.25)}}
+    line = json.loads(encode(train_record(adam_var=detail)))
+    assert line["adam_var"] == {"layers": {"0": [1.5, 0.5]}, "kinds": {"mlp": [1.5, 0.5], "norm": [0.5, 0.25]}}
     measured = json.loads(encode(train_record(adam_var_l1=2.0, adam_var_max=0.5, sample_ids=(4, 7), offsets=(0, 8))))
     assert (measured["adam_var_l1"], measured["adam_var_max"]) == (2.0, 0.5)
     assert (measured["sample_ids"], measured["offsets"]) == ([4, 7], [0, 8])
@@ -119,6 +122,20 @@ def test_non_finite_items_of_a_list_are_null_and_named() -> None:
     line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
     assert line["position_loss"] == [4.0, None]
     assert line["non_finite"] == {"loss": "nan", "perplexity": "nan", "position_loss[1]": "nan"}
+
+
+def test_non_finite_values_inside_are_null_and_named() -> None:
+    detail = {"layers": {"0": [1.5, math.inf], "11": [math.nan, math.nan]}, "kinds": {"mlp": [1.0, 0.5]}}
+    record = train_record(adam_var=detail)
+    line = json.loads(encode(record))
+    assert line["adam_var"]["layers"] == {"0": [1.5, None], "11": [None, None]}
+    assert line["non_finite"] == {
+        "adam_var[layers][0][1]": "inf",
+        "adam_var[layers][11][0]": "nan",
+        "adam_var[layers][11][1]": "nan",
+    }
+    assert same(decode(line), record)
+    assert detail["layers"]["0"] == [1.5, math.inf], "the record itself is left alone"
 
 
 def test_perplexity_of_a_loss() -> None:
