@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from megatron_ext.metrics.rate import format_count
 from megatron_ext.stability.analysis import Analysis, Correlation, RatioTable, Reading
 from megatron_ext.stability.spikes import Place, Spike
 
@@ -24,11 +25,13 @@ def run_tables(path: Path, analysis: Analysis) -> Iterator[Table | str]:
         yield f"{analysis.missing_steps:,} steps between them are not in the file"
     if analysis.non_finite_losses:
         yield f"the loss was not finite on {analysis.non_finite_losses:,} steps; their loss ratio counts as infinite"
-    yield _ratio_table("Loss ratio (loss over the lowest before)", analysis.ratio, analysis.steps)
-    title = f"The same of the loss smoothed by a running median over {analysis.window} steps"
-    yield _ratio_table(title, analysis.smoothed_ratio, analysis.steps)
+    yield from _ratio_table("Loss ratio (loss over the lowest before it)", analysis.ratio)
+    title = f"Loss ratio of the loss smoothed by a running median over {analysis.window} steps"
+    yield from _ratio_table(title, analysis.smoothed_ratio)
     if analysis.variance:
+        yield "Adam's variance: l1 norm and largest element of sqrt(v)"
         yield _variance_table(analysis)
+        yield "Pearson's r with the loss ratio, on the steps where the variance was measured"
         yield _correlation_table(analysis.correlations)
     else:
         yield "Adam's variance was not measured in this file: nothing to correlate with the loss ratio"
@@ -39,40 +42,41 @@ def length_tables(path: Path, rows: Sequence["LengthStatistics"]) -> Iterator[Ta
     """Lines and tables about gradients by length."""
     first = rows[0]
     yield f"{path}: {first.batches} batches of {first.tokens:,} tokens at each length, no dropout, weights unchanged"
-    table = _table("Gradient by length", "length", "batch", "loss", "norm", "std l1", "std max", "signal/noise")
+    table = _table("length", "batch", "loss", "norm", "std l1", "std max", "signal/noise")
     for row in rows:
         values = (row.loss, row.grad_norm, row.std_l1, row.std_max, row.signal_to_noise)
         table.add_row(f"{row.seq_len:,}", f"{row.sequences:,}", *(f"{value:.4g}" for value in values))
     yield table
-    table = _table("Extremes", "length", "largest norm", "largest element", "largest std is in")
+    table = _table("length", "largest norm", "largest element", "largest std is in")
     for row in rows:
         worst = row.outliers[0]
         table.add_row(f"{row.seq_len:,}", f"{row.largest_grad_norm:.4g}", f"{row.largest_element:.4g}", worst.parameter)
     yield table
 
 
-def _ratio_table(title: str, ratios: RatioTable, steps: int) -> Table:
-    where = f"largest {ratios.largest:.4g} at step {ratios.at.step:,} ({ratios.at.tokens:,} tokens)"
-    table = _table(f"{title}\n{where}", "above", "steps", "share", "first", "last")
+def _ratio_table(title: str, ratios: RatioTable) -> Iterator[Table | str]:
+    yield f"{title}: largest {ratios.largest:.4g} at step {ratios.at.step:,} ({ratios.at.tokens:,} tokens)"
+    table = _table("above", "steps", "share", "first step", "at tokens", "last step", "at tokens")
     for row in ratios.rows:
-        table.add_row(f"{row.threshold:g}", f"{row.count:,}", f"{row.count / steps:.3%}", _at(row.first), _at(row.last))
-    return table
+        table.add_row(f"{row.threshold:g}", f"{row.count:,}", f"{row.share:.3%}", *_at(row.first), *_at(row.last))
+    yield table
 
 
 def _variance_table(analysis: Analysis) -> Table:
-    table = _table("Adam's variance, sqrt(v)", "measure", "measured", "first", "min", "max", "last")
+    table = _table("measure", "", "value", "step", "tokens")
     for row in analysis.variance:
-        readings = (_reading(item) for item in (row.first, row.min, row.max, row.last))
-        table.add_row(row.measure, f"{row.measured:,}", *readings)
+        for name in ("first", "min", "max", "last"):
+            reading: Reading = getattr(row, name)
+            table.add_row(row.measure, name, f"{reading.value:.4g}", *_at(reading.at))
     return table
 
 
 def _correlation_table(correlations: Sequence[Correlation]) -> Table:
-    table = _table("Pearson's r with the loss ratio", "measure", "ratio of", "n", "r", "p")
+    table = _table("measure", "ratio of", "n", "r", "p")
     for row in correlations:
         of = "smoothed loss" if row.smoothed else "loss"
         if row.undefined is not None:
-            table.add_row(row.measure, of, f"{row.n:,}", "undefined", row.undefined)
+            table.add_row(row.measure, of, f"{row.n:,}", "none", row.undefined)
         else:
             table.add_row(row.measure, of, f"{row.n:,}", f"{row.r:.4f}", f"{row.p:.3g}")
     return table
@@ -86,33 +90,30 @@ def _spikes(analysis: Analysis) -> Iterator[Table | str]:
     never = sum(spike.recovered is None for spike in spikes)
     highest = sorted(sorted(spikes, key=lambda spike: -spike.peak_ratio)[:_SPIKES], key=lambda spike: spike.start.step)
     shown = f", the {len(highest)} highest shown" if len(highest) < len(spikes) else ""
-    table = _table(
-        f"{len(spikes):,} spikes ({above}), {never:,} not recovered{shown}", "start", "peak", "steps", "back after"
-    )
+    number = "1 spike" if len(spikes) == 1 else f"{len(spikes):,} spikes"
+    yield f"{number} ({above}), {never:,} not recovered{shown}"
+    table = _table("start", "at tokens", "steps", "peak", "at step", "back after steps", "tokens")
     for spike in highest:
-        peak = f"{spike.peak_ratio:.4g} at step {spike.peak.step:,}"
-        table.add_row(_at(spike.start), peak, f"{spike.steps:,}", _recovery(spike))
+        peak = (f"{spike.peak_ratio:.4g}", f"{spike.peak.step:,}")
+        table.add_row(*_at(spike.start), f"{spike.steps:,}", *peak, *_recovery(spike))
     yield table
 
 
-def _recovery(spike: Spike) -> str:
+def _recovery(spike: Spike) -> tuple[str, str]:
     if spike.level is None:
-        return "no loss before it"
+        return "no loss before it", "-"
     if spike.recovery_steps is None:
-        return "not recovered"
-    return f"{spike.recovery_steps:,} steps, {spike.recovery_tokens:,} tokens"
+        return "not recovered", "-"
+    assert spike.recovery_tokens is not None
+    return f"{spike.recovery_steps:,}", format_count(spike.recovery_tokens)
 
 
-def _reading(reading: Reading) -> str:
-    return f"{reading.value:.4g}\nstep {reading.at.step:,}"
+def _at(place: Place | None) -> tuple[str, str]:
+    return ("-", "-") if place is None else (f"{place.step:,}", format_count(place.tokens))
 
 
-def _at(place: Place | None) -> str:
-    return "-" if place is None else f"step {place.step:,}\n{place.tokens:,} tokens"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for column in columns:
         table.add_column(column, justify="right")
     return table
