@@ -38,8 +38,6 @@ class SkippedSamples:
 
     def samples(self, positions: Ints) -> Ints:
         """Dataset samples at ``positions`` of the plan, of any shape."""
-        if not self.ranges:
-            return positions
         found = positions % self.left
         for first, count in self.ranges:
             found = np.where(found >= first, found + count, found)

@@ -15,6 +15,7 @@ from megatron_ext import train as program
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.data.loader import Batch, TrainLoader
+from megatron_ext.model.gpt import build_gpt
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.signals import StopRequest
@@ -35,6 +36,9 @@ class Planted:
     steps: tuple[int, ...] = ()
     """0-based steps that are spoiled on the last rank, whatever they read."""
 
+    times: int = 1000
+    """How often one of ``steps`` is spoiled."""
+
     factor: float = float("nan")
     """What the losses of a spoiled batch are multiplied with."""
 
@@ -54,7 +58,8 @@ class _Spoiler:
             raise KilledError
         own = range(rank * len(batch.tokens), (rank + 1) * len(batch.tokens))
         reads = any(int(batch.samples[place]) in self.planted.samples for place in own)
-        self.on = reads or (step.step in self.planted.steps and rank == ranks - 1)
+        hit = step.step in self.planted.steps and self.seen[step.step] <= self.planted.times
+        self.on = reads or (hit and rank == ranks - 1)
 
     def hook(self, module: torch.nn.Module, _inputs: object, losses: torch.Tensor) -> torch.Tensor:
         return losses * self.planted.factor if self.on and module.training else losses
@@ -66,7 +71,7 @@ class KilledError(Exception):
 
 @contextmanager
 def _planted(planted: Planted) -> Iterator[None]:
-    spoiler, build = _Spoiler(planted), program.build_gpt
+    spoiler = _Spoiler(planted)
 
     class Loader(TrainLoader):
         def batch(self, step: PlannedStep) -> Batch:
@@ -75,7 +80,7 @@ def _planted(planted: Planted) -> Iterator[None]:
             return found
 
     def build_spoiled(*arguments: Any) -> torch.nn.Module:
-        model = build(*arguments)
+        model = build_gpt(*arguments)
         model.register_forward_hook(spoiler.hook)
         return model
 
@@ -84,7 +89,7 @@ def _planted(planted: Planted) -> Iterator[None]:
 
 
 def run_once(_rank: int, _world: int, runs: list[tuple[str, list[str], Planted]]) -> list[str]:
-    """Train each (config file, overrides, what is planted) in turn; how each ended: "", the stop's message, "killed"."""
+    """Train each (config file, overrides, what is planted); how each ended: "", a guard's message or "killed"."""
     group = dist.new_group(backend="gloo")
     ends = []
     for path, overrides, planted in runs:
@@ -100,13 +105,14 @@ def run_once(_rank: int, _world: int, runs: list[tuple[str, list[str], Planted]]
     return ends
 
 
-def guarded(folder: Path, corpus: Path, guards: dict[str, Any], **sections: Any) -> Path:
-    """Write the config of a run of 16 steps with a checkpoint every 4."""
+def guarded(folder: Path, corpus: Path, guards: dict[str, Any], *, tail: str = "truncate", **sections: Any) -> Path:
+    """Write the config of a run of 16 steps with a checkpoint every 4; ``sections`` replace whole ones."""
     folder.mkdir(exist_ok=True)
     values: dict[str, Any] = {
         "data": {
             "sources": [{"prefix": str(corpus / "corpus")}],
             "split": [90, 10, 0],
+            "tail": tail,
             "tokenizer": str(corpus / "tokenizer.json"),
         },
         "training": {"seq_len": 32, "batch_size": BATCH, "duration": {"steps": STEPS}},
@@ -117,6 +123,12 @@ def guarded(folder: Path, corpus: Path, guards: dict[str, Any], **sections: Any)
         "guards": guards,
     }
     return write_config(folder, **(values | sections))
+
+
+def rolled_back(run: Path) -> list[dict[str, Any]]:
+    """Train records of steps over which the run rolled back."""
+    lines = [json.loads(line) for line in (run / "rolled_back.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:

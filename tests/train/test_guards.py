@@ -1,11 +1,12 @@
 """Guards in whole runs on two ranks: a batch that explodes, a NaN, and every action."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ranks import run_ranks
-from tests.train.guard_runs import BATCH, EVERY, STEPS, Planted, events, guarded, run_once
+from tests.train.guard_runs import BATCH, EVERY, STEPS, Planted, events, guarded, rolled_back, run_once
 from tests.train.small_run import train_records, write_corpus
 
 BAD_STEP = 10
@@ -24,7 +25,7 @@ def test_rollback_skips_the_samples_and_resumes_exactly(tmp_path: Path, corpus: 
     planted = Planted(samples=(BAD_SAMPLE,))
     whole, killed = (guarded(tmp_path / name, corpus, guards) for name in ("whole", "killed"))
     runs = [
-        (str(whole), [], planted),
+        (str(whole), list[str](), planted),
         (str(killed), [], Planted(samples=(BAD_SAMPLE,), dies_at=(2 * EVERY, 2))),
         (str(killed), [], planted),
     ]
@@ -42,7 +43,7 @@ def test_rollback_skips_the_samples_and_resumes_exactly(tmp_path: Path, corpus: 
     read = [sample for record in trained for sample in record["sample_ids"]]
     kept = [sample for sample in range(STEPS * BATCH) if sample not in skipped]
     assert read == kept + kept[: len(skipped)]
-    aside = [record for record in rolled_back(run) if record["kind"] == "train"]
+    aside = rolled_back(run)
     assert [record["step"] for record in aside] == list(range(2 * EVERY + 1, BAD_STEP + 2))
     assert aside[-1]["loss"] is None
 
@@ -50,10 +51,39 @@ def test_rollback_skips_the_samples_and_resumes_exactly(tmp_path: Path, corpus: 
     assert train_records(tmp_path / "killed" / "small") == trained
 
 
-def rolled_back(run: Path) -> list[dict[str, object]]:
-    import json
-
-    return [json.loads(line) for line in (run / "rolled_back.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"tail": "recycle"},
+        {
+            "curriculum": {
+                "pacing": "adaptive",
+                "start": 8,
+                "fastest": {"steps": 4},
+                "slowest": {"steps": 12},
+                "interval": 3,
+                "smoothing": 2,
+            },
+            "learning_rate": {"peak": 3e-3, "warmup": {"steps": 5}, "decay": "constant"},
+        },
+    ],
+)
+def test_rollback_with_other_plans_resumes_exactly(tmp_path: Path, corpus: Path, sections: dict[str, Any]) -> None:
+    guards = {"loss_ratio": {"above": 3.0, "action": "rollback"}}
+    planted = Planted(steps=(BAD_STEP,), times=1, factor=30.0)
+    whole, killed = (guarded(tmp_path / name, corpus, guards, **sections) for name in ("whole", "killed"))
+    died = Planted(steps=(BAD_STEP,), times=1, factor=30.0, dies_at=(2 * EVERY, 2))
+    runs = [(str(whole), list[str](), planted), (str(killed), [], died), (str(killed), [], Planted())]
+    assert run_ranks(run_once, 2, runs) == [["", "killed", ""]] * 2
+    trained = train_records(tmp_path / "whole" / "small")
+    assert train_records(tmp_path / "killed" / "small") == trained
+    aside = rolled_back(tmp_path / "whole" / "small")
+    assert [record["step"] for record in aside] == list(range(2 * EVERY + 1, BAD_STEP + 2))
+    again = trained[2 * EVERY : BAD_STEP + 1]
+    given_up, read = ({i for record in part for i in record["sample_ids"]} for part in (aside, trained[2 * EVERY :]))
+    assert not given_up & read
+    assert [record["seq_len"] for record in again] == [record["seq_len"] for record in aside]
+    assert [record["offsets"] for record in again] == [record["offsets"] for record in aside]
 
 
 def test_skip_and_log(tmp_path: Path, corpus: Path) -> None:
