@@ -1,1 +1,1 @@
-"""Measures of training instability: the loss ratio (and later the variance of Adam's second moment)."""
+"""Measures of training instability: the loss ratio, and the variance in Adam's second moment."""
