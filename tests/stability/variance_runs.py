@@ -93,7 +93,7 @@ class GivenMoments:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.module = torch.nn.Module()
-        self.module.named_parameters = lambda: iter((name, None) for name in names)  # type: ignore[method-assign, assignment, misc, return-value]
+        self.module.named_parameters = lambda: iter((name, None) for name in names)  # type: ignore[method-assign, assignment, misc]
         self.moments: list[SecondMoment] = []
 
     def second_moments(self) -> list[SecondMoment]:
@@ -195,7 +195,7 @@ def _spoil_padding(engine: TrainEngine, moments: list[SecondMoment]) -> int:
     if not hasattr(optimizer, "dp_process_group"):
         return 0
     kept = [moment.values.clone() for moment in moments]
-    states = [state["exp_avg_sq"] for state in optimizer.optimizer.state.values()]
+    states: list[torch.Tensor] = [state["exp_avg_sq"] for state in optimizer.optimizer.state.values()]
     for state in states:
         state.fill_(1e6)
     for moment, values in zip(moments, kept, strict=True):
