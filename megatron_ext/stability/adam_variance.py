@@ -7,7 +7,7 @@ values also grow because v fills up, the same way in every run with the same bet
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,7 +127,7 @@ def _reduced(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and maximum of the square roots of each part, both float64 [parts], on the device of the parts."""
     sums: list[torch.Tensor] = []
     largest: list[torch.Tensor] = []
-    for start, end in _batches([part.numel() for part in parts]):
+    for start, end in batches([part.numel() for part in parts], _TOGETHER):
         roots = torch._foreach_sqrt([_full_precision(part) for part in parts[start:end]])
         # Not _foreach_norm: on a CPU it adds one by one in float32, which is off by percents for large tensors.
         sums += [root.sum() for root in roots]
@@ -135,11 +135,11 @@ def _reduced(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(sums).double(), torch.stack(largest).double()
 
 
-def _batches(sizes: Sequence[int]) -> Iterable[tuple[int, int]]:
-    """Ranges [start, end) of consecutive sizes that together are at most ``_TOGETHER``."""
+def batches(sizes: Sequence[int], together: int) -> Iterator[tuple[int, int]]:
+    """Ranges [start, end) of consecutive sizes that sum to at most ``together``, or are one size that is larger."""
     start = total = 0
     for place, size in enumerate(sizes):
-        if total + size > _TOGETHER and place > start:
+        if total + size > together and place > start:
             yield start, place
             start, total = place, 0
         total += size
