@@ -48,14 +48,14 @@ _PANELS = (
     _Panel("loss", "Training loss against tokens", "nats per token", smoothed=True),
     _Panel("loss", "Training loss against time", "nats per token", x="seconds", smoothed=True),
     _Panel("loss", "Validation loss", "nats per token, at full length", valid=True),
-    _Panel("prefix_loss", "Training loss over the first tokens", "nats per token, a fixed prefix", smoothed=True),
+    _Panel("prefix_loss", "Loss over the first tokens", "nats per token", smoothed=True),
     _Panel("loss_ratio", "Loss ratio", "loss over the lowest before", thresholds=True),
     _Panel("seq_len", "Sequence length", "tokens", zero=True),
     _Panel("batch_size", "Batch size", "sequences", zero=True),
     _Panel("lr", "Learning rate", "", zero=True),
-    _Panel("adam_var_l1", "Gradient variance, norm", "l1 norm of √v of Adam"),
-    _Panel("adam_var_max", "Gradient variance, maximum", "largest element of √v of Adam"),
-    _Panel("grad_norm", "Gradient norm", "before clipping"),
+    _Panel("adam_var_l1", "Gradient variance, norm", "l1 norm of Adam's √v"),
+    _Panel("adam_var_max", "Gradient variance, maximum", "largest of Adam's √v"),
+    _Panel("grad_norm", "Gradient norm", "before clipping", smoothed=True),
     _Panel("tokens_per_s", "Throughput", "tokens per second", zero=True, smoothed=True),
 )
 

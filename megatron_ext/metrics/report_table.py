@@ -87,6 +87,8 @@ def compare(runs: Sequence[RunData], *, thresholds: Sequence[float], target: flo
     groups = list(dict.fromkeys(run.group for run in runs))
     first = [_final_loss(run) for run in runs if run.group == groups[0]]
     goal = float(np.mean(first)) if target is None else target
+    if not math.isfinite(goal):
+        goal = math.nan  # a first run that diverged sets no target
     results = [result_of(run, goal, thresholds=thresholds) for run in runs]
     grouped = [[result for result in results if result.group == group] for group in groups]
     columns = _columns(grouped[0], thresholds)

@@ -237,7 +237,7 @@
       const group = data.runs[run].group;
       const look = { stroke: color(group), "data-group": group };
       const smooth = s.sx && s.sx.length > 1;
-      const style = smooth ? "line pale" : "line";
+      const style = smooth ? "line pale" : s.x.length > 200 ? "line dense" : "line";
       const dashes = dash(group) ? { "stroke-dasharray": dash(group) } : {};
       element("path", { class: style, d: this.path(s.x, s.y), ...look, ...(smooth ? {} : dashes) }, this.lines);
       if (smooth) element("path", { class: "line", d: this.path(s.sx, s.sy), ...look, ...dashes }, this.lines);
@@ -247,8 +247,11 @@
           element("circle", place, this.lines);
         }
       }
+      let last = -Infinity;
       for (const x of s.broken ?? []) {
         const [cx, cy] = [this.mapX(x), this.frame.top + 5];
+        if (cx - last < 13) continue;
+        last = cx;
         const d = `M${cx - 4} ${cy - 4}l8 8m0 -8l-8 8`;
         element("path", { class: "line broken", d, ...look }, this.lines);
       }
@@ -294,7 +297,7 @@
       const box = this.readout.getBoundingClientRect();
       const beside = pixel + 24 + box.width > this.figure.clientWidth ? pixel - box.width - 2 : pixel + 24;
       this.readout.style.left = Math.min(Math.max(8, beside), Math.max(8, this.figure.clientWidth - box.width - 8)) + "px";
-      this.readout.style.top = this.svg.offsetTop + 8 + "px";
+      this.readout.style.top = this.svg.getBoundingClientRect().top - this.figure.getBoundingClientRect().top + 8 + "px";
       if (aloud) document.getElementById("live").textContent = this.readout.innerText.replaceAll("\n", ", ");
     }
 
