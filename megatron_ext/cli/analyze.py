@@ -33,6 +33,7 @@ def command(
     spike: Annotated[float, typer.Option(help="Loss ratio above which a step belongs to a spike.")] = 1.2,
     merge: Annotated[int, typer.Option(min=0, help="Spikes with at most this many steps between them are one.")] = 10,
     window: Annotated[int, typer.Option(help="Steps of the running median that smooths the loss; odd.")] = 11,
+    from_step: Annotated[int, typer.Option(min=1, help="Leave out the steps before this one.")] = 1,
     by_length: Annotated[
         bool, typer.Option("--by-length", help="Measure gradient variance by sequence length from a checkpoint.")
     ] = False,
@@ -62,7 +63,8 @@ def command(
     for option, value in (("--lengths", lengths), ("--tokens", tokens)):
         if value is not None:
             raise UserError(f"{option} is given without --by-length: add --by-length, or leave {option} out")
-    _show_run(path, _analysis(path, _settings(threshold, spike=spike, merge=merge, window=window)), as_json=as_json)
+    settings = _settings(threshold, spike=spike, merge=merge, window=window)
+    _show_run(path, _analysis(path, settings, from_step=from_step), as_json=as_json)
 
 
 def _settings(threshold: list[float] | None, *, spike: float, merge: int, window: int) -> "Settings":
@@ -77,14 +79,18 @@ def _settings(threshold: list[float] | None, *, spike: float, merge: int, window
     return Settings(**chosen, spike_threshold=spike, merge_gap=merge, window=window)
 
 
-def _analysis(path: Path, settings: "Settings") -> "Analysis":
+def _analysis(path: Path, settings: "Settings", *, from_step: int) -> "Analysis":
     from megatron_ext.metrics.columns import read_columns
     from megatron_ext.stability.analysis import Steps, analyze
 
     columns = read_columns(path, ("step", "tokens", "loss", "loss_ratio", *_MEASURES))
     if not len(columns["step"]):
         raise UserError(f"{path}: metrics.jsonl has no train record yet; wait for the run's first steps")
-    return analyze(Steps.from_columns(columns, _MEASURES), settings)
+    steps = Steps.from_columns(columns, _MEASURES)
+    last = int(steps.step[-1])
+    if from_step > last:
+        raise UserError(f"--from-step is {from_step}, and the last step in {path} is {last}: write at most {last}")
+    return analyze(steps.since(from_step), settings)
 
 
 def _show_run(path: Path, analysis: "Analysis", *, as_json: bool) -> None:

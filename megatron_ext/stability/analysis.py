@@ -58,6 +58,17 @@ class Steps:
             variance={name: kept[name] for name in measures},
         )
 
+    def since(self, step: int) -> "Steps":
+        """The steps from ``step`` on."""
+        kept = self.step >= step
+        return Steps(
+            step=self.step[kept],
+            tokens=self.tokens[kept],
+            loss=self.loss[kept],
+            ratio=self.ratio[kept],
+            variance={name: values[kept] for name, values in self.variance.items()},
+        )
+
     def place(self, index: int) -> Place:
         """Where a step is."""
         return Place(step=int(self.step[index]), tokens=int(self.tokens[index]))

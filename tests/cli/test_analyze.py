@@ -79,6 +79,14 @@ def test_options_change_what_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert (found["spike_threshold"], found["spikes"][0]["steps"]) == (1.04, 4)
 
 
+def test_steps_before_the_first_one_asked_for_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    found = analyzed(run, capsys, from_step=32)
+    assert (found["steps"], found["first"]["step"], found["missing_steps"]) == (29, 32, 0)
+    assert found["ratio"]["largest"] == 1.5
+    assert (found["variance"][0]["measured"], found["correlations"][0]["n"]) == (7, 7)
+
+
 def test_the_terminal_shows_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     command(run)
@@ -147,6 +155,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         ({"threshold": [1.1, math.nan]}, "--threshold is nan: write a loss ratio above 0"),
         ({"spike": 0.0}, "--spike is 0: write a loss ratio above 0"),
         ({"window": 4}, "--window is 4: write an odd number from 1 to 1001"),
+        ({"from_step": 61}, "--from-step is 61, and the last step in .* is 60: write at most 60"),
         ({"window": 1003}, "--window is 1003"),
         ({"lengths": "8"}, "--lengths is given without --by-length"),
         ({"tokens": 8}, "--tokens is given without --by-length"),
