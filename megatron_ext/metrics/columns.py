@@ -25,6 +25,9 @@ _BLOCK = 1 << 17
 """Bytes that are searched together: so few that most blocks hold no line but those of steps."""
 
 _KINDS: Mapping[str, type[TrainRecord] | type[EvalRecord]] = {cls.kind: cls for cls in (TrainRecord, EvalRecord)}
+_DETAIL = re.compile(rb', "adam_var": \{"layers": \{[^{}]*\}, "kinds": \{[^{}]*\}\}')
+"""The one nested value that many lines may have; no column is taken from it."""
+
 _WORDS = {b"null": b"nan", b"true": b"1", b"false": b"0"}
 
 
@@ -48,6 +51,8 @@ def read_columns(path: Path, names: Sequence[str], *, kind: str = "train") -> di
     with file.open("rb") as opened:
         while block := opened.read(_BLOCK):
             block += opened.readline()
+            if b'"adam_var": {' in block:
+                block = _DETAIL.sub(b"", block)
             lines = block.count(b"\n")
             found = search.found(block, lines) if search.is_plain(block, lines) else None
             rows.append(_mixed(file, first, block, search) if found is None else found)

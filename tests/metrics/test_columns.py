@@ -65,9 +65,10 @@ def test_columns_are_those_of_the_records(
 
 
 def test_lines_of_our_own_are_found_without_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detail = {"layers": {"0": [3.0, 0.5], "1": [2.0, 0.1]}, "kinds": {"norm": [1.0, 0.5]}}
+    measured = {"adam_var_max": 0.5, "adam_var_l1": 6.0, "adam_var": detail}
     lines = [
-        encode(train_record(step=step, loss=1 / step, adam_var_max=0.5 if step % 7 == 0 else None))
-        for step in range(1, 3001)
+        encode(train_record(step=step, loss=1 / step, **({} if step % 7 else measured))) for step in range(1, 3001)
     ]
     (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
 
