@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from megatron_ext.cli.analyze import command
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.jsonl import JsonlSink, read_metrics
 from megatron_ext.metrics.records import EvalRecord, EventRecord
 from megatron_ext.stability.loss_ratio import LossRatio
 from megatron_ext.worker import main
@@ -200,6 +200,9 @@ def test_gradients_by_length_from_a_checkpoint(tmp_path: Path) -> None:
     sections = {"learning_rate": {"peak": 1e-3}, "checkpoint": {}, "validation": {"samples": 2}}
     config = write_config(tmp_path, training=training, curriculum={"pacing": "constant"}, **sections)
     assert run_ranks(train_rank, 1, str(config), init=False) == [0]
+    recorded = read_metrics(tmp_path / "small")
+    assert [record.prefix_loss for record in recorded.train] == [record.loss for record in recorded.train]
+    assert recorded.evaluations[-1].position_edges == (0, 8, 16, 32)
     calls = [
         {"batches": 4, "as_json": True},
         {"batches": 2, "lengths": "32,8", "tokens": 64, "seed": 7},
