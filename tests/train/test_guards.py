@@ -7,7 +7,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.guard_runs import BATCH, EVERY, STEPS, Planted, events, guarded, rolled_back, run_once
-from tests.train.small_run import train_records, write_corpus
+from tests.train.small_run import cli, train_records, write_corpus
 
 BAD_STEP = 10
 BAD_SAMPLE = BAD_STEP * BATCH + 6  # read by the second rank
@@ -47,7 +47,8 @@ def test_rollback_skips_the_samples_and_resumes_exactly(tmp_path: Path, corpus: 
     assert [record["step"] for record in aside] == list(range(2 * EVERY + 1, BAD_STEP + 2))
     assert aside[-1]["loss"] is None
 
-    # The process that died right after the rollback went on as the one that lived.
+    # The process that died right after the rollback went on as the one that lived, and did not roll back again.
+    assert len(events(tmp_path / "killed" / "small", "rollback")) == 1
     assert train_records(tmp_path / "killed" / "small") == trained
 
 
@@ -146,3 +147,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, corpus: Path)
         ("no checkpoint", "weights"),
     ]
     assert (run / "checkpoints" / "latest").read_text() == f"step_{2 * EVERY}\n"
+
+
+@pytest.mark.slow
+def test_a_stopped_run_exits_with_one_message(tmp_path: Path, corpus: Path) -> None:
+    guards = {"loss_ratio": {"above": 1.05, "action": "stop"}}
+    config = guarded(tmp_path / "cli", corpus, guards, learning_rate={"peak": 1.0, "decay": "constant"})
+    done = cli("train", str(config), "--nproc", "2")
+    assert done.returncode == 1
+    assert done.stderr.count("a guard stopped the run at step") == 1
+    assert "Traceback" not in done.stderr
+    run = tmp_path / "cli" / "small"
+    (event,) = events(run, "guard")
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{event['step']}\n"
+    assert train_records(run)[-1]["skipped"]
