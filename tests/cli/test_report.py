@@ -25,52 +25,69 @@ def make_run(run_dir: Path, steps: int = 30) -> Path:
     return run_dir
 
 
-def test_one_run_is_drawn_into_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_gets_a_page_in_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     command([run])
-    picture = run / "report.png"
-    assert capsys.readouterr().out == f"{picture}\n"
-    assert picture.read_bytes().startswith(PNG)
+    page = run / "report.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    assert page.read_text().startswith("<!DOCTYPE html>")
     command([run / "metrics.jsonl"])
-    assert capsys.readouterr().out == f"{picture}\n"
+    assert capsys.readouterr().out == f"{page}\n"
 
 
-def test_several_runs_are_drawn_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "begins"), [("compare.png", PNG), ("Compare.HTML", b"<!DOCTYPE html>")])
+def test_several_runs_are_shown_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, begins: bytes
+) -> None:
     runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", steps=1)]
-    command(runs, output=tmp_path / "deep" / "er" / "compare.png")
-    assert (tmp_path / "deep" / "er" / "compare.png").read_bytes().startswith(PNG)
-    assert "compare.png" in capsys.readouterr().out
+    output = tmp_path / "deep" / "er" / name
+    command(runs, output=output)
+    assert output.read_bytes().startswith(begins)
+    assert capsys.readouterr().out == f"{output}\n"
 
 
 def test_several_runs_go_to_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
     monkeypatch.chdir(tmp_path)
-    command(runs)
-    assert (tmp_path / "report.png").is_file()
+    command(runs, target_loss=2.6)
+    page = (tmp_path / "report.html").read_text()
+    assert "2 runs compared" in page
+    assert "2.6000, as asked for" in page
 
 
-def test_a_partial_file_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["report.html", "report.png"])
+def test_a_partial_file_is_shown(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "run")
     content = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(content[: len(content) // 2])
-    command([run])
-    assert (run / "report.png").is_file()
+    command([run], output=run / name)
+    assert (run / name).is_file()
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_bad_input_is_named(tmp_path: Path, suffix: str) -> None:
+    empty, output = tmp_path / "empty", tmp_path / f"report.{suffix}"
     empty.mkdir()
     with pytest.raises(UserError, match=r"empty: no metrics\.jsonl there"):
-        command([empty])
+        command([empty], output=output)
     JsonlSink(empty / "metrics.jsonl").close()
     with pytest.raises(UserError, match="no train record yet"):
-        command([empty])
+        command([empty], output=output)
     run = make_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"ends in \.png"):
-        command([run], output=tmp_path / "report.pdf")
-    (tmp_path / "folder.png").mkdir()
+    output.mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        command([run], output=tmp_path / "folder.png")
+        command([run], output=output)
+
+
+def test_bad_options_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"ends in \.html or \.png"):
+        command([run], output=tmp_path / "report.pdf")
+    for loss in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"--target-loss is .*above 0"):
+            command([run], target_loss=loss)
+    with pytest.raises(UserError, match="the picture has no table"):
+        command([run], output=tmp_path / "report.png", target_loss=2.0)
 
 
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:
