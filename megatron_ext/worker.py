@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.environment import RankInfo, prepare_deepspeed, rank_info
+from megatron_ext.runtime.environment import RankInfo, prepare_deepspeed, rank_info, supervisor
 from megatron_ext.runtime.log import configure_logging
 from megatron_ext.runtime.run_lock import run_lock
 
@@ -53,7 +53,7 @@ def _train(config: RunConfig, info: RankInfo) -> int:
 
     with process_group(info, device, timeout_minutes=config.parallel.timeout_minutes) as processes:
         try:
-            with stop_on_signal() as stop:
+            with stop_on_signal(supervisor()) as stop:
                 train(config, device=device, processes=processes, stop=stop)
         except UserError:
             if processes.first_to("user error"):

@@ -52,6 +52,15 @@ def rank_info() -> RankInfo:
     )
 
 
+SUPERVISOR = "MEGATRON_EXT_SUPERVISOR"
+"""Variable with the process id of the command that started the ranks of this machine."""
+
+
+def supervisor() -> int | None:
+    """Process id of the command that started this rank, or None where a launcher was called by hand."""
+    return _number(SUPERVISOR) if SUPERVISOR in os.environ else None
+
+
 def prepare_deepspeed(info: RankInfo, accelerator: str) -> None:
     """Set what DeepSpeed reads from the environment; call before anything imports it.
 

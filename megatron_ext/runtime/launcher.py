@@ -21,6 +21,7 @@ from types import FrameType
 import psutil
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.environment import SUPERVISOR
 from megatron_ext.runtime.signals import StopRequest
 
 _WORKER = "megatron_ext.worker"
@@ -155,7 +156,8 @@ def _deepspeed_program() -> Path:
 
 
 def _environment(options: LaunchOptions) -> dict[str, str]:
-    environment = dict(os.environ)
+    # A killed command cannot pass its own end on; the ranks look for it.
+    environment = os.environ | {SUPERVISOR: str(os.getpid())}
     if options.on_cpu:
         environment["DS_ACCELERATOR"] = "cpu"
         # Without this every rank starts a thread per core, and the ranks fight for the cores.

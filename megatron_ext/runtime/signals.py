@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT as a wish to stop after the current step, instead of an exception in the middle of it."""
+"""What makes a run stop after its step: SIGTERM, SIGINT, or the end of the command that started it."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +8,28 @@ from types import FrameType
 
 
 class StopRequest:
-    """Remembers the first signal that asked this process to stop."""
+    """Remembers the first signal that asked this process to stop, and notices when its supervisor is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, supervisor: int | None = None) -> None:
+        """Watch the process ``supervisor`` as well, whose end asks to stop; None watches none."""
         self.signal_name: str | None = None
+        self._supervisor = supervisor
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signal_name is not None
+        """Whether a signal has arrived or the supervisor has ended."""
+        return self.signal_name is not None or self._orphaned()
+
+    def _orphaned(self) -> bool:
+        if self._supervisor is None:
+            return False
+        try:
+            os.kill(self._supervisor, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # it lives, as another user
+            return False
+        return False
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """Take a signal: the handler that ``stop_on_signal`` installs."""
@@ -23,9 +37,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the body runs, then restore what was there before."""
-    request = StopRequest()
+def stop_on_signal(supervisor: int | None = None) -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT while the body runs, then restore what was there before.
+
+    Args:
+        supervisor: Process whose end counts as a request too.
+    """
+    request = StopRequest(supervisor)
     caught = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, request.receive) for number in caught}
     try:

@@ -94,6 +94,19 @@ def test_signal_finishes_the_step_and_saves(
     assert train_records(run) == train_records(undisturbed)
 
 
+def test_killed_command_stops_its_ranks_with_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    config, run = config_in(tmp_path, corpus), tmp_path / "small"
+    with started("train", str(config), "--nproc", "2") as process:
+        wait_for_step(run, 3, process)
+        process.kill()
+        deadline = time.monotonic() + 60
+        while rank_processes(run) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert rank_processes(run) == []
+    last = train_records(run)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{last}\n"
+
+
 def test_one_dead_rank_ends_the_run(tmp_path: Path, corpus: Path) -> None:
     config, run = config_in(tmp_path, corpus), tmp_path / "small"
     with started("train", str(config), "--nproc", "2") as process:
