@@ -62,16 +62,15 @@ def leave_traces(config: RunConfig, *, step: int, checkpoint: bool = True, loss:
         return
     folder = config.run_dir / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
-    values = dict.fromkeys(Manifest.__dataclass_fields__) | {
-        "step": step,
-        "tokens": tokens,
-        "config": config.model_dump(mode="json"),
-        "determining": config.determining_values(),
-        "layout": {"world_size": 1, "tensor": 1, "zero_stage": 0},
-        "loss_ratio": {},
-        "format": 1,
-    }
-    write_manifest(folder, Manifest(**values))
+    manifest = Manifest(
+        step=step,
+        tokens=tokens,
+        config=config.model_dump(mode="json"),
+        determining=config.determining_values(),
+        layout={"world_size": 1, "tensor": 1, "zero_stage": 0},
+        loss_ratio={},
+    )
+    write_manifest(folder, manifest)
 
 
 def states(study: Experiment) -> dict[str, str]:

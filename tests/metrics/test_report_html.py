@@ -40,7 +40,10 @@ def runs_to_look_at() -> list[RunData]:
     ratio[300:310] = np.linspace(2.8, 1.1, 10)
     loss = 2 + 8 * np.exp(-np.arange(steps) / 90) + rng.standard_normal(steps) * 0.05
     diverged = np.where(np.arange(steps) < 600, loss, np.nan)
-    variance = {"adam_var_l1": 1e3 * np.exp(-np.arange(steps) / 60), "adam_var_max": np.full(steps, 3.3e-7)}
+    variance: dict[str, Any] = {
+        "adam_var_l1": 1e3 * np.exp(-np.arange(steps) / 60),
+        "adam_var_max": np.full(steps, 3.3e-7),
+    }
     checks = {step: 2 + 300 / step for step in range(100, steps + 1, 100)}
     lengths = np.minimum(8 + np.arange(steps) // 40 * 8, 128)
     return [
@@ -142,6 +145,6 @@ def test_seeds_share_a_group() -> None:
 def test_five_runs_of_50_000_steps_make_a_small_page() -> None:
     rng, steps = np.random.default_rng(0), 50_000
     noisy = ("loss", "prefix_loss", "loss_ratio", "grad_norm", "tokens_per_s", "adam_var_l1", "adam_var_max", "lr")
-    columns = {name: 1 + np.abs(rng.standard_normal(steps)) for name in noisy}
+    columns: dict[str, Any] = {name: 1 + np.abs(rng.standard_normal(steps)) for name in noisy}
     runs = [run_data(f"run {number}", steps=steps, **columns) for number in range(5)]
     assert len(page(runs).encode()) < 3_000_000
