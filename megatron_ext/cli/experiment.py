@@ -105,7 +105,7 @@ def report(
 
     Example: megatron-ext experiment report configs/experiments/comparators.json > table.md
     """
-    from megatron_ext.cli.experiment_runs import data_of
+    from megatron_ext.cli.experiment_runs import data_of, done, statuses
 
     experiment = load_experiment(file)
     target = output if output is not None else Path(experiment.config.output_dir) / "report.html"
@@ -115,8 +115,9 @@ def report(
     comparison = write_page(runs, target, title=experiment.config.name, target_loss=target_loss)
     typer.echo(comparison.markdown())
     typer.echo(target, err=True)
-    if len(runs) < len(experiment.runs):
-        typer.echo(f"{len(experiment.runs) - len(runs)} of {len(experiment.runs)} runs have not begun", err=True)
+    found = statuses(experiment)
+    if any(status.state != "finished" for status in found):
+        typer.echo(f"not everything is there yet: {done(found)}", err=True)
 
 
 def _print(table: "Table") -> None:

@@ -47,7 +47,7 @@ class Comparison:
     """The validation loss (nats per token) to which tokens and time are counted; NaN where there is none."""
 
     target_given: bool
-    """Whether the target was asked for; otherwise it is the first row's final validation loss."""
+    """Whether the target was asked for; otherwise it is the first row's (highest) final validation loss."""
 
     seeds: bool
     """Whether a row may stand for several runs, and numbers are means with their spread."""
@@ -65,7 +65,8 @@ class Comparison:
         """What the columns mean, sentence by sentence."""
         notes = ["Losses are in nats per token; time is spent in training steps, without validations and checkpoints."]
         if math.isfinite(self.target):
-            origin = "as asked for" if self.target_given else f"the final one of {self.rows[0][0]}"
+            which = "highest final one" if self.seeds else "final one"
+            origin = "as asked for" if self.target_given else f"the {which} of {self.rows[0][0]}"
             notes.append(
                 f"Target: a validation loss of {self.target:.4f}, {origin}; reached at the first validation at or "
                 f"below it. Speedups are relative to {self.rows[0][0]}."
@@ -82,13 +83,13 @@ def compare(runs: Sequence[RunData], *, thresholds: Sequence[float], target: flo
     Args:
         runs: At least one.
         thresholds: Loss ratios above which steps are counted.
-        target: Validation loss to reach; by default the first group's (mean) final validation loss.
+        target: Validation loss to reach; by default the first run's final validation loss, or of the first group's
+            seeds the highest one, so that all of them reach it.
     """
     groups = list(dict.fromkeys(run.group for run in runs))
     first = [_final_loss(run) for run in runs if run.group == groups[0]]
-    goal = float(np.mean(first)) if target is None else target
-    if not math.isfinite(goal):
-        goal = math.nan  # a first run that diverged sets no target
+    # A run that diverged, or has no validation yet, sets no target.
+    goal = max(filter(math.isfinite, first), default=math.nan) if target is None else target
     results = [result_of(run, goal, thresholds=thresholds) for run in runs]
     grouped = [[result for result in results if result.group == group] for group in groups]
     columns = _columns(grouped[0], thresholds)

@@ -229,7 +229,7 @@ def test_the_report_has_a_row_for_each_variant_and_goes_to_both_places(study: Ex
     assert len(rows) == 4
     page = Path(study.config.output_dir) / "report.html"
     assert str(page) in err
-    assert "1 of 4 runs have not begun" in err
+    assert "not everything is there yet: 1 waiting, 3 finished" in err
     assert "base (2 seeds)" in page.read_text()
     code, _, err = command("experiment", "report", file, "--output", "x.png")
     assert (code, "ends in .html" in err) == (2, True)

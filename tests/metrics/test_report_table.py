@@ -67,14 +67,25 @@ def test_seeds_are_means_with_their_spread() -> None:
         run_data("c2", group="c", valid={40: 2.6}),
     ]
     comparison = table(runs)
-    assert comparison.target == 2.5
+    assert comparison.target == 3.0
+    assert "3.0000, the highest final one of a (2 seeds)" in comparison.markdown()
     assert [row[0] for row in comparison.rows] == ["a (2 seeds)", "b (2 seeds)", "c (2 seeds)"]
     assert cells(comparison, 0)["final val loss"] == "2.5000 ± 0.7071"
-    assert cells(comparison, 0)["tokens to target"] == "1 of 2 seeds"
+    assert cells(comparison, 0)["tokens to target"] == "2.56K"
+    assert cells(comparison, 1)["tokens to target"] == "960 ± 452.5"
+    assert cells(comparison, 1)["token speedup"] == "2.67x"
+    assert cells(table(runs, target=2.5), 0)["tokens to target"] == "1 of 2 seeds"
+    assert cells(table(runs, target=2.5), 1)["token speedup"] == "-"
     assert cells(comparison, 1)["ratio > 1.2"] == "25 ± 35.4"
     assert cells(comparison, 2)["steps"] == "50"
     assert "standard deviation" in comparison.markdown()
     assert "seeds" not in table(runs[:1]).markdown()
+
+
+def test_a_seed_that_diverged_sets_no_target() -> None:
+    runs = [run_data(f"a{seed}", group="a", valid={40: loss}) for seed, loss in enumerate((math.nan, 3.0, math.inf))]
+    assert table(runs).target == 3.0
+    assert cells(table(runs), 0)["tokens to target"] == "1 of 3 seeds"
 
 
 @pytest.mark.parametrize("valid", [{}, {10: math.nan}, {10: math.inf}])
