@@ -184,15 +184,16 @@ def _length_table(config: RunConfig, report: PlanReport) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for group in summarized(plan.segments):
         first, last = group[0], group[-1]
+        lengths, tokens = [segment.seq_len for segment in group], [segment.step_tokens for segment in group]
         micro = [
             len(micro_batch_sizes(segment.batch_size // report.data_size, segment.seq_len, config.micro_batch_tokens))
             for segment in group
         ]
         table.add_row(
             f"{first.first_step:,}",
-            _span(first.seq_len, last.seq_len),
+            _span(min(lengths), max(lengths)),
             _span(first.batch_size, last.batch_size),
-            _span(first.step_tokens, last.step_tokens, short=True),
+            _span(min(tokens), max(tokens), short=True),
             _span(min(micro), max(micro)),
             _short(last.end_tokens),
         )

@@ -151,7 +151,10 @@ class TrainingPlan:
         """
         if self.most_samples is not None:
             return self.most_samples
-        return int(self._samples_after(self.segments[-1], np.array([self.segments[-1].steps]))[0])
+        last = self.segments[-1]
+        if self.tail == "truncate":
+            return last.first_samples + last.steps * last.batch_size
+        return int(_samples_of_lanes(last.batch_size, np.array([last.end_tokens]), self.seq_len)[0])
 
     def __len__(self) -> int:
         return self.steps
@@ -165,7 +168,7 @@ class TrainingPlan:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside the plan's steps [0, {self.steps})")
         segment = segment_of(self.segments, step)
-        columns = self._columns(segment, np.array([step]))
+        columns = self._columns([segment], np.array([step]), [1])
         return PlannedStep(
             step=step,
             batch_size=segment.batch_size,
@@ -201,9 +204,8 @@ class TrainingPlan:
 
     def arrays(self) -> PlanArrays:
         """All steps at once, for plots and sums."""
-        parts = [self._columns(seg, np.arange(seg.first_step, seg.end_step)) for seg in self.segments]
-        names = PlanArrays.__dataclass_fields__
-        return PlanArrays(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        segments = list(self.segments)
+        return self._columns(segments, np.arange(self.steps), [segment.steps for segment in segments])
 
     def to_json(self) -> dict[str, Any]:
         """Segments and totals, as plan.json holds them."""
@@ -219,25 +221,28 @@ class TrainingPlan:
             **_segments_json(self.segments),
         }
 
-    def _columns(self, segment: Segment, step: Ints) -> PlanArrays:
-        """The rows of ``step`` ([n], all within ``segment``)."""
-        done = step - segment.first_step
-        consumed = segment.first_tokens + done * segment.step_tokens
+    def _columns(self, segments: Sequence[Segment], step: Ints, counts: Sequence[int]) -> PlanArrays:
+        """The rows of ``step`` ([n]), of which ``counts`` consecutive ones are in each of ``segments``."""
+
+        def spread(name: str) -> Ints:
+            return np.repeat(np.array([getattr(segment, name) for segment in segments], dtype=np.int64), counts)
+
+        batch_size, seq_len, done = spread("batch_size"), spread("seq_len"), step - spread("first_step")
+        tokens = batch_size * seq_len
+        consumed = spread("first_tokens") + done * tokens
+        if self.tail == "truncate":
+            samples = spread("first_samples") + done * batch_size
+        else:
+            samples = _samples_of_lanes(batch_size, consumed, self.seq_len)
         return PlanArrays(
             step=step,
-            batch_size=np.full_like(step, segment.batch_size),
-            seq_len=np.full_like(step, segment.seq_len),
-            lr=self.learning_rate.at(step + 1, consumed + segment.step_tokens),
-            tokens=np.full_like(step, segment.step_tokens),
+            batch_size=batch_size,
+            seq_len=seq_len,
+            lr=self.learning_rate.at(step + 1, consumed + tokens),
+            tokens=tokens,
             consumed_tokens=consumed,
-            consumed_samples=self._samples_after(segment, done),
+            consumed_samples=samples,
         )
-
-    def _samples_after(self, segment: Segment, steps: Ints) -> Ints:
-        """Samples drawn in the run after ``steps`` ([n]) steps of ``segment``."""
-        if self.tail == "truncate":
-            return segment.first_samples + steps * segment.batch_size
-        return _samples_of_lanes(segment.batch_size, segment.first_tokens + steps * segment.step_tokens, self.seq_len)
 
 
 def _segments_json(segments: Sequence[Segment]) -> dict[str, Any]:
@@ -283,7 +288,7 @@ def _most_samples(bounds: Mapping[Bound, TrainingPlan], *, batch_size: int) -> i
     return int(_samples_of_lanes(batch_size, np.array([lane_tokens * batch_size]), slowest.seq_len)[0])
 
 
-def _samples_of_lanes(batch_size: int, tokens: Ints, seq_len: int) -> Ints:
+def _samples_of_lanes(batch_size: int | Ints, tokens: Ints, seq_len: int) -> Ints:
     """Samples that ``batch_size`` lanes have opened when together they have read ``tokens`` tokens."""
     return batch_size * -(-(tokens // batch_size) // seq_len)
 
