@@ -11,6 +11,7 @@ from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from tests.config.test_recipes import EXPERIMENTS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
 BASE = {
@@ -113,13 +114,7 @@ def test_a_missing_base_is_named(tmp_path: Path) -> None:
         load(tmp_path, base="nowhere.json")
 
 
-def experiments() -> list[Path]:
-    return [
-        path for path in sorted(CONFIGS.glob("*.json")) if {"variants", "grid"} & json.loads(path.read_text()).keys()
-    ]
-
-
-@pytest.mark.parametrize("path", experiments(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_shipped_experiments_are_valid(path: Path) -> None:
     directories = set()
     for run in load_experiment(path).runs:

@@ -1,5 +1,6 @@
 """Every file under configs/ loads; the recipes hold the numbers that they claim to take from the paper."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from megatron_ext.config.run import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"base.json", "large_batch.json"}
+# A comparison of several runs is no run config; tests/config/test_experiment.py reads it.
+EXPERIMENTS = sorted(
+    path
+    for path in (CONFIGS / "experiments").glob("*.json")
+    if {"variants", "grid"} & json.loads(path.read_text()).keys()
+)
+RUN_CONFIGS = sorted(set(CONFIGS.glob("**/*.json")) - set(EXPERIMENTS))
 RECIPES = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.glob("**/*.json")
