@@ -1,4 +1,4 @@
-"""Settings every test shares: the CPU accelerator unless the caller chose another, one thread a process, no deadlines."""
+"""Settings every test shares: the CPU accelerator unless the caller chose another, one thread, no deadlines."""
 
 import os
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.config.builders import small_config
-from tests.config.test_schedule_checks import problems
+from tests.config.test_checks import problems
 
 
 def adaptive(**changes: Any) -> dict[str, Any]:
