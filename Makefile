@@ -81,6 +81,7 @@ format: venv
 
 bench: venv
 	@set -- benchmarks/bench_*.py; test -e "$$1" || { echo 'error: no benchmarks/bench_*.py here' >&2; exit 1; }; \
+	$(BIN)/python benchmarks/machine.py; \
 	for script in "$$@"; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 # The environment is made anew each time: a leftover newer version would hide a bound that is too low.
