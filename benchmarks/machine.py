@@ -13,9 +13,7 @@ from pathlib import Path
 def describe() -> str:
     """Processor, cores, load and versions."""
     cpu_info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")
-    ]
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "megatron-core", "numpy"))
     cores = len(os.sched_getaffinity(0))
     return (
