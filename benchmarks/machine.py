@@ -12,7 +12,7 @@ from pathlib import Path
 
 def describe() -> str:
     """Processor, cores, load and versions."""
-    cpu_info = Path("/proc/cpuinfo")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "megatron-core", "numpy"))
     cores = len(os.sched_getaffinity(0))
