@@ -91,6 +91,8 @@ def test_lines_of_our_own_are_found_without_parsing(tmp_path: Path, monkeypatch:
         encode(train_record()).replace('"loss": 5.5, ', ""),
         encode(train_record()).replace('"loss": 5.5', '"loss": "5.5"'),
         encode(train_record()).replace('"loss": 5.5', '"loss": 5.5.5'),
+        encode(train_record()).replace('"loss": 5.5', '"loss": +5.5'),
+        encode(train_record()).replace('"loss": 5.5', '"loss": '),
         encode(train_record())[:-1],
     ],
 )
@@ -101,6 +103,18 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, number: int) -> None:
     (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=f"line {number}: not a metrics record"):
         read_columns(tmp_path, ("step", "loss"))
+
+
+@pytest.mark.parametrize(
+    "spelled", ["5.500000000000000000000000000000000001", "true", " 5.5", "null", "-0", "1e-320", "NaN"]
+)
+def test_every_spelling_of_a_number_is_read_as_json_reads_it(tmp_path: Path, spelled: str) -> None:
+    lines = [encode(train_record(step=step, prefix_loss=5.5)) for step in (1, 2, 3)]
+    lines[1] = lines[1].replace('"prefix_loss": 5.5', f'"prefix_loss": {spelled}')
+    (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
+    value = json.loads(spelled)
+    expected = [5.5, math.nan if value is None else float(value), 5.5]
+    np.testing.assert_array_equal(read_columns(tmp_path, ("prefix_loss",))["prefix_loss"], expected)
 
 
 def test_a_later_block_counts_its_lines_from_the_files_beginning(tmp_path: Path) -> None:
