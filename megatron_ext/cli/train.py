@@ -45,17 +45,24 @@ def start(
     """Check the config, start the ranks, and return the run's exit status; ``stop`` is told of signals.
 
     Raises:
-        UserError: the config is wrong, the port is taken, or the launcher is not installed.
+        UserError: the config or the data are wrong, the ranks cannot share the batch, the port is taken, or the
+            launcher is not installed.
     """
     from megatron_ext.config.loading import load_config
     from megatron_ext.curriculum.plan import TrainingPlan
+    from megatron_ext.curriculum.sampler import check_batches_divide
+    from megatron_ext.data.parts import check_data
     from megatron_ext.runtime.device import gpu_names
     from megatron_ext.runtime.launcher import LaunchOptions, launch
 
-    # What is wrong with the config is told here, before ranks start.
-    TrainingPlan.from_config(load_config(config, overrides))
+    # What is wrong with config and data is told here, at once; starting ranks takes many seconds.
+    loaded = load_config(config, overrides)
+    plan = TrainingPlan.from_config(loaded)
+    check_data(loaded)
     gpus = len(gpu_names())
     options = LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus, master_port=master_port)
+    if options.ranks % loaded.parallel.tensor == 0:  # otherwise the ranks say what is wrong
+        check_batches_divide(plan, options.ranks // loaded.parallel.tensor)
     arguments = [str(config)]
     for override in overrides:
         arguments += ["--set", override]

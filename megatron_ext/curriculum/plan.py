@@ -139,6 +139,13 @@ class TrainingPlan:
         return self.segments[-1].end_tokens
 
     @property
+    def batch_sizes(self) -> list[int]:
+        """Batch sizes that occur, rising."""
+        if isinstance(self.segments, CycleSegments):
+            return [self.segments.batch_size]
+        return sorted({segment.batch_size for segment in self.segments})
+
+    @property
     def overshoot(self) -> int:
         """Tokens beyond the budget: less than the last step's batch, 0 for a run that is counted in steps."""
         return 0 if self.duration.tokens is None else self.tokens - self.duration.tokens

@@ -77,15 +77,26 @@ def rank_block(batch: BatchSlices, rank: int, ranks: int) -> BatchSlices:
     Raises UserError if the batch does not divide evenly over the ranks.
     """
     assert 0 <= rank < ranks, f"rank {rank} of {ranks}"
-    size, rest = divmod(len(batch), ranks)
-    if rest:
-        raise UserError(
-            f"a batch of {len(batch):,} sequences does not divide evenly over {ranks} data-parallel ranks: "
-            "make training.batch_size (and training.batch_size_warmup) a multiple of the ranks or start fewer"
-        )
+    size = _sequences_per_rank(len(batch), ranks)
     block = slice(rank * size, (rank + 1) * size)
     arrays = {field.name: getattr(batch, field.name)[block] for field in fields(batch) if field.name != "seq_len"}
     return BatchSlices(**arrays, seq_len=batch.seq_len)
+
+
+def check_batches_divide(plan: TrainingPlan, ranks: int) -> None:
+    """Raise UserError if a batch of the plan does not divide evenly over ``ranks`` data-parallel ranks."""
+    for batch_size in plan.batch_sizes:
+        _sequences_per_rank(batch_size, ranks)
+
+
+def _sequences_per_rank(batch_size: int, ranks: int) -> int:
+    size, rest = divmod(batch_size, ranks)
+    if rest:
+        raise UserError(
+            f"a batch of {batch_size:,} sequences does not divide evenly over {ranks} data-parallel ranks: "
+            "make training.batch_size (and training.batch_size_warmup) a multiple of the ranks or start fewer"
+        )
+    return size
 
 
 def micro_batch_sizes(sequences: int, seq_len: int, max_tokens: int) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +18,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_ext.config.data import DataConfig, DataSource
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.data.index_cache import Arrays, IndexCache
-from megatron_ext.data.sources import TokenSource, check_tokens, open_source
-from megatron_ext.data.tokenizers import load_tokenizer
-from megatron_ext.errors import UserError
+from megatron_ext.data.parts import Part, index_cache, open_parts
 
 # Validation samples are the same ones whatever the run's seed, so that runs with different seeds compare.
 _VALIDATION_SEED = 1234
@@ -61,25 +57,6 @@ class Datasets:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A run of documents of one corpus, for training or for validation."""
-
-    source: TokenSource
-    first: int
-    end: int
-    weight: float
-    use: Split
-
-    @property
-    def tokens(self) -> int:
-        return self.source.tokens_between(self.first, self.end)
-
-    def samples(self, seq_len: int) -> int:
-        """Whole samples in one pass; the last token of each is the first one of the next."""
-        return (self.tokens - 1) // seq_len
-
-
-@dataclass(frozen=True)
 class _Vocabulary:
     """What GPTDataset asks of a tokenizer. It has no padding token: whole samples are never padded."""
 
@@ -91,7 +68,7 @@ class _Vocabulary:
 class GPTSamples(GPTDataset):  # type: ignore[misc]
     """megatron-core's GPTDataset with its index in an :class:`IndexCache`."""
 
-    def __init__(self, part: _Part, *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> None:
+    def __init__(self, part: Part, *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> None:
         self._source = part.source
         # A plain array over the mapping: numpy's memmap class makes every slice slow.
         self._tokens = np.asarray(np.memmap(f"{part.source.prefix}.bin", dtype=part.source.dtype, mode="r"))
@@ -103,7 +80,7 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
             # The index follows from the documents' lengths, which are in the .idx file; the ids do not matter.
             "idx_sha256": part.source.idx_sha256,
             "documents": [part.first, part.end],
-            "use": part.use.name,
+            "use": part.use,
             "seq_len": seq_len,
             "samples": samples,
             "seed": seed,
@@ -113,7 +90,7 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
             part.source.prefix,
             np.arange(part.first, part.end, dtype=np.int32),
             samples,
-            part.use,
+            Split[part.use],
             _gpt_config(seq_len, seed),
         )
         assert len(self.shuffle_index) >= samples
@@ -202,8 +179,8 @@ def build_datasets(config: RunConfig, plan: TrainingPlan) -> Datasets:
         UserError: files missing, damaged or of another tokenizer; ids beyond model.vocab_size; too little data for one
             sample of ``training.seq_len + 1`` tokens in training or validation; index cache not writable.
     """
-    cache, seq_len = _cache(config), config.training.seq_len
-    train, valid = _open_parts(config, (Split.train, Split.valid), cache)
+    cache, seq_len = index_cache(config), config.training.seq_len
+    train, valid = open_parts(config, ("train", "valid"), cache)
     return Datasets(
         train=_build(train, samples=plan.samples, seq_len=seq_len, seed=config.seed, cache=cache),
         valid=_build_valid(config, valid, cache),
@@ -215,19 +192,19 @@ def build_training(config: RunConfig, *, samples: int, seed: int) -> Samples:
 
     Raises as :func:`build_datasets` does.
     """
-    cache = _cache(config)
-    (parts,) = _open_parts(config, (Split.train,), cache)
+    cache = index_cache(config)
+    (parts,) = open_parts(config, ("train",), cache)
     return _build(parts, samples=samples, seq_len=config.training.seq_len, seed=seed, cache=cache)
 
 
 def build_validation(config: RunConfig) -> Samples:
     """The validation samples alone: the same ones for every seed. Raises as :func:`build_datasets` does."""
-    cache = _cache(config)
-    (parts,) = _open_parts(config, (Split.valid,), cache)
+    cache = index_cache(config)
+    (parts,) = open_parts(config, ("valid",), cache)
     return _build_valid(config, parts, cache)
 
 
-def _build_valid(config: RunConfig, parts: Sequence[_Part], cache: IndexCache) -> Samples:
+def _build_valid(config: RunConfig, parts: Sequence[Part], cache: IndexCache) -> Samples:
     seq_len = config.training.seq_len
     total = sum(part.weight for part in parts)
     # As many samples of each corpus as it has without a second pass.
@@ -236,59 +213,7 @@ def _build_valid(config: RunConfig, parts: Sequence[_Part], cache: IndexCache) -
     return _build(parts, samples=samples, seq_len=seq_len, seed=_VALIDATION_SEED, cache=cache)
 
 
-def _cache(config: RunConfig) -> IndexCache:
-    if config.data.index_cache is not None:
-        return IndexCache(Path(config.data.index_cache))
-    first = _entries(config.data, Split.train)[0]
-    return IndexCache(Path(first.prefix).parent / "index_cache")
-
-
-def _entries(data: DataConfig, use: Split) -> Sequence[DataSource]:
-    entries = data.sources or (data.train if use is Split.train else data.valid)
-    assert entries, "checked with the config"
-    return entries
-
-
-def _open_parts(config: RunConfig, uses: Sequence[Split], cache: IndexCache) -> list[list[_Part]]:
-    """The documents of each use, every corpus opened and checked once."""
-    data, vocab_size, seq_len = config.data, config.model.vocab_size, config.training.seq_len
-    prefixes = dict.fromkeys(entry.prefix for use in uses for entry in _entries(data, use))
-    opened = {prefix: open_source(prefix) for prefix in prefixes}
-    described = any(source.sidecar for source in opened.values())
-    tokenizer = load_tokenizer(data.tokenizer) if described else None
-    for source in opened.values():
-        check_tokens(source, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
-    parts: list[list[_Part]] = []
-    for use in uses:
-        parts.append([])
-        for entry in _entries(data, use):
-            source = opened[entry.prefix]
-            first, end = _share(source.documents, data.split, use) if data.sources else (0, source.documents)
-            part = _Part(source=source, first=first, end=end, weight=entry.weight, use=use)
-            _check_part(part, seq_len=seq_len, split=data.split if data.sources else None)
-            parts[-1].append(part)
-    return parts
-
-
-def _share(documents: int, split: tuple[float, float, float], use: Split) -> tuple[int, int]:
-    """Documents [first, end) of a use, with megatron-core's rounding."""
-    edges = np.cumsum([0.0, *split]) / sum(split)
-    return round(edges[use.value] * documents), round(edges[use.value + 1] * documents)
-
-
-def _check_part(part: _Part, *, seq_len: int, split: tuple[float, float, float] | None) -> None:
-    if part.samples(seq_len) > 0:
-        return
-    prefix, use, total = part.source.prefix, part.use.name, part.source.documents
-    shares = f" of {total:,} under data.split {list(split)}" if split else ""
-    remedy = "give data.split another share or name more data" if split else "name more data"
-    raise UserError(
-        f"data source {prefix}: its {part.end - part.first:,} {use} documents{shares} hold {part.tokens:,} tokens, "
-        f"less than one sample of training.seq_len + 1 = {seq_len + 1:,}; lower training.seq_len, {remedy}"
-    )
-
-
-def _build(parts: Sequence[_Part], *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> Samples:
+def _build(parts: Sequence[Part], *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> Samples:
     if len(parts) == 1:
         return GPTSamples(parts[0], samples=samples, seq_len=seq_len, seed=seed, cache=cache)
     weights = np.array([part.weight for part in parts]) / sum(part.weight for part in parts)

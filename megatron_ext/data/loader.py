@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_ext.curriculum.plan import PlannedStep, Tail, TrainingPlan
-from megatron_ext.curriculum.sampler import batch_slices, micro_batch_sizes, rank_block
+from megatron_ext.curriculum.sampler import batch_slices, check_batches_divide, micro_batch_sizes, rank_block
 from megatron_ext.curriculum.skips import SkippedSamples
 from megatron_ext.data.datasets import Samples
 from megatron_ext.data.prefetch import Prefetcher
@@ -95,9 +95,7 @@ class TrainLoader:
         """
         assert dataset.seq_len == plan.seq_len
         assert len(dataset) >= plan.samples
-        for segment in plan.segments:  # a batch size that does not divide is told now, not when its step comes
-            first = batch_slices(plan[segment.first_step], seq_len=plan.seq_len, tail=plan.tail)
-            rank_block(first, data_rank, data_size)
+        check_batches_divide(plan, data_size)  # told now, not when the step comes
         self._plan = plan
         self._depth = prefetch
         self._ahead: Prefetcher[_Prefetched] | None = None

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.cli.train import start
+from megatron_ext.errors import UserError
+from megatron_ext.runtime import launcher
 from megatron_ext.worker import main as worker
 from tests.ranks import run_ranks
 from tests.train.small_run import VOCABULARY, cli, write_config, write_corpus
@@ -183,9 +186,29 @@ def test_port_in_use(folder: Path) -> None:
     assert not (folder / "small").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "sections", "told"),
+    [
+        (missing_tokens, {}, "corpus.bin does not exist"),
+        (truncated_tokens, {}, "corpus.bin: cut off"),
+        (lambda _: None, {"training": {"seq_len": 32, "batch_size": 7, "duration": {"steps": 40}}}, "a batch of 7"),
+    ],
+)
+def test_data_and_batches_are_checked_before_ranks_start(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    sections: dict[str, Any],
+    told: str,
+) -> None:
+    damage(folder)
+    monkeypatch.setattr(launcher, "start_ranks", lambda *_args, **_options: pytest.fail("ranks were started"))
+    with pytest.raises(UserError, match=told):
+        start(write_config(folder, **sections), nproc=2)
+
+
 def test_mistake_that_only_the_ranks_find_goes_through_the_launcher(folder: Path) -> None:
-    missing_tokens(folder)
-    done = cli("train", str(write_config(folder)), "--nproc", "2")
+    done = cli("train", str(write_config(folder, parallel={"tensor": 2})), "--nproc", "3")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr

@@ -60,6 +60,7 @@ def test_every_step_is_what_a_walk_gives(config: RunConfig) -> None:
         assert planned.consumed_tokens == tokens
         tokens += planned.tokens
     assert plan.tokens == tokens
+    assert plan.batch_sizes == [config.training.batch_size]
     duration = config.training.duration
     assert plan.steps == (duration.steps or plan.steps)
     assert 0 <= plan.overshoot < plan[plan.steps - 1].tokens

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import BatchSlices, SamplePlan, micro_batch_sizes, rank_block
+from megatron_ext.curriculum.sampler import BatchSlices, SamplePlan, check_batches_divide, micro_batch_sizes, rank_block
 from megatron_ext.errors import UserError
 from tests.curriculum.runs import Case, cases, property_test, run_config
 
@@ -121,6 +121,24 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused() -> None:
     plan = TrainingPlan.from_config(run_config(seq_len=8, batch_size=6, duration={"steps": 1}))
     with pytest.raises(UserError, match=r"6 sequences .* 4 data-parallel ranks.*training\.batch_size"):
         rank_block(SamplePlan(plan).slices(0), 0, 4)
+
+
+def test_every_batch_of_a_plan_is_checked() -> None:
+    warmup = {"start": 4, "increment": 2, "duration": {"tokens": 400}}
+    plan = TrainingPlan.from_config(
+        run_config(seq_len=8, batch_size=8, training={"batch_size_warmup": warmup}, duration={"steps": 100})
+    )
+    assert plan.batch_sizes == [4, 6, 8]
+    check_batches_divide(plan, 2)
+    with pytest.raises(UserError, match=r"a batch of 6 sequences .* 4 data-parallel ranks"):
+        check_batches_divide(plan, 4)
+
+
+@property_test
+@given(cases())
+def test_batch_sizes_are_those_of_the_steps(case: Case) -> None:
+    plan = TrainingPlan.from_config(case.config)
+    assert plan.batch_sizes == sorted({step.batch_size for step in plan})
 
 
 @property_test
