@@ -27,13 +27,36 @@ class Processes:
 
     def first_to(self, what: str) -> bool:
         """Whether this rank is the first of all to ask for ``what``; used to say one thing once."""
-        return bool(self.store.add(f"first/{what}", 1) == 1)
+        try:
+            return bool(self.store.add(f"first/{what}", 1) == 1)
+        except dist.DistError:
+            # Rank 0, which keeps the store, was first and has left.
+            return False
 
     def agree_from_main(self, value: object) -> object:
         """Return rank 0's ``value`` on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Make a UserError that one rank raises in the body one on every rank, so that none waits for a rank that left.
+
+        The body, which every rank enters, is without collectives. Waits for every rank.
+        """
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        messages: list[str | None] = [None] * self.info.world_size
+        dist.all_gather_object(messages, None if failure is None else str(failure), group=self.host_group)
+        if failure is not None:
+            raise failure
+        for message in messages:
+            if message is not None:
+                raise UserError(message)
 
     def barrier(self) -> None:
         """Wait for every rank."""

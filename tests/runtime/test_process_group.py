@@ -1,6 +1,7 @@
 """Ranks agree, and what goes wrong at the rendezvous has one message."""
 
 import socket
+import time
 
 import pytest
 import torch
@@ -35,6 +36,35 @@ def test_ranks_agree() -> None:
         assert answers == [False, True, False], "one rank's wish stops both, at its step and no other"
         assert seen == "from rank 0"
     assert sum(said for _, _, first in results for said in first) == 1
+
+
+def late_question(rank: int, _world_size: int) -> bool:
+    with process_group(rank_info(), CPU, timeout_minutes=1.0) as processes:
+        if rank == 1:
+            time.sleep(1.0)  # rank 0 has said it and is gone, and the store with it
+        return processes.first_to("speak")
+
+
+def test_a_rank_that_asks_when_rank_0_has_left_is_not_the_first() -> None:
+    assert run_ranks(late_question, 2, init=False) == [True, False]
+
+
+def failure(rank: int, _world_size: int) -> list[str]:
+    said = []
+    with process_group(rank_info(), CPU, timeout_minutes=1.0) as processes:
+        for culprit in (2, 1, 0):
+            try:
+                with processes.failing_together():
+                    if rank == culprit:
+                        raise UserError(f"rank {rank} cannot")  # noqa: TRY301
+                said.append("")
+            except UserError as error:
+                said.append(str(error))
+    return said
+
+
+def test_ranks_fail_together() -> None:
+    assert run_ranks(failure, 2, init=False) == [["", "rank 1 cannot", "rank 0 cannot"]] * 2
 
 
 def test_port_of_another_program() -> None:
