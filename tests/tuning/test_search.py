@@ -31,7 +31,8 @@ def test_where_verdicts_are_monotone_the_answer_is_that_of_exhaustive_search(dat
     assert not any("chance" in note for note in outcome.notes)
 
 
-# Where only the longest start works, every other pair ends early: there is little that a search could save.
+# Where only the longest start works, every other pair ends early and costs nothing. Then both search one ladder, and
+# 17 answers (16 notches or none) take at least 5 of its 16 probes to tell apart.
 @pytest.mark.parametrize(("shortest", "share"), [(8, 0.25), (16, 0.25), (32, 0.25), (64, 0.25), (128, 0.42)])
 def test_a_quarter_of_the_exhaustive_cost_is_enough(shortest: int, share: float) -> None:
     over = grid(16)
@@ -42,6 +43,16 @@ def test_a_quarter_of_the_exhaustive_cost_is_enough(shortest: int, share: float)
         assert outcome.best == best
         assert sum(verdict.tokens for verdict in verdicts.values()) <= share * cost
         assert len(verdicts) <= 4 + 1 + 4  # shorter starts, the first T, 16 notches by halves
+
+
+@pytest.mark.parametrize("shortest", STARTS)
+def test_a_grid_without_early_ends_costs_fourteen_times_as_much(shortest: int) -> None:
+    over = grid(16)
+    stable = Planted(0, dict.fromkeys(STARTS, 10**6))
+    whole = sum(stable.probe(Candidate(start, steps)).tokens for start in STARTS for steps in over.ladders[start])
+    for limit in (0, *over.ladders[8]):
+        _, verdicts = search(over, Planted(shortest, dict.fromkeys(STARTS, limit)).probe)
+        assert sum(verdict.tokens for verdict in verdicts.values()) <= whole / 14
 
 
 @law
