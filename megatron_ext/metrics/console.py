@@ -76,7 +76,9 @@ class LogLines:
         total_tokens: tokens of the whole run.
     """
 
-    def __init__(self, logger: logging.Logger, *, log_every: int, total_tokens: int) -> None:
+    def __init__(
+        self, logger: "logging.Logger | logging.LoggerAdapter[logging.Logger]", *, log_every: int, total_tokens: int
+    ) -> None:
         self._logger = logger
         self._every = log_every
         self._total = total_tokens

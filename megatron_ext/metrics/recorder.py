@@ -12,6 +12,7 @@ from megatron_ext.metrics.console import LogLines, ProgressBar
 from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink
 from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
 from megatron_ext.metrics.tensorboard import TensorBoardSink
+from megatron_ext.runtime.log import file_only
 
 
 class Sink(Protocol):
@@ -77,8 +78,8 @@ def open_sinks(
 ) -> list[Sink]:
     """The sinks of rank 0 for a run that goes on from `step` finished steps and `tokens` consumed ones (0, 0: new).
 
-    What an earlier process recorded after that step is dropped, events excepted. Where `console` is a terminal it gets
-    a progress bar, elsewhere this module's logger gets lines.
+    What an earlier process recorded after that step is dropped, events excepted. This module's logger
+    gets lines; where `console` is a terminal it shows a progress bar instead, and the lines are for the log file alone.
 
     Raises:
         UserError: metrics.jsonl of the directory is broken, or TensorBoard is wanted and not installed.
@@ -88,9 +89,8 @@ def open_sinks(
     sinks: list[Sink] = [jsonl]
     if config.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", step=step, tokens=tokens))
+    logger = logging.getLogger(__name__)
     if console.is_terminal:
         sinks.append(ProgressBar(console, total_tokens=total_tokens, tokens=tokens))
-    else:
-        logger = logging.getLogger(__name__)
-        sinks.append(LogLines(logger, log_every=config.log_every, total_tokens=total_tokens))
-    return sinks
+    lines = file_only(logger) if console.is_terminal else logger
+    return [*sinks, LogLines(lines, log_every=config.log_every, total_tokens=total_tokens)]

@@ -21,11 +21,21 @@ _NOT_FOR_USERS = (
 )
 
 
+_FILE_ONLY = "megatron_ext_file_only"
+
+
+def file_only(logger: logging.Logger) -> "logging.LoggerAdapter[logging.Logger]":
+    """The logger for what the console shows in another way: its lines go to the log file alone."""
+    return logging.LoggerAdapter(logger, {_FILE_ONLY: True})
+
+
 class _CurrentStderr(logging.StreamHandler[TextIO]):
     """Writes to what sys.stderr is at that moment: a progress bar redirects it to keep lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
+        """Write one record, unless it is for the log file alone."""
+        if getattr(record, _FILE_ONLY, False):
+            return
         self.stream = sys.stderr
         super().emit(record)
 

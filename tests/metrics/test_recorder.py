@@ -2,17 +2,29 @@
 
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
-from megatron_ext.metrics.console import LogLines, ProgressBar
+from megatron_ext.metrics.console import ProgressBar
 from megatron_ext.metrics.jsonl import read_metrics
 from megatron_ext.metrics.recorder import Recorder, Sink, open_sinks
 from megatron_ext.metrics.records import EvalRecord
+from megatron_ext.runtime.log import LOGGER, configure_logging
 from tests.metrics.test_records import train_record
+
+
+@pytest.fixture
+def fresh_log() -> Iterator[None]:
+    """Gives the package's logger back as it was."""
+    before = LOGGER.handlers, LOGGER.level, LOGGER.propagate
+    yield
+    for handler in LOGGER.handlers:
+        handler.close()
+    LOGGER.handlers, LOGGER.level, LOGGER.propagate = before
 
 
 def sinks_of(run_dir: Path, *, terminal: bool = False, tensorboard: bool = False, step: int = 0) -> list[Sink]:
@@ -58,11 +70,22 @@ def test_opening_at_a_step_drops_what_came_after(tmp_path: Path) -> None:
     assert [event.details["step"] for event in metrics.events] == [0, 2, 0]
 
 
-def test_a_terminal_gets_a_bar_and_anything_else_lines(tmp_path: Path) -> None:
-    for terminal, kind in ((True, ProgressBar), (False, LogLines)):
+@pytest.mark.usefixtures("fresh_log")
+def test_a_terminal_gets_a_bar_and_the_log_file_lines_in_any_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for terminal in (True, False):
+        log = tmp_path / f"{terminal}.txt"
+        configure_logging(0, log_file=log)
         sinks = sinks_of(tmp_path, terminal=terminal)
-        assert [type(sink) for sink in sinks if isinstance(sink, ProgressBar | LogLines)] == [kind]
-        Recorder(sinks).close()
+        assert any(isinstance(sink, ProgressBar) for sink in sinks) == terminal
+        recorder = Recorder(sinks)
+        record_steps(recorder, 1, 4)
+        recorder.close()
+        shown, kept = capsys.readouterr().err, log.read_text()
+        assert ("step 4 |" in shown) == (not terminal)
+        for line in ("step 2 |", "step 4 |", "validation after step 4"):
+            assert line in kept
 
 
 def test_without_sinks_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
