@@ -1,5 +1,7 @@
 """Saving and loading with all ranks: DeepSpeed's files, every rank's RNG streams, and the manifest."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ import torch
 from megatron_ext.checkpoint.manifest import Manifest, check_resumable, read_manifest, write_manifest
 from megatron_ext.checkpoint.store import (
     begin,
+    checkpoint_name,
     complete_checkpoints,
     drop_after,
     partial_name,
@@ -21,6 +24,8 @@ from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.rng import RngStreams
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
+
+_WRITER_SIGNS = ("inline_container", "iostream", "PytorchStreamWriter", "No space left")
 
 
 class Checkpointer:
@@ -50,7 +55,28 @@ class Checkpointer:
         guard: dict[str, int] | None = None,
         skipped_samples: list[list[int]] | None = None,
     ) -> Path:
-        """Write and publish the checkpoint after ``step`` finished steps; returns when it is complete on disk."""
+        """Write and publish the checkpoint after ``step`` finished steps; returns when it is complete on disk.
+
+        Raises:
+            UserError: it could not be written; the checkpoints before it are as they were.
+        """
+        with self._explained(step):
+            return self._save(
+                step,
+                Manifest(
+                    step=step,
+                    tokens=tokens,
+                    config=self._config.model_dump(mode="json"),
+                    determining=self._config.determining_values(),
+                    layout=self._layout,
+                    loss_ratio=loss_ratio,
+                    curriculum=curriculum or {},
+                    guard=guard or {},
+                    skipped_samples=skipped_samples or [],
+                ),
+            )
+
+    def _save(self, step: int, manifest: Manifest) -> Path:
         rank, is_main = self._processes.info.rank, self._processes.info.is_main
         if is_main:
             begin(self._directory, step)
@@ -58,24 +84,28 @@ class Checkpointer:
         self._engine.save(self._directory, partial_name(step))
         torch.save(self._streams.rng_state(), self._directory / partial_name(step) / _rng_file(rank))
         if is_main:
-            manifest = Manifest(
-                step=step,
-                tokens=tokens,
-                config=self._config.model_dump(mode="json"),
-                determining=self._config.determining_values(),
-                layout=self._layout,
-                loss_ratio=loss_ratio,
-                curriculum=curriculum or {},
-                guard=guard or {},
-                skipped_samples=skipped_samples or [],
-            )
             write_manifest(self._directory / partial_name(step), manifest)
         self._processes.barrier()
         if is_main:
             publish(self._directory, step)
             prune(self._directory, self._config.checkpoint.keep_last)
         self._processes.barrier()
-        return self._directory / f"step_{step}"
+        return self._directory / checkpoint_name(step)
+
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            # torch's file writer raises RuntimeError, and says what it was about, not why it failed.
+            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _WRITER_SIGNS):
+                raise
+            room = self._config.checkpoint.keep_last + 1
+            raise UserError(
+                f"the checkpoint after step {step} could not be written to {self._directory} ({error}); see to it that "
+                f"this user may write there and that {room} checkpoints (checkpoint.keep_last + 1) have room, then start "
+                "again: the run goes on from the checkpoint before"
+            ) from error
 
     def resume(self) -> Manifest | None:
         """Load the newest complete checkpoint, or return None where there is none.
@@ -85,6 +115,15 @@ class Checkpointer:
         """
         found = self.newest()
         return None if found is None else self.load(found)
+
+    def check_new(self) -> None:
+        """Raise UserError where a run that is to begin anew would mix its checkpoints with those of another."""
+        found = self.newest()
+        if found is not None:
+            raise UserError(
+                f"checkpoint.resume is false and {self._directory} holds checkpoints, the newest {found.name}; give "
+                "the run another name, or remove its directory to begin anew"
+            )
 
     def newest(self, *, not_after: int | None = None) -> Path | None:
         """The newest complete checkpoint, or the newest after at most ``not_after`` finished steps."""

@@ -67,9 +67,6 @@ def publish(directory: Path, step: int) -> Path:
         if path.is_file():
             _fsync(path)
     _fsync(partial)
-    if final.exists():
-        # The same step again, after a resume without checkpoints in between: the newer copy counts.
-        shutil.rmtree(final)
     partial.rename(final)
     _name_latest(directory, final)
     return final

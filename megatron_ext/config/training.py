@@ -105,7 +105,8 @@ class CheckpointConfig(Section):
     """Complete checkpoints to keep; older ones are removed after a newer one is complete."""
 
     resume: bool = True
-    """Continue from the newest complete checkpoint of the run directory, if there is one."""
+    """Continue from the newest complete checkpoint of the run directory, if there is one; false refuses to start where
+    there is one."""
 
 
 class MetricsConfig(Section):

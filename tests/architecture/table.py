@@ -18,11 +18,12 @@ LAYERS: Mapping[str, int] = {
     "evaluate": 5,
     "checkpoint": 5,
     "metrics": 5,
-    "train": 6,
+    "session": 6,
     "tuning": 6,
-    "worker": 7,
-    "cli": 7,
-    "__main__": 8,
+    "train": 7,
+    "worker": 8,
+    "cli": 8,
+    "__main__": 9,
 }
 
 # What is behind a door, and the parts that may open it. The longest prefix that fits decides.

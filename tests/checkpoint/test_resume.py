@@ -1,5 +1,6 @@
 """A run that stops and goes on in another process is, bit for bit, the run that never stopped."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,35 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     message = run_ranks(refusal, 1, config)[0]
     assert str(checkpoint) in message
     assert "move it away" in message
+
+
+def full_disk(_rank: int, _world_size: int, config: str) -> tuple[str, str, list[str]]:
+    """Save, save where no file may grow beyond 20 kB, save again: the message, the newest after it, what is left."""
+    setup = set_up(RunConfig.model_validate_json(config))
+    try:
+        checkpointer = checkpointer_of(setup)
+        checkpointer.save(step=1, tokens=1, loss_ratio={})
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(UserError) as caught:
+            checkpointer.save(step=2, tokens=2, loss_ratio={})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        newest = checkpointer.newest()
+        assert newest is not None
+        assert checkpointer.load(newest).step == 1
+        path = checkpointer.save(step=2, tokens=2, loss_ratio={})
+        return (
+            str(caught.value),
+            newest.name,
+            sorted(item.name for item in path.parent.iterdir() if item.suffix != ".py"),
+        )
+    finally:
+        destroy_parallel()
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    message, newest, left = run_ranks(full_disk, 1, with_dropout(tmp_path))[0]
+    assert "checkpoint after step 2 could not be written" in message
+    assert "4 checkpoints (checkpoint.keep_last + 1)" in message
+    assert newest == "step_1"
+    assert left == ["latest", "step_1", "step_2"], "nothing of the failed one stays"

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megatron_ext import train as program
+from megatron_ext import session
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.data.loader import Batch, TrainLoader
@@ -20,6 +20,7 @@ from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.stability.guard import GuardStop
+from megatron_ext.train import train
 from tests.engine.training import CPU
 from tests.train.small_run import write_config
 
@@ -84,7 +85,7 @@ def _planted(planted: Planted) -> Iterator[None]:
         model.register_forward_hook(spoiler.hook)
         return model
 
-    with patch.object(program, "TrainLoader", Loader), patch.object(program, "build_gpt", build_spoiled):
+    with patch.object(session, "TrainLoader", Loader), patch.object(session, "build_gpt", build_spoiled):
         yield
 
 
@@ -96,7 +97,7 @@ def run_once(_rank: int, _world: int, runs: list[tuple[str, list[str], Planted]]
         processes = Processes(info=rank_info(), host_group=group, store=dist.HashStore())  # type: ignore[attr-defined]
         with _planted(planted):
             try:
-                program.train(load_config(Path(path), overrides), device=CPU, processes=processes, stop=StopRequest())
+                train(load_config(Path(path), overrides), device=CPU, processes=processes, stop=StopRequest())
                 ends.append("")
             except GuardStop as stop:
                 ends.append(str(stop))

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from megatron_ext.config.loading import load_config
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import process_group
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.train import train
+from tests.ranks import run_ranks
 from tests.train.small_run import records, train_records, write_config, write_corpus
 
 CPU = Device(torch_device=torch.device("cpu"), backend="gloo", accelerator="cpu")
@@ -69,3 +71,32 @@ def test_a_stop_beyond_the_end_is_the_end(config: Path) -> None:
     beyond = run(config, "beyond", 'training.stop_after={"steps": 99}')
     assert steps_of(beyond, "train")[-1] == 12
     assert steps_of(beyond, "eval") == [12]
+
+
+def test_validations_do_not_change_training(config: Path) -> None:
+    often = run(config, "often", 'validation.every={"steps": 1}')
+    assert steps_of(often, "eval") == list(range(1, 13))
+    assert train_records(often) == train_records(run(config, "once"))
+
+
+def test_a_new_run_among_the_checkpoints_of_another_is_refused(config: Path) -> None:
+    first = run(config, "taken", 'training.stop_after={"steps": 3}')
+    before = (first / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"checkpoint.resume is false and .* the newest step_3"):
+        run(config, "taken", "checkpoint.resume=false")
+    assert (first / "metrics.jsonl").read_text() == before, "nothing is lost"
+
+
+def broken_metrics(_rank: int, _world_size: int, config: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run(Path(config), "broken")
+    return str(caught.value)
+
+
+def test_what_only_the_first_rank_finds_ends_every_rank_with_one_message(config: Path) -> None:
+    folder = config.parent / "broken"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("no record\n")
+    messages = run_ranks(broken_metrics, 2, str(config), init=False)
+    assert messages[0] == messages[1]
+    assert "metrics.jsonl, line 1: not a metrics record" in messages[0]
