@@ -57,6 +57,7 @@ function inspect(win) {
     titles: figures.map((figure) => figure.querySelector("figcaption").firstChild.textContent),
     curves: figures.map((figure) => figure.querySelectorAll("path[data-group]").length),
     ticks: figures.map((figure) => ["xlabel", "ylabel"].map((name) => figure.querySelectorAll("." + name).length)),
+    covered: [...doc.querySelectorAll(".threshold")].filter((line) => [...doc.querySelectorAll("#panels path.line")].some((path) => line.closest("svg") === path.closest("svg") && line.compareDocumentPosition(path) & 4)).length,
     thresholds: [...doc.querySelectorAll(".tlabel")].map((text) => text.textContent),
     sizes: [...new Set([...doc.querySelectorAll("#panels text")].map((text) => win.getComputedStyle(text).fontSize))],
     legend: buttons.map((button) => button.textContent),

@@ -72,6 +72,7 @@ def test_the_page_is_legible_and_answers_in_a_browser(width: int, tmp_path: Path
     assert min(found["curves"]) >= 1
     assert all(min(counts) >= 2 for counts in found["ticks"]), found["ticks"]
     assert {"1.1", "1.5", "2"} <= set(found["thresholds"])
+    assert found["covered"] == 0, "thresholds are drawn over the curves"
     assert found["legend"] == [run.label for run in runs]
     assert found["pointed"]["shown"]
     assert found["pointed"]["inside"]

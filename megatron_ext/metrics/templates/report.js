@@ -183,14 +183,15 @@
       this.frame = { left, right, top, bottom, width };
       this.mapX = (value) => left + ((value - range.x0) / (range.x1 - range.x0)) * (right - left);
       this.mapY = (value) => bottom - ((scale(value) - low) / (high - low)) * (bottom - top);
-      this.axes(yTicks, thresholds);
+      this.axes(yTicks);
       this.lines = element("g", {}, this.svg);
       for (const run of this.runs) this.curve(run);
+      this.limits(thresholds);
       this.marks = element("g", {}, this.svg);
       this.fade();
     }
 
-    axes(yTicks, thresholds) {
+    axes(yTicks) {
       const { left, right, top, bottom, width } = this.frame;
       const grid = element("g", {}, this.svg);
       for (const tick of yTicks) {
@@ -216,12 +217,18 @@
       element("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }, grid);
       const name = this.panel.x === "seconds" ? "training time" : "tokens";
       element("text", { class: "xname", x: (left + right) / 2, y: bottom + 33, "text-anchor": "middle" }, grid, name);
+    }
+
+    // Over the curves: noisy ones would hide them.
+    limits(thresholds) {
+      const { left, right } = this.frame;
+      const group = element("g", {}, this.svg);
       let above = Infinity;
       for (const value of thresholds) {
         const y = this.mapY(value);
-        element("line", { class: "threshold", x1: left, x2: right, y1: y, y2: y }, grid);
+        element("line", { class: "threshold", x1: left, x2: right, y1: y, y2: y }, group);
         if (above - y < 15) continue;
-        element("text", { class: "tlabel", x: right + 5, y: y + 4 }, grid, plain(value));
+        element("text", { class: "tlabel", x: right + 5, y: y + 4 }, group, plain(value));
         above = y;
       }
     }
