@@ -56,7 +56,7 @@ def failure(rank: int, _world_size: int) -> list[str]:
             try:
                 with processes.failing_together():
                     if rank == culprit:
-                        raise UserError(f"rank {rank} cannot")  # noqa: TRY301
+                        raise UserError(f"rank {rank} cannot")
                 said.append("")
             except UserError as error:
                 said.append(str(error))
