@@ -5,7 +5,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -154,7 +154,8 @@ def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessO
     tokenizer = load_tokenizer(options.tokenizer)
     chunks = (chunk for path in files for chunk in read_chunks(path))
     encoded = _in_workers(chunks, options) if options.workers > 1 else _in_place(chunks, tokenizer, options)
-    with closing(encoded) as results, TokenFileWriter(output, dtype=token_dtype(tokenizer.vocab_size)) as writer:
+    writer = TokenFileWriter(output, dtype=token_dtype(tokenizer.vocab_size))
+    with _writing(output), closing(encoded) as results, writer:
         done = Progress(bytes_read=0, documents=0, tokens=0, empty=0, invalid=0)
         for result in results:
             if result.problems and not options.skip_invalid:
@@ -180,6 +181,18 @@ def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessO
         first_invalid=done.first_invalid,
         finished=finished,
     )
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Say what is wrong with the place of the output; reading has told its own errors by then."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror or error}); choose a place with space that this "
+            "user may write"
+        ) from error
 
 
 def _advance(done: Progress, result: _Encoded, writer: TokenFileWriter) -> Progress:

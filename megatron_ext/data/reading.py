@@ -85,6 +85,9 @@ def parse_record(path: str, record: Record, json_key: str) -> str:
         return text
     try:
         value: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Its own text counts lines within the record and would contradict the line named here.
+        raise InvalidRecordError(f"{where}: broken JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise InvalidRecordError(f"{where}: broken JSON ({error})") from error
     if not isinstance(value, dict):

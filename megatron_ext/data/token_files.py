@@ -138,9 +138,11 @@ class TokenFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        for path in (self._partial.bin, self._partial.idx, self._partial.sidecar):
-            path.unlink(missing_ok=True)
+        try:
+            self._file.close()  # writes what is buffered, and fails again where the disk is full
+        finally:
+            for path in (self._partial.bin, self._partial.idx, self._partial.sidecar):
+                path.unlink(missing_ok=True)
 
     def add(self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> None:
         """Append documents: their ids one after the other [sum(lengths)], and how many each has [documents]."""

@@ -4,10 +4,11 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     The result has fewer than ``vocab_size`` tokens where the texts have too few repeated pairs to merge.
 
     Raises:
-        UserError: ``vocab_size`` below 257.
+        UserError: ``vocab_size`` below 257, or there is no text.
     """
     if vocab_size < MIN_TRAINED_VOCAB:
         raise UserError(f"vocabulary size {vocab_size} is too small: 256 bytes and {END_OF_DOCUMENT} need 257")
@@ -106,21 +107,34 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(texts, trainer=trainer)
+    some = (text for text in texts if text)
+    first = next(some, None)
+    if first is None:
+        raise UserError("empty corpus: there is no text to train a tokenizer on")
+    backend.train_from_iterator(chain([first], some), trainer=trainer)
     backend.add_special_tokens([END_OF_DOCUMENT])
     return Tokenizer(name="trained", backend=backend, eod=backend.get_vocab()[END_OF_DOCUMENT])
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizers JSON file, aside first and then renamed, so that no half file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        partial = Path(file.name)
-        file.write(tokenizer.backend.to_str(pretty=False))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.chmod(0o644)
-    partial.replace(path)
+    """Write a tokenizers JSON file, aside first and then renamed, so that no half file is ever seen.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(tokenizer.backend.to_str(pretty=False))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _gpt2() -> Any:

@@ -83,6 +83,7 @@ def test_block_and_chunk_sizes_do_not_matter(
     ("raw", "message"),
     [
         (b'{"text": "cut', r"a\.jsonl, line 7: broken JSON"),
+        (b'{"text": "cut', r"broken JSON \(Unterminated string starting at, column 10\)$"),
         (b'["text"]', "a JSON object is expected, found list"),
         (b'{"body": "x", "id": 1}', r"no key 'text' \(keys: 'body', 'id'\); name the right one with --json-key"),
         (b"{}", r"no key 'text' \(keys: none\)"),
