@@ -103,8 +103,8 @@ class Checkpointer:
             room = self._config.checkpoint.keep_last + 1
             raise UserError(
                 f"the checkpoint after step {step} could not be written to {self._directory} ({error}); see to it that "
-                f"this user may write there and that {room} checkpoints (checkpoint.keep_last + 1) have room, then start "
-                "again: the run goes on from the checkpoint before"
+                f"this user may write there and that {room} checkpoints (checkpoint.keep_last + 1) have room, then "
+                "start again: the run goes on from the checkpoint before"
             ) from error
 
     def resume(self) -> Manifest | None:

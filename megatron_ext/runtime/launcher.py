@@ -26,6 +26,8 @@ from megatron_ext.runtime.signals import StopRequest
 
 _WORKER = "megatron_ext.worker"
 _POLL_SECONDS = 0.2
+_ENDED_BY_SIGTERM = 256 - signal.SIGTERM
+"""Exit status of the launcher after a rank that SIGTERM ended: it exits with the negative number of the signal."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,24 @@ class Ranks:
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self._process = process
+        self._asked = False
 
     def poll(self) -> int | None:
-        """Exit status of the run (128 + n where signal n ended the launcher), or None while it goes on."""
+        """Exit status of the run (128 + n where signal n ended the launcher), or None while it goes on.
+
+        0 also where the ranks were asked to stop while they could not catch the signal yet, or not any more: before
+        their first step, or after their last checkpoint.
+        """
         status = self._process.poll()
+        if self._asked and status == _ENDED_BY_SIGTERM:
+            return 0
         return status if status is None or status >= 0 else 128 - status
 
     def ask_to_stop(self) -> bool:
         """Ask every rank to finish its step, save and exit; whether there was a rank to ask."""
-        return _signal_ranks(self._process.pid, signal.SIGTERM)
+        reached = _signal_ranks(self._process.pid, signal.SIGTERM)
+        self._asked = self._asked or reached
+        return reached
 
     def close(self) -> None:
         """Kill whatever is left."""

@@ -94,6 +94,19 @@ def test_signal_finishes_the_step_and_saves(
     assert train_records(run) == train_records(undisturbed)
 
 
+def test_signal_while_ranks_start_is_a_stop_with_nothing_to_save(tmp_path: Path, corpus: Path) -> None:
+    config, run = config_in(tmp_path, corpus), tmp_path / "small"
+    with started("train", str(config), "--nproc", "2") as process:
+        deadline = time.monotonic() + 60
+        while not any("LOCAL_RANK=1" in environment(pid) for pid in rank_processes(run)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    assert rank_processes(run) == []
+    assert train_records(run) == []
+
+
 def test_killed_command_stops_its_ranks_with_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
     config, run = config_in(tmp_path, corpus), tmp_path / "small"
     with started("train", str(config), "--nproc", "2") as process:
@@ -120,7 +133,10 @@ def test_one_dead_rank_ends_the_run(tmp_path: Path, corpus: Path) -> None:
 
 
 def environment(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def test_finished_run_started_again_does_nothing(undisturbed: Path, corpus: Path) -> None:
