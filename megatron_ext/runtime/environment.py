@@ -22,11 +22,6 @@ class RankInfo:
         """Whether this is the rank that writes logs and metrics."""
         return self.rank == 0
 
-    @property
-    def is_node_leader(self) -> bool:
-        """Whether this is the rank that does once-per-node work."""
-        return self.local_rank == 0
-
 
 def rank_info() -> RankInfo:
     """Read the launcher's variables.
