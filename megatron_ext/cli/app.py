@@ -65,12 +65,20 @@ def _load(name: str) -> Any:
     entry = _COMMANDS[name]
     module = import_module(entry.module)
     if entry.group:
-        command = typer.main.get_group(getattr(module, entry.group))
+        command: Any = typer.main.get_group(getattr(module, entry.group))
         command.name = name
-        return command
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name)(module.command)
-    return typer.main.get_command(app)
+    else:
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(name)(module.command)
+        command = typer.main.get_command(app)
+    for part in (command, *getattr(command, "commands", {}).values()):
+        part.help = _with_example_on_one_line(part.help or "")
+    return command
+
+
+def _with_example_on_one_line(text: str) -> str:
+    """Help text whose example is not wrapped, so that it can be copied (click leaves what follows a ``\\b`` alone)."""
+    return text.replace("\n\nExample: ", "\n\n\b\nExample: ")
 
 
 app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, rich_markup_mode=None, add_completion=False)

@@ -82,6 +82,17 @@ def test_help_lists_every_command_and_shows_an_example(command_line: Callable[..
         assert f"\n  {name} " in done.out
 
 
+@pytest.mark.parametrize("command", ["validate", "plan", "generate", "tokenizer train"])
+def test_an_example_is_on_one_line_of_a_narrow_terminal(
+    command: str, command_line: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = command_line(*command.split(), "--help").out.splitlines()
+    place = next(index for index, line in enumerate(lines) if line.startswith("  Example: "))
+    assert lines[place].startswith(f"  Example: megatron-ext {command} ")
+    assert lines[place + 1] == ""
+
+
 @pytest.mark.parametrize("name", app.command_names())
 def test_a_commands_help_shows_an_example(name: str, command_line: Callable[..., Done]) -> None:
     done = command_line(name, "--help")
