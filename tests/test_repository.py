@@ -150,7 +150,7 @@ def test_commands_that_the_readme_shows_exist_with_their_options() -> None:
     for line in lines:
         words = line.partition("megatron-ext ")[2].split()
         path = [word for word in words[:2] if not word.startswith(("-", "/")) and "." not in word and "=" not in word]
-        path = path[: 2 if path[0] == "tokenizer" else 1]
+        path = path[: 2 if path[0] in {"tokenizer", "experiment"} else 1]
         command = [sys.executable, "-m", "megatron_ext", *path, "--help"]
         shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert shown.returncode == 0, f"{line}: {shown.stderr}"
@@ -164,10 +164,12 @@ def test_configs_that_the_readme_names_exist() -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_the_config_example_of_the_readme_is_valid(tmp_path: Path) -> None:
+def test_the_config_examples_of_the_readme_are_valid(tmp_path: Path) -> None:
     from megatron_ext.config.loading import load_config
 
-    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    whole, *parts = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL))
     path = tmp_path / "run.json"
-    path.write_text(block, encoding="utf-8")
-    assert load_config(path).name == json.loads(block)["name"]
+    for sections in ({}, *parts):  # the first one is a run; the others are sections of it
+        path.write_text(json.dumps(whole | sections), encoding="utf-8")
+        assert load_config(path).name == whole["name"]
