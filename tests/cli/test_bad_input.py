@@ -55,7 +55,9 @@ def refusal(config: Path, *arguments: str, ranks: int = 1) -> str:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+    """All files but the two that every start writes to."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in {"log.txt", ".lock"})
+    return {path: path.read_bytes() for path in files}
 
 
 def model(**values: Any) -> dict[str, Any]:
