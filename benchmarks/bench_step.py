@@ -3,7 +3,7 @@
 Both run in this process in turn, step by step, so that a machine that slows down slows both. Prints the medians and the
 ratio engine / bare for ZeRO 0 and ZeRO 1 on one rank.
 
-    python benchmarks/bench_step.py [--steps 9] [--layers 6] [--width 512]
+    python benchmarks/bench_step.py [--steps 9] [--batch 8] [--layers 6] [--width 512]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from megatron_ext.runtime.device import Device, select_device
 from megatron_ext.runtime.environment import prepare_deepspeed, rank_info
 from megatron_ext.runtime.process_group import process_group
 
-SEQ_LEN, BATCH, VOCABULARY = 256, 8, 8192
+SEQ_LEN, VOCABULARY = 256, 8192
 
 
 def config_of(options: argparse.Namespace, zero_stage: int) -> RunConfig:
@@ -39,9 +39,9 @@ def config_of(options: argparse.Namespace, zero_stage: int) -> RunConfig:
                 "vocab_size": VOCABULARY,
             },
             "data": {"sources": ({"prefix": "unused"},)},
-            "training": {"seq_len": SEQ_LEN, "batch_size": BATCH, "duration": {"steps": 100}},
+            "training": {"seq_len": SEQ_LEN, "batch_size": options.batch, "duration": {"steps": 100}},
             "learning_rate": {"peak": 1e-3},
-            "parallel": {"zero_stage": zero_stage, "micro_batch_tokens": SEQ_LEN * BATCH // 2},
+            "parallel": {"zero_stage": zero_stage, "micro_batch_tokens": SEQ_LEN * options.batch // 2},
         }
     )
 
@@ -49,16 +49,17 @@ def config_of(options: argparse.Namespace, zero_stage: int) -> RunConfig:
 def engine_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[torch.Tensor], object]:
     streams = seed_streams(config.seed, layout, device.torch_device)
     engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
-    sizes = (BATCH // 2, BATCH // 2)
+    batch = config.training.batch_size
+    sizes = (batch // 2, batch // 2)
     return lambda ids: engine.step(
-        cut_micro_batches(ids[:, :-1], ids[:, 1:], sizes), global_tokens=BATCH * SEQ_LEN, lr=1e-3
+        cut_micro_batches(ids[:, :-1], ids[:, 1:], sizes), global_tokens=batch * SEQ_LEN, lr=1e-3
     )
 
 
 def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[torch.Tensor], object]:
     streams = seed_streams(config.seed, layout, device.torch_device)
     model = build_gpt(config, layout, streams).to(device.torch_device)
-    settings = config.optimizer
+    settings, batch = config.optimizer, config.training.batch_size
     optimizer = torch.optim.AdamW(
         parameter_groups(model.named_parameters(), settings.weight_decay),
         lr=1e-3,
@@ -68,8 +69,8 @@ def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[to
     )
 
     def step(ids: torch.Tensor) -> None:
-        for part in ids.split(BATCH // 2):
-            (model(part[:, :-1], part[:, 1:]).sum() / (BATCH * SEQ_LEN)).backward()
+        for part in ids.split(batch // 2):
+            (model(part[:, :-1], part[:, 1:]).sum() / (batch * SEQ_LEN)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
@@ -80,12 +81,13 @@ def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[to
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens a step, in two micro-batches")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     options = parser.parse_args()
     device = select_device(0)
     prepare_deepspeed(rank_info(), device.accelerator)
-    ids = torch.randint(VOCABULARY, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(VOCABULARY, (options.batch, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device.torch_device)
     with process_group(rank_info(), device, timeout_minutes=5.0):
         layout = initialize_parallel(1, 5.0)
