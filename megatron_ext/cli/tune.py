@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.tuning.problem import Problem
+    from megatron_ext.tuning.runner import Runner
     from megatron_ext.tuning.search import Candidate, Grid
     from megatron_ext.tuning.tune import Tuning
 
@@ -60,7 +62,14 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
 ]
 Nproc = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Ranks on this machine; by default one per GPU, or one on a CPU.")
+    int | None, typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU.")
+]
+Slurm = Annotated[
+    str | None,
+    typer.Option(
+        help="Run probes as SLURM jobs with these options of sbatch: '--partition=gpu --gres=gpu:8'.",
+        show_default="on this machine",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what could be run and what it costs at most.")]
 
@@ -82,6 +91,7 @@ def command(
     validation_samples: Samples = None,
     output: Output = None,
     nproc: Nproc = None,
+    slurm: Slurm = None,
     dry_run: DryRun = False,
 ) -> None:
     """Find the curriculum's start length s and duration T at a small part of a run's cost, as the paper does.
@@ -97,6 +107,7 @@ def command(
     from megatron_ext.config.merging import parse_overrides
     from megatron_ext.model.counts import count_parameters
     from megatron_ext.tuning.problem import Notches, ProbeSettings, Problem, default_starts, grid_of, unit_of
+    from megatron_ext.tuning.tune import Tuning
 
     if not threshold > 1 or not notch > 1:
         raise UserError(f"--threshold is {threshold:g} and --notch is {notch:g}: write numbers above 1")
@@ -120,7 +131,8 @@ def command(
         _announce(problem, grid)
         return
     folder = output or run.run_dir.with_name(run.name + "_tune")
-    _tune(config, folder, problem=problem, grid=grid, changes=changes, nproc=nproc)
+    tuning = Tuning(problem, grid, folder=folder, runner=_runner(nproc, slurm))
+    _tune(tuning, config, changes)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -156,20 +168,26 @@ def _announce(problem: "Problem", grid: "Grid") -> None:
     )
 
 
-def _tune(
-    config: Path, folder: Path, *, problem: "Problem", grid: "Grid", changes: dict[str, object], nproc: int | None
-) -> None:
+def _runner(nproc: int | None, slurm: str | None) -> "Runner":
     from megatron_ext.runtime.device import gpu_names
     from megatron_ext.runtime.launcher import LaunchOptions
+    from megatron_ext.tuning.runner import LocalRunner
+    from megatron_ext.tuning.slurm import SlurmRunner
+
+    if slurm is not None:
+        try:
+            return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
+        except ValueError as error:
+            raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
+    gpus = len(gpu_names())
+    return LocalRunner(LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus))
+
+
+def _tune(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:
     from megatron_ext.runtime.signals import stop_on_signal
     from megatron_ext.tuning.report import verdict_text
-    from megatron_ext.tuning.runner import LocalRunner
     from megatron_ext.tuning.search import Candidate
-    from megatron_ext.tuning.tune import Tuning
 
-    gpus = len(gpu_names())
-    runner = LocalRunner(LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus))
-    tuning = Tuning(problem, grid, folder=folder, runner=runner)
     for result in tuning.results().values():
         typer.echo(f"s = {result.candidate.start}, T = {result.candidate.duration:,}: {verdict_text(result)} (before)")
     with stop_on_signal() as stop:
