@@ -10,7 +10,6 @@ from rich.console import Console
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer
 from megatron_ext.checkpoint.manifest import Manifest
-from megatron_ext.checkpoint.store import replace_file
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.adaptive import open_course
 from megatron_ext.curriculum.course import Course
@@ -28,6 +27,7 @@ from megatron_ext.model.gpt import build_gpt
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.stability.adam_variance import AdamVariance
 from megatron_ext.stability.guard import GuardStop, UpdateGuard, Verdict
@@ -129,7 +129,7 @@ def _open_recorder(config: RunConfig, course: Course, *, resumed: Manifest | Non
     plan = course.plan
     config.run_dir.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", course.to_json())):
-        replace_file(config.run_dir / name, json.dumps(content, indent=1) + "\n")
+        replace_text(config.run_dir / name, json.dumps(content, indent=1) + "\n")
     sinks = open_sinks(
         config.run_dir,
         config.metrics,

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.store import replace_file
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.files import replace_text
 
 FORMAT = 1
 _FILE = "checkpoint.json"
@@ -50,7 +50,7 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write checkpoint.json; in a complete checkpoint the old one is replaced in one go."""
-    replace_file(directory / _FILE, json.dumps(asdict(manifest), indent=1) + "\n")
+    replace_text(directory / _FILE, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

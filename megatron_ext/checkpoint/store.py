@@ -5,10 +5,11 @@ newest one and is replaced last. A process killed at any moment leaves complete 
 that the next save removes.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
+
+from megatron_ext.runtime.files import replace_text, sync
 
 _NAME = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
@@ -65,8 +66,8 @@ def publish(directory: Path, step: int) -> Path:
     partial, final = directory / partial_name(step), directory / checkpoint_name(step)
     for path in partial.rglob("*"):
         if path.is_file():
-            _fsync(path)
-    _fsync(partial)
+            sync(path)
+    sync(partial)
     partial.rename(final)
     _name_latest(directory, final)
     return final
@@ -92,17 +93,8 @@ def drop_after(directory: Path, checkpoint: Path) -> list[Path]:
     return removed
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it sees the old content or the new one."""
-    aside = path.with_name(path.name + _PARTIAL)
-    aside.write_text(text)
-    _fsync(aside)
-    aside.replace(path)
-    _fsync(path.parent)
-
-
 def _name_latest(directory: Path, checkpoint: Path) -> None:
-    replace_file(directory / _LATEST, checkpoint.name + "\n")
+    replace_text(directory / _LATEST, checkpoint.name + "\n")
 
 
 def _remove(path: Path) -> None:
@@ -110,11 +102,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(path.name + _PARTIAL)
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.files import sync
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -89,9 +90,9 @@ class IndexCache:
             with (partial / _MANIFEST).open("w", encoding="utf-8") as text:
                 json.dump({"key": json.loads(key), "bytes": sizes}, text, indent=2)
                 _sync(text)
-            _sync_directory(partial)
+            sync(partial)
             _rename(partial, entry)
-            _sync_directory(self.directory)
+            sync(self.directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -162,11 +163,3 @@ def _locked(path: Path, patience: float) -> Iterator[None]:
 def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,9 +3,7 @@
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.files import replace_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_TRAINED_VOCAB = 257  # 256 bytes and the document separator
@@ -122,19 +121,11 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     Raises:
         UserError: it cannot be written there.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(tokenizer.backend.to_str(pretty=False))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_text(path, tokenizer.backend.to_str(pretty=False))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _gpt2() -> Any:

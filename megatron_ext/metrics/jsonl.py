@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from megatron_ext.errors import UserError
 from megatron_ext.metrics.records import EvalRecord, EventRecord, Record, TrainRecord, decode, encode
+from megatron_ext.runtime.files import replacing
 
 FILE_NAME = "metrics.jsonl"
 """Name of the file in a run's directory."""
@@ -53,16 +54,11 @@ class JsonlSink:
         """
         if not any(_is_after(record, step) for _, record in _numbered_records(self._path)):
             return
-        aside = self._path.with_name(self._path.name + ".rewind")
-        with aside.open("wb") as out:
+        with replacing(self._path) as out:
             for line, record in _numbered_records(self._path):
                 if not _is_after(record, step):
                     out.write(line + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
         self._file.close()
-        aside.replace(self._path)
-        _fsync_folder(self._path.parent)
         self._file = self._path.open("ab", buffering=0)
 
     def roll_back(self, *, step: int, tokens: int) -> None:
@@ -205,11 +201,3 @@ def _last_line_start(file: BinaryIO, end: int) -> int:
             return begin + found + 1
         end = begin
     return 0
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.files import replace_text
 from megatron_ext.tuning.search import Candidate
 from megatron_ext.tuning.verdict import Point, Verdict
 
@@ -54,9 +55,7 @@ def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, Prob
 def write_results(folder: Path, identity: dict[str, Any], results: dict[Candidate, ProbeResult]) -> None:
     """Write all finished probes; a reader sees the old file or the new one."""
     content = {"format": _FORMAT, "identity": identity, "probes": [_to_json(result) for result in results.values()]}
-    aside = folder / (FILE_NAME + ".partial")
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    aside.replace(folder / FILE_NAME)
+    replace_text(folder / FILE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _to_json(result: ProbeResult) -> dict[str, Any]:

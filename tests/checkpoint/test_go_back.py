@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_ext.checkpoint.manifest import read_manifest
-from megatron_ext.checkpoint.store import complete_checkpoints, drop_after, replace_file
+from megatron_ext.checkpoint.store import complete_checkpoints, drop_after
 from megatron_ext.config.run import RunConfig
 from megatron_ext.parallel.groups import destroy_parallel
+from megatron_ext.runtime.files import replace_text
 from tests.checkpoint.test_resume import checkpointer_of, with_dropout
 from tests.engine.training import Curve, run_steps, set_up
 from tests.ranks import run_ranks
@@ -76,6 +77,6 @@ def test_later_checkpoints_go(tmp_path: Path) -> None:
 def test_a_file_is_replaced_in_one_go(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for text in ("old", "new"):
-        replace_file(path, text)
+        replace_text(path, text)
         assert path.read_text() == text
         assert [item.name for item in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,40 @@
+"""Files are replaced whole, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.runtime.files import replace_text, replacing
+
+
+def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "name"
+    replace_text(path, "old")
+    replace_text(path, "né")
+    assert path.read_bytes() == "né".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_see_the_old_content_until_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "name"
+    replace_text(path, "old")
+    with replacing(path) as file:
+        file.write(b"half of the new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "half of the new"
+
+
+def test_an_error_inside_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "name"
+    replace_text(path, "old")
+    with pytest.raises(RuntimeError, match="stopped"), replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError("stopped")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_missing_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        replace_text(tmp_path / "missing" / "name", "text")
