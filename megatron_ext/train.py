@@ -58,6 +58,8 @@ def run_loop(run: Run, stop: StopRequest) -> None:
             run.recorder.event("preemption", step=step, tokens=planned.consumed_tokens + planned.tokens)
             LOGGER.info("stopped after step %d of %d on request; start again to continue", step, run.plan.steps)
             return
+    if run.first_step >= run.plan.steps:
+        LOGGER.info("step %d of %d: the run is finished, there is nothing left to train", step, run.plan.steps)
     if step < run.plan.steps:
         LOGGER.info("step %d of %d: the run goes on when training.stop_after is later or null", step, run.plan.steps)
 

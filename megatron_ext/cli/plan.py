@@ -24,7 +24,11 @@ DeviceTflops = Annotated[
 Mfu = Annotated[float, typer.Option(help="Share of that rate which the run is expected to reach.")]
 Plot = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.png", help="Draw length, batch size and LR by steps and tokens.", show_default=False),
+    typer.Option(
+        metavar="FILE.png",
+        help="Draw length, batch size and LR by steps and tokens; .png, .pdf or .svg.",
+        show_default=False,
+    ),
 ]
 
 

@@ -11,13 +11,16 @@ from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
 _COLORS: Final = ("#0072B2", "#D55E00")
+_FORMATS: Final = (".png", ".pdf", ".svg")
 
 
 def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:
-    """Write the picture of a plan, or of the two that bound one, with their names, as a PNG.
+    """Write the picture of a plan, or of the two that bound one, with their names, in the format of its suffix.
 
-    Raises UserError if the file cannot be written.
+    Raises UserError if the suffix is not one of a picture, or the file cannot be written.
     """
+    if output.suffix not in _FORMATS:
+        raise UserError(f"--plot {output}: the name must end in {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}")
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(3, 2, sharex="col", sharey="row")
@@ -39,6 +42,6 @@ def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:
         totals = {which: f"{which}: {text}" for which, text in totals.items()}
     figure.suptitle("; ".join(totals.values()))
     try:
-        figure.savefig(output, dpi=120, format="png")
+        figure.savefig(output, dpi=120)
     except OSError as error:
         raise UserError(f"--plot {output} cannot be written ({error.strerror}): pass another file") from error

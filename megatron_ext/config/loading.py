@@ -10,6 +10,7 @@ from megatron_ext.config.explain import explain
 from megatron_ext.config.files import Layer, read_layers
 from megatron_ext.config.merging import merge_all, parse_overrides
 from megatron_ext.config.run import RunConfig
+from megatron_ext.errors import UserError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,6 +36,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_layers(layers: Sequence[Layer]) -> RunConfig:
     """The run config that ``layers`` describe together; see ``load_config``."""
     tree = merge_all(layer.tree for layer in layers)
+    if "base" in tree and ("variants" in tree or "grid" in tree):
+        raise UserError(
+            f"{layers[0].source} describes an experiment, not one run; use `megatron-ext experiment run` with it"
+        )
     try:
         return RunConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:

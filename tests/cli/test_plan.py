@@ -147,6 +147,7 @@ def test_neither_torch_nor_matplotlib_is_imported(config: Path) -> None:
         (["--device-tflops", "-1"], ["--device-tflops is -1"]),
         (["--mfu", "1.5"], ["--mfu is 1.5"]),
         (["--plot", "no_such_directory/plan.png"], ["--plot no_such_directory/plan.png", "cannot be written"]),
+        (["--plot", "plan.txt"], ["--plot plan.txt", ".png, .pdf or .svg"]),
         (["--set", "curriculum.duration.steps=80000"], ["curriculum", "training.duration"]),
         (["--set", "learning_rate.warmup.steps=60000"], ["learning_rate.warmup", "training.duration"]),
     ],

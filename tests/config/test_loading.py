@@ -230,3 +230,9 @@ def test_whatever_is_in_the_file_it_loads_or_is_refused_in_our_words(tree: dict[
             assert not _FOREIGN.search(told)
     else:
         assert parse_layers([Layer("again", config.model_dump(mode="json"))]) == config
+
+
+def test_an_experiment_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "many.json", {"name": "many", "base": "run.json", "variants": {"one": {}}})
+    with pytest.raises(UserError, match=r"many\.json describes an experiment.*experiment run"):
+        load_config(path)

@@ -73,6 +73,15 @@ def test_a_stop_beyond_the_end_is_the_end(config: Path) -> None:
     assert steps_of(beyond, "eval") == [12]
 
 
+def test_a_finished_run_says_so(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(config, "finished")
+    assert "finished" not in caplog.text
+    with caplog.at_level("INFO"):
+        finished = run(config, "finished")
+    assert "step 12 of 12: the run is finished" in caplog.text
+    assert steps_of(finished, "train") == list(range(1, 13))
+
+
 def test_validations_do_not_change_training(config: Path) -> None:
     often = run(config, "often", 'validation.every={"steps": 1}')
     assert steps_of(often, "eval") == list(range(1, 13))
