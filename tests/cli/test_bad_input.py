@@ -214,4 +214,6 @@ def test_mistake_that_only_the_ranks_find_goes_through_the_launcher(folder: Path
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    # A CUDA build of torch remarks on a compiler without a device.
+    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert len(said) == 1, done.stderr
