@@ -31,7 +31,7 @@ MX_DEVICE Moments moments_of(const float (&sums)[2], int cols, float eps) {
 }
 
 template <class T, int PER_LANE, bool ADD>
-__global__ void __launch_bounds__(PER_LANE == 8 ? kRowBlock : 512)
+__global__ void __launch_bounds__(PER_LANE == 8 ? kRowBlock : 512, 1)
     layer_norm_forward_kernel(const T* __restrict__ x, Weights x_bias, const T* __restrict__ residual, Weights weight,
                               Weights bias, T* __restrict__ sum, T* __restrict__ y, float* __restrict__ mean,
                               float* __restrict__ rstd, Dropout dropout, const int64_t* seed_from, int64_t rows,
