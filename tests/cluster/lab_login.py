@@ -1,6 +1,7 @@
 """The first process of the lab's login node: sets up network and daemons, starts the hosts, and does what it is told.
 
-Started by ``tests.cluster.lab`` in new namespaces. Reads ``off HOST`` and ``boot HOST`` from stdin, whose end ends the lab.
+Started by ``tests.cluster.lab`` in new namespaces. Reads ``off HOST`` and ``boot HOST`` from stdin; its end is
+the lab's end.
 """
 
 import os
@@ -118,7 +119,10 @@ def _boot(folder: Path, name: str, slurm: bool) -> "subprocess.Popen[bytes]":
         time.sleep(0.002)
     (folder / "run" / f"{name}.pid").write_text(child)
     subprocess.run(["ip", "link", "del", f"to-{name}"], stderr=subprocess.DEVNULL, check=False)
-    _tell("ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", child)
+    # The same hardware address at each boot: nobody's table of neighbors is out of date.
+    hardware = f"02:00:00:00:00:{int(name.removeprefix('n')):02x}"
+    peer = ("peer", "name", "eth0", "address", hardware, "netns", child)
+    _tell("ip", "link", "add", f"to-{name}", "type", "veth", *peer)
     _tell("ip", "link", "set", f"to-{name}", "master", "lab", "up")
     return process
 
