@@ -1,29 +1,18 @@
 """Probes as jobs of a SLURM cluster, one after the other, from a login node that sees the probes' directories."""
 
 import hashlib
-import shlex
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ext.errors import UserError
+from megatron_ext.slurm import commands
+from megatron_ext.slurm.quoting import word, words
 
-_PROGRAMS = ("sbatch", "squeue", "scancel")
 _QUERY_SECONDS = 10.0
 """Between questions to the controller, which many users share."""
 _GRACE_SECONDS = 60.0
 """Until a job that is gone without a status counts as failed: files of another machine may come late."""
-_OVER = frozenset(
-    {
-        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
-        *("REVOKED", "TIMEOUT"),
-    }
-)
-_COMMAND_SECONDS = 120
-
 # The shell takes the signal, passes it on, and tells how the run ended, which squeue does not.
 _SCRIPT = """#!/bin/bash
 {command} &
@@ -59,27 +48,20 @@ class SlurmRunner:
         Raises:
             UserError: SLURM's programs are missing, or sbatch refused the job.
         """
-        missing = [name for name in _PROGRAMS if shutil.which(name) is None]
-        if missing:
-            raise UserError(
-                f"--slurm needs {' and '.join(missing)}, not on PATH: call it on a login node of the cluster"
-            )
+        commands.require_slurm("--slurm")
         config, output = config.resolve(), output.resolve()
         ranks = () if self.ranks is None else ("--nproc", str(self.ranks))
         # SLURM's number is known to the job alone before it begins.
-        status = f"{shlex.quote(str(output))}.$SLURM_JOB_ID.status"
-        script = _SCRIPT.format(command=shlex.join((*self.program, str(config), *ranks)), status=status)
+        status = f"{word(str(output))}.$SLURM_JOB_ID.status"
+        script = _SCRIPT.format(command=words((*self.program, str(config), *ranks)), status=status)
         name = "megatron-ext-" + hashlib.sha256(str(config).encode()).hexdigest()[:12]
         pattern = str(output).replace("%", "%%")
-        command = [
-            *("sbatch", "--parsable", "--nodes=1", "--ntasks=1", "--no-requeue", "--signal=B:TERM@120"),
+        options = [
+            *("--nodes=1", "--ntasks=1", "--no-requeue", "--signal=B:TERM@120"),
             *(*self.options, f"--job-name={name}", "--dependency=singleton"),
             *(f"--output={pattern}", f"--error={pattern}", "--open-mode=append"),
         ]
-        done = _call(command, script)
-        number = done.stdout.strip().split(";")[0]
-        if done.returncode or not number.isdigit():
-            raise UserError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}. Change --slurm")
+        number = commands.submit(script, options, remedy="Change --slurm")
         return SlurmJob(number, Path(f"{output}.{number}.status"))
 
 
@@ -102,7 +84,7 @@ class SlurmJob:
         if now - self._asked < _QUERY_SECONDS:
             return None
         self._asked = now
-        if self._state() not in _OVER:
+        if self._state() not in commands.OVER:
             self._gone_since = None
             return None
         self._gone_since = now if self._gone_since is None else self._gone_since
@@ -112,28 +94,15 @@ class SlurmJob:
         """Ask the run to finish its step, save and exit; a job that has not begun is taken back."""
         state = self._state()
         if state == "PENDING":
-            return _call(["scancel", self.number]).returncode == 0
-        return _call(["scancel", "--batch", "--signal=TERM", self.number]).returncode == 0 or state in _OVER
+            return commands.cancel(self.number)
+        return commands.signal_batch(self.number, "TERM") or state in commands.OVER
 
     def close(self) -> None:
         """Cancel it if it has not ended."""
-        if not self.status.exists() and self._state() not in _OVER:
-            _call(["scancel", self.number])
+        if not self.status.exists() and self._state() not in commands.OVER:
+            commands.cancel(self.number)
         self.status.unlink(missing_ok=True)
 
     def _state(self) -> str:
-        """SLURM's word for it; "UNKNOWN" where the controller did not answer."""
-        done = _call(["squeue", "--noheader", "--jobs", self.number, "--format=%T"])
-        if done.returncode and "invalid job id" not in done.stderr.lower():
-            return "UNKNOWN"
-        # A job that ended some time ago is not known any more.
-        return done.stdout.strip() or "COMPLETED"
-
-
-def _call(command: list[str], text: str = "") -> "subprocess.CompletedProcess[str]":
-    try:
-        return subprocess.run(
-            command, input=text, capture_output=True, text=True, check=False, timeout=_COMMAND_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer in {_COMMAND_SECONDS} seconds")
+        """SLURM's word for it."""
+        return commands.queue([self.number])[self.number].state

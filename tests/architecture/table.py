@@ -8,6 +8,7 @@ LAYERS: Mapping[str, int] = {
     "errors": -1,
     "config": 0,
     "runtime": 1,
+    "slurm": 2,
     "ops": 2,
     "parallel": 2,
     "curriculum": 2,

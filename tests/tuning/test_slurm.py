@@ -23,11 +23,12 @@ export SLURM_JOB_ID=7
 [ -e "$here/hold" ] || { setsid bash "$here/script" >> "$output" 2>&1 < /dev/null & echo $! > "$here/pid"; }
 echo "7;cluster"
 """
-_SQUEUE = """#!/bin/bash
+_SQUEUE = r"""#!/bin/bash
 here=$(dirname "$0")
 [ -e "$here/silent" ] && { echo "squeue: error: unable to contact the controller" >&2; exit 1; }
-[ -e "$here/hold" ] && { echo PENDING; exit; }
-if [ -e "$here/pid" ] && kill -0 "$(cat "$here/pid")" 2>/dev/null; then echo RUNNING; exit; fi
+say() { printf '7\x1f%s\x1fNone\x1f\x1f\x1f\n' "$1"; exit; }
+[ -e "$here/hold" ] && say PENDING
+if [ -e "$here/pid" ] && kill -0 "$(cat "$here/pid")" 2>/dev/null; then say RUNNING; fi
 echo "slurm_load_jobs error: Invalid job id specified" >&2
 exit 1
 """

@@ -1,0 +1,1 @@
+../../megatron_ext/slurm/templates/train.sh

@@ -1,0 +1,240 @@
+"""A training job: what is asked of SLURM, checked, and the batch script made of it (templates/train.sh)."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Final, Literal
+
+from megatron_ext.errors import UserError
+from megatron_ext.slurm.quoting import directive, word, words
+
+Containers = Literal["pyxis", "apptainer"]
+
+_EXTRA = re.compile(r"[a-z][a-z0-9-]*")
+_DECIDED: Final = {
+    "array": "--array",
+    "dependency": "--dependency",
+    "nodes": "--nodes",
+    "ntasks": "--nodes and --tasks-per-node",
+    "ntasks-per-node": "--tasks-per-node",
+    "gpus-per-node": "--gpus-per-node",
+    "partition": "--partition",
+    "time": "--time",
+    "account": "--account",
+    "signal": "--signal-seconds",
+    "output": "the run directory",
+    "error": "the run directory",
+    "open-mode": "the run directory",
+    "requeue": "--chain",
+    "no-requeue": "--chain",
+    "chdir": "the working directory of this command",
+    "wrap": "the script",
+    "parsable": "this command",
+    "test-only": "this command",
+}
+"""Options of sbatch that are not free -> what decides them."""
+
+_LEAD_SECONDS = 300
+"""Between the signal and the time limit, where the limit is long enough."""
+_GRID_SECONDS = 60
+"""SLURM may send the signal this much earlier."""
+_MOST_LEAD = 65535 - _GRID_SECONDS
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job occupies."""
+
+    nodes: int = 1
+    tasks_per_node: int = 1
+    """Ranks on each node."""
+
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    """Limit in a form that sbatch takes: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS..."""
+
+    signal_seconds: int | None = None
+    """The run is stopped this long before the limit; None: five minutes, of a short limit a tenth."""
+
+    extra: tuple[str, ...] = ()
+    """Further options of sbatch, ``key=value`` or ``key``."""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * self.tasks_per_node
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image in which the ranks run."""
+
+    image: str
+    runtime: Containers = "pyxis"
+    mounts: tuple[str, ...] = ()
+    """Paths that are the same inside."""
+
+    def srun_options(self) -> tuple[str, ...]:
+        """What srun is given."""
+        if self.runtime != "pyxis":
+            return ()
+        mounts = ",".join(f"{path}:{path}" for path in self._mounts())
+        return (f"--container-image={self.image}", *((f"--container-mounts={mounts}",) if mounts else ()))
+
+    def prefix(self) -> tuple[str, ...]:
+        """What stands before the command of a rank."""
+        if self.runtime != "apptainer":
+            return ()
+        mounts = tuple(f"--bind={path}:{path}" for path in self._mounts())
+        return ("apptainer", "exec", "--nv", *mounts, self.image)
+
+    def _mounts(self) -> tuple[str, ...]:
+        for path in self.mounts:
+            if re.search(r"[:,]", path):
+                raise UserError(f"{path!r} is mounted into the container: {self.runtime} takes no ':' and ',' in it")
+        return self.mounts
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One job, or one array of jobs that each train another run."""
+
+    name: str
+    run_dirs: tuple[Path, ...]
+    """Absolute; more than one are an array. Each holds ``slurm/config.json`` when the job begins."""
+
+    work_dir: Path
+    """Where relative paths of the configs start; absolute."""
+
+    output: Path
+    """Absolute directory of what the batch script prints."""
+
+    python: str
+    """The interpreter that the ranks start; in a container the container's."""
+
+    resources: Resources = Resources()
+    container: Container | None = None
+    task_ids: tuple[int, ...] = ()
+    """Number of each run's task in the array; empty: one run without an array."""
+
+    at_once: int | None = None
+    """Most tasks of the array that run at a time."""
+
+    dependency: str | None = None
+    attempts: int = 1
+    """Of a run that fails, each from its newest checkpoint."""
+
+    requeue: bool = True
+    """Whether a run that a signal stopped asks for another turn."""
+
+    def script(self) -> str:
+        """The batch script.
+
+        Raises:
+            UserError: an option that SLURM cannot be given.
+        """
+        template = resources.files("megatron_ext.slurm").joinpath("templates", "train.sh").read_text(encoding="utf-8")
+        container = self.container
+        values = {
+            "DIRECTIVES": "\n".join(self._directives()),
+            "WORK_DIR": word(str(self.work_dir)),
+            "RUN_DIRS": "\n".join(self._run_dirs()),
+            "PYTHON": word(self.python),
+            "SRUN_OPTIONS": words(container.srun_options() if container else ()),
+            "CONTAINER": words(container.prefix() if container else ()),
+            "ATTEMPTS": str(self.attempts),
+            "REQUEUE": str(int(self.requeue)),
+        }
+        # All at once: a value that looks like a place is not filled in.
+        return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], template)
+
+    def _run_dirs(self) -> Iterator[str]:
+        for number, path in zip(self.task_ids or (0,), self.run_dirs, strict=True):
+            yield f"    [{number}]={word(str(path))}"
+
+    def _directives(self) -> Iterator[str]:
+        asked = self.resources
+        yield directive("job-name", self.name)
+        yield directive("nodes", str(asked.nodes))
+        yield directive("ntasks-per-node", str(asked.tasks_per_node))
+        for option, value in (
+            ("gpus-per-node", asked.gpus_per_node),
+            ("cpus-per-task", asked.cpus_per_task),
+            ("partition", asked.partition),
+            ("account", asked.account),
+            ("time", asked.time),
+            ("array", self._array()),
+            ("dependency", self.dependency),
+        ):
+            if value is not None:
+                yield directive(option, str(value))
+        yield directive("requeue")
+        yield directive("signal", f"B:USR1@{lead_seconds(asked)}")
+        yield directive("output", self._output())
+        yield directive("open-mode", "append")
+        for option in asked.extra:
+            yield _extra(option)
+
+    def _array(self) -> str | None:
+        if not self.task_ids:
+            return None
+        limit = f"%{self.at_once}" if self.at_once else ""
+        return ",".join(map(str, self.task_ids)) + limit
+
+    def _output(self) -> str:
+        folder = str(self.output)
+        # A backslash switches the replacement of %j off, and a line break cannot be written there.
+        if re.search(r"[\\\x00-\x1f\x7f]", folder):
+            return "/dev/null"
+        return folder.replace("%", "%%") + ("/%A_%a.out" if self.task_ids else "/%j.out")
+
+
+def lead_seconds(asked: Resources) -> int:
+    """How long before its time limit a job is signaled.
+
+    Raises:
+        UserError: the limit is not in a form that SLURM takes, or the job would be signaled at once.
+    """
+    limit = None if asked.time is None else limit_seconds(asked.time)
+    lead = asked.signal_seconds
+    if lead is None:
+        return _LEAD_SECONDS if limit is None else max(1, min(_LEAD_SECONDS, limit // 10))
+    if not 1 <= lead <= _MOST_LEAD:
+        raise UserError(f"--signal-seconds is {lead}: SLURM takes 1 to {_MOST_LEAD}")
+    if limit is not None and lead >= limit:
+        raise UserError(
+            f"--signal-seconds is {lead} and --time {asked.time}: the run would be stopped at once; raise --time"
+        )
+    return lead
+
+
+def limit_seconds(text: str) -> int | None:
+    """Seconds of a time limit as sbatch reads it; None without a limit.
+
+    Raises:
+        UserError: it is in no form that sbatch takes.
+    """
+    if text.upper() in {"UNLIMITED", "INFINITE", "-1", "0"}:
+        return None
+    days, dash, rest = text.rpartition("-")
+    numbers = [int(part) for part in rest.split(":") if part.isascii() and part.isdigit()]
+    well_formed = len(numbers) == rest.count(":") + 1 <= 3 and (not dash or (days.isascii() and days.isdigit()))
+    if not well_formed:
+        raise UserError(f"--time is {text!r}: write MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+    # Behind days the first number is hours; alone it is minutes, also before seconds.
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+
+
+def _extra(option: str) -> str:
+    key, separator, value = option.removeprefix("--").partition("=")
+    if not _EXTRA.fullmatch(key):
+        raise UserError(f"--sbatch {option!r}: write an option of sbatch as KEY=VALUE or KEY, for example qos=high")
+    if key in _DECIDED:
+        raise UserError(f"--sbatch {option!r}: {_DECIDED[key]} decides that")
+    return directive(key, value if separator else None)
