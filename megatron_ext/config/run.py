@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_ext.config.base import Section, Seed
 from megatron_ext.config.checks import check_run
+from megatron_ext.config.cluster import ClusterConfig
 from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, CurriculumConfig
 from megatron_ext.config.data import DataConfig
 from megatron_ext.config.guards import GuardsConfig
@@ -25,7 +26,7 @@ from megatron_ext.config.training import (
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {
-    **dict.fromkeys(("name", "output_dir", "validation", "checkpoint", "metrics", "parallel"), True),
+    **dict.fromkeys(("name", "output_dir", "validation", "checkpoint", "metrics", "parallel", "cluster"), True),
     "data": {"prefetch", "index_cache"},
     "training": {"stop_after"},
 }
@@ -75,6 +76,9 @@ class RunConfig(Section):
 
     guards: GuardsConfig = GuardsConfig()
     """What to do about a loss that rises or is no number; may be changed when a run is continued."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    """Several hosts: environment, network, preflight, failures."""
 
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed settings, passed through; what another section decides may not be set here."""
