@@ -49,3 +49,10 @@ def gpu_names() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def compute_capabilities() -> list[tuple[int, int]]:
+    """Compute capability (major, minor) of each GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]

@@ -39,6 +39,12 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
+    def gather(self, value: object) -> list[object]:
+        """Return the ``value`` of every rank, in the order of ranks, on every rank."""
+        values: list[object] = [None] * self.info.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Make a UserError that one rank raises in the body one on every rank, so that none waits for a rank that left.
@@ -50,13 +56,12 @@ class Processes:
             yield
         except UserError as error:
             failure = error
-        messages: list[str | None] = [None] * self.info.world_size
-        dist.all_gather_object(messages, None if failure is None else str(failure), group=self.host_group)
+        messages = self.gather(None if failure is None else str(failure))
         if failure is not None:
             raise failure
         for message in messages:
             if message is not None:
-                raise UserError(message)
+                raise UserError(str(message))
 
     def barrier(self) -> None:
         """Wait for every rank."""

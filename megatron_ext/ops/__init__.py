@@ -1,0 +1,1 @@
+"""Fused kernels: their build, the operators on them with gradients, and what each computes in plain PyTorch."""

@@ -1,0 +1,182 @@
+"""How one library is built: files, compilers, options, the ninja file that says so, and the key of the result."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.ops.build.architectures import Architecture, choose_architectures
+from megatron_ext.ops.build.sources import Backend, digest, source_folder, translation_units
+from megatron_ext.ops.build.toolchain import (
+    Tool,
+    Torch,
+    cpu_features,
+    find_compiler,
+    find_ninja,
+    find_nvcc,
+    find_torch,
+    nvcc_architectures,
+)
+from megatron_ext.runtime.kernel_environment import KernelEnvironment
+
+TORCH_TARGET = "0x020b000000000000"
+"""The oldest torch whose stable ABI the libraries ask for: 2.11, the lowest that the package allows."""
+
+KERNEL_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra")
+"""Of csrc/cpu."""
+
+# The operators' functions have the same names in both libraries and must not be mixed up by the loader.
+BINDING_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+
+NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-Wall")
+"""Of csrc/cuda."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A library that can be built here."""
+
+    backend: Backend
+    folder: Path
+    """csrc."""
+
+    torch: Torch
+    compiler: Tool
+    ninja: Tool
+    nvcc: Tool | None
+    architectures: tuple[Architecture, ...]
+    sources: str
+    """Digest of the files."""
+
+    features: frozenset[str]
+    """Instruction sets that the result may use."""
+
+    @property
+    def file(self) -> str:
+        """Name of the library's file."""
+        return f"libmegatron_ext_{self.backend}.so"
+
+    @property
+    def key(self) -> str:
+        """Name of the result: another one where files, options, compilers, CPU or torch's ABI differ."""
+        content = {
+            "sources": self.sources,
+            "compiler": str(self.compiler),
+            "nvcc": None if self.nvcc is None else str(self.nvcc),
+            "architectures": [str(architecture) for architecture in self.architectures],
+            "flags": [KERNEL_FLAGS, BINDING_FLAGS, NVCC_FLAGS, TORCH_TARGET],
+            "features": sorted(self.features),
+            "machine": platform.machine(),
+            "torch": self.torch.major,
+        }
+        return f"{self.backend}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]}"
+
+    def facts(self) -> dict[str, object]:
+        """What is written beside the library: for people, and to judge whether it fits another machine."""
+        return {
+            "backend": self.backend,
+            "sources": self.sources,
+            "compiler": str(self.compiler),
+            "nvcc": None if self.nvcc is None else str(self.nvcc),
+            "architectures": [str(architecture) for architecture in self.architectures],
+            "features": sorted(self.features),
+            "machine": platform.machine(),
+            "torch_major": self.torch.major,
+        }
+
+    def ninja_file(self) -> str:
+        """The build of ``file`` in the current folder."""
+        units = translation_units(self.folder, self.backend)
+        torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", _quoted(self.torch.include)]
+        lines = [
+            "ninja_required_version = 1.3",
+            _rule("binding", [_quoted(self.compiler.path), *BINDING_FLAGS, *torch_flags, *self._cuda_include()]),
+            _rule("kernel", [_quoted(self.compiler.path), *KERNEL_FLAGS]),
+        ]
+        if self.nvcc:
+            architectures = [option for architecture in self.architectures for option in architecture.options]
+            host = ["-ccbin", _quoted(self.compiler.path)]
+            lines.append(_rule("device", [_quoted(self.nvcc.path), *NVCC_FLAGS, *host, *architectures]))
+        objects = []
+        for unit in units:
+            rule = "binding" if unit.parent.name == "bindings" else "device" if unit.suffix == ".cu" else "kernel"
+            objects.append(f"{unit.parent.name}-{unit.stem}.o")
+            lines.append(f"build {objects[-1]}: {rule} {_path(unit)}")
+        lines += [self._link_rule(), f"build {self.file}: link {' '.join(objects)}", f"default {self.file}", ""]
+        return "\n".join(lines)
+
+    def _cuda_include(self) -> list[str]:
+        if self.nvcc is None:
+            return []
+        home = Path(self.nvcc.path).resolve().parent.parent
+        places = [home / "include", *home.glob("targets/*/include"), Path("/usr/local/cuda/include")]
+        found = next((place for place in places if (place / "cuda_runtime_api.h").is_file()), places[0])
+        return ["-isystem", _quoted(found)]
+
+    def _link_rule(self) -> str:
+        # torch's libraries are loaded already when this one is: no path to them is kept. libtorch needs libtorch_cuda
+        # in a CUDA build, which has the one symbol that is weak here.
+        options = ["--no-undefined", "-Bsymbolic", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        if self.nvcc is None:
+            command = [
+                _quoted(self.compiler.path),
+                "-shared",
+                "$in",
+                "-o",
+                "$out",
+                f"-L{_quoted(self.torch.libraries)}",
+            ]
+            return _command("link", [*command, *(o if o.startswith("-l") else f"-Wl,{o}" for o in options)])
+        command = [_quoted(self.nvcc.path), "-shared", "-cudart", "static", "-ccbin", _quoted(self.compiler.path)]
+        command += ["$in", "-o", "$out", f"-L{_quoted(self.torch.libraries)}"]
+        return _command("link", [*command, *(word for option in options for word in ("-Xlinker", option))])
+
+
+def recipe_for(backend: Backend, environment: KernelEnvironment, devices: Iterable[tuple[int, int]] = ()) -> Recipe:
+    """What building the library of ``backend`` takes here.
+
+    Args:
+        backend: Which library.
+        environment: What the environment says.
+        devices: Compute capabilities of the CUDA devices present.
+
+    Raises:
+        KernelsUnavailableError: a compiler or torch is missing or unfit.
+    """
+    folder, torch, compiler, ninja = source_folder(), find_torch(), find_compiler(environment), find_ninja()
+    nvcc, architectures = None, tuple[Architecture, ...]()
+    if backend == "cuda":
+        nvcc = find_nvcc(environment, torch)
+        architectures = choose_architectures(environment.architectures, devices, nvcc_architectures(nvcc))
+    return Recipe(
+        backend=backend,
+        folder=folder,
+        torch=torch,
+        compiler=compiler,
+        ninja=ninja,
+        nvcc=nvcc,
+        architectures=architectures,
+        sources=digest(folder, backend),
+        # Device code and its bindings run on any CPU of the kind.
+        features=cpu_features() if backend == "cpu" else frozenset(),
+    )
+
+
+def _rule(name: str, words: Iterable[str]) -> str:
+    return _command(name, [*words, "-c", "$in", "-o", "$out"])
+
+
+def _command(name: str, words: Iterable[str]) -> str:
+    return f"rule {name}\n  command = {' '.join(words)}\n  description = {name} $out"
+
+
+def _quoted(path: Path | str) -> str:
+    """A path inside a command of a ninja file, which a shell runs."""
+    return "'" + str(path).replace("$", "$$").replace("'", "'\\''") + "'"
+
+
+def _path(path: Path) -> str:
+    """A path as a ninja input."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
