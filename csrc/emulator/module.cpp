@@ -63,5 +63,5 @@ PYBIND11_MODULE(MX_MODULE_NAME, module) {
     emulator::watch_memory(regions);
   });
 #define MX_DEFINE(NAME) define(module, #NAME, &mx_cuda_##NAME)
-#include "functions.inc"  // MX_DEFINE(...) for each function of the sources that are built in
+  MX_FUNCTIONS  // MX_DEFINE(...); for each function of the sources that are built in: the build knows which
 }

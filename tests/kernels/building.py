@@ -1,18 +1,18 @@
-"""Builds for the tests: one ninja file a build, in a folder of the checkout named by a hash of all that goes into it.
+"""Builds for the tests: each output is a file named by a hash of all that goes into it.
 
-A finished build is used again by later sessions; a build in progress is waited for, under a lock that the system drops
-with its owner.
+That hash is of the command, of the compiler's version, and of the sources with every header that they include. So
+nothing is built twice, by whichever test, session or copy of the sources, and nothing is ever out of date. ninja runs
+what is missing; an output appears by a rename, so that two sessions that build one thing do not disturb each other.
 """
 
-import fcntl
 import hashlib
+import re
 import shutil
 import subprocess
-import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 BUILDS = ROOT / "build" / "kernel-tests"
 JOBS = 2
+# What stays after older outputs are removed: some times the number that one state of the sources has.
+KEPT_OUTPUTS = 2000
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', flags=re.MULTILINE)
 
 
 class CannotBuildError(Exception):
@@ -31,22 +35,15 @@ class CannotBuildError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a build: ``command`` with ``$in`` and ``$out`` as ninja has them."""
+    """One command, with ``$in``, ``$out`` and ``$log`` for paths; sources may include only by relative paths.
+
+    ``$log`` is ``$out`` with ``.log`` behind it, for what the command prints.
+    """
 
     command: str
     inputs: tuple[Path, ...]
-    output: str
-
-
-@dataclass(frozen=True)
-class Build:
-    """Steps; files whose content matters to them without being inputs (headers); ``texts``: files to write first."""
-
-    name: str
-    steps: tuple[Step, ...]
-    depends_on: tuple[Path, ...] = ()
-    texts: dict[str, str] = field(default_factory=dict)
-    toolchain: str = ""
+    suffix: str
+    toolchain: str
 
 
 @cache
@@ -60,7 +57,7 @@ def tool(name: str) -> Path:
 
 @cache
 def version_of(name: str) -> str:
-    """What a compiler says of itself."""
+    """What a compiler says of itself, to be part of a build's hash."""
     return subprocess.run([tool(name), "--version"], capture_output=True, text=True, check=True).stdout
 
 
@@ -69,60 +66,66 @@ def python_flags() -> str:
     return f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
 
 
-def headers(root: Path) -> tuple[Path, ...]:
-    """Every header below ``root``."""
-    return tuple(sorted(path for suffix in ("*.h", "*.cuh") for path in root.rglob(suffix)))
+def with_includes(source: Path) -> list[Path]:
+    """A source and what it includes in quotes, directly or through others."""
+    found: list[Path] = []
+    waiting = [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.append(path)
+        if path.suffix in {".cu", ".cuh", ".h", ".cpp"}:
+            waiting += [(path.parent / name).resolve() for name in _INCLUDE.findall(path.read_text(encoding="utf-8"))]
+    return sorted(found, key=lambda path: path.name)
 
 
-def folder_of(build: Build) -> Path:
-    """The folder of a build: its name and a hash of commands, contents and toolchain."""
-    digest = hashlib.sha256(f"{build.toolchain}{sys.version}{sorted(build.texts.items())}".encode())
-    for step in build.steps:
-        digest.update(f"{step.command}{[path.name for path in step.inputs]}{step.output}".encode())
-    for path in sorted(
-        {path for step in build.steps for path in step.inputs if path.is_absolute()} | {*build.depends_on}
-    ):
-        digest.update(path.name.encode() + path.read_bytes())
-    return BUILDS / f"{build.name}-{digest.hexdigest()[:16]}"
+def output_of(step: Step) -> Path:
+    """Where the output of a step is, or will be."""
+    digest = hashlib.sha256(f"{step.toolchain}\n{step.command}\n{step.suffix}\n".encode())
+    for source in step.inputs:
+        if source.parent == BUILDS:
+            digest.update(source.name.encode())
+            continue
+        for path in with_includes(source):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return BUILDS / f"{step.inputs[0].stem.split('-')[0]}-{digest.hexdigest()[:20]}{step.suffix}"
 
 
-def make(build: Build) -> Path:
-    """Builds what is not built yet; returns the folder of the outputs. Raises ``AssertionError`` with what failed."""
-    folder = folder_of(build)
-    with locked(folder) as finished:
-        if finished():
-            return folder
-        _forget_others(folder)
-        for name, text in build.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        (folder / "build.ninja").write_text(_ninja_file(build.steps), encoding="utf-8")
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), "-j", str(JOBS)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
-        (folder / ".finished").touch()
-    return folder
+def make(steps: Sequence[Step]) -> list[Path]:
+    """Runs the steps whose outputs are missing, two at a time; returns all outputs.
+
+    Raises:
+        AssertionError: a command failed, with what it printed.
+    """
+    outputs = [output_of(step) for step in steps]
+    missing = {output: step for output, step in zip(outputs, steps, strict=True) if not output.exists()}
+    for output in outputs:
+        if output not in missing:
+            output.touch()
+    if missing:
+        BUILDS.mkdir(parents=True, exist_ok=True)
+        _forget_old()
+        with tempfile.TemporaryDirectory(prefix="kernel-build-") as folder:
+            _run(Path(folder), missing)
+    return outputs
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Holds a build's folder alone; yields the question whether it is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield (folder / ".finished").exists
-
-
-def _forget_others(folder: Path) -> None:
-    """Removes older builds of this name beyond the four newest: a changed source leaves one behind each time."""
-    name = folder.name.rsplit("-", 1)[0]
-    others = [path for path in BUILDS.glob(f"{name}-*") if path != folder and path.name.rsplit("-", 1)[0] == name]
-    for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-4]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _ninja_file(steps: Sequence[Step]) -> str:
+def _run(folder: Path, missing: dict[Path, Step]) -> None:
     lines = []
-    for number, step in enumerate(steps):
-        inputs = " ".join(str(path).replace(" ", "$ ").replace(":", "$:") for path in step.inputs)
-        lines += [f"rule r{number}", f"  command = {step.command}", f"build {step.output}: r{number} {inputs}"]
-    return "\n".join(lines) + "\n"
+    for number, (output, step) in enumerate(missing.items()):
+        inputs = " ".join(str(path) for path in step.inputs)
+        part, log = f"{output}.{folder.name}.part", f"{output}.log"
+        command = step.command.replace("$in", inputs).replace("$out", part).replace("$log", f"{part}.log")
+        keep = f" && if test -e {part}.log; then mv {part}.log {log}; fi && mv {part} {output}"
+        lines += [f"rule r{number}", f"  command = {command}{keep}", f"build {output}: r{number}"]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command_line = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), "-j", str(JOBS)]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def _forget_old() -> None:
+    old = sorted(BUILDS.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_OUTPUTS:]
+    for path in old:
+        path.unlink(missing_ok=True)

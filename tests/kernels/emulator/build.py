@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from tests.kernels.building import SOURCES, Build, CannotBuildError, Step, headers, make, python_flags, tool, version_of
+from tests.kernels.building import SOURCES, CannotBuildError, Step, make, python_flags, tool, version_of
 
-MACHINE = SOURCES / "emulator"
+MODULE = "mx_emulator"
 COMMON_FLAGS = "-std=c++17 -O2 -g1 -fPIC -Wall -Wextra -march=native"
 # The calls before each access, whose answers are csrc/emulator/shadow.cpp's and not those of the sanitizer's runtime.
 INSTRUMENTED = "-fsanitize=thread"
@@ -25,35 +25,32 @@ def functions_of(sources: Sequence[Path]) -> list[str]:
     return sorted(name for source in sources for name in _C_FUNCTION.findall(source.read_text(encoding="utf-8")))
 
 
-def emulator_build(sources: Sequence[Path], root: Path, *, sanitized: bool = False) -> Build:
-    """The module of ``sources``, below ``root`` (the folder csrc, or a copy of it)."""
+def emulator_module(sources: Sequence[Path], root: Path = SOURCES, *, sanitized: bool = False) -> Path:
+    """Builds the module of ``sources`` with the emulator below ``root`` (the folder csrc, or a copy of it)."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         raise CannotBuildError("the emulator's fibers are written for Linux on x86-64")
-    compiler = tool("g++")
-    module = "mx_emulator"
-    shared = f"{COMMON_FLAGS} {SANITIZED if sanitized else ''} -I{root / 'emulator'} -I{root / 'common'}"
-    steps = []
-    for source in sources:
-        flags = shared if sanitized else f"{shared} {INSTRUMENTED}"
-        steps.append(Step(f"{compiler} -x c++ {flags} -c $in -o $out", (source,), f"{source.stem}.kernel.o"))
+    compiler, version = tool("g++"), version_of("g++")
+    flags = f"{COMMON_FLAGS} {SANITIZED}" if sanitized else COMMON_FLAGS
+    kernel = f"{compiler} -x c++ {flags} {'' if sanitized else INSTRUMENTED} -c $in -o $out"
+    steps = [Step(kernel, (source,), ".o", version) for source in sources]
     for name in ("machine", "shadow", "fiber", "module"):
-        extra = f"{python_flags()} -DMX_MODULE_NAME={module} -I. -fvisibility=hidden" if name == "module" else ""
-        steps.append(Step(f"{compiler} {shared} {extra} -c $in -o $out", (root / f"emulator/{name}.cpp",), f"{name}.o"))
-    objects = tuple(Path(step.output) for step in steps)
-    steps.append(Step(f"{compiler} -shared {SANITIZED if sanitized else ''} $in -o $out", objects, f"{module}.so"))
-    return Build(
-        name=f"emulator{'-sanitized' if sanitized else ''}",
-        steps=tuple(steps),
-        depends_on=headers(root),
-        texts={"functions.inc": "".join(f"MX_DEFINE({name});\n" for name in functions_of(sources))},
-        toolchain=version_of("g++"),
-    )
+        extra = _module_flags(sources) if name == "module" else ""
+        steps.append(
+            Step(f"{compiler} {flags} {extra} -c $in -o $out", (root / f"emulator/{name}.cpp",), ".o", version)
+        )
+    link = f"{compiler} -shared {SANITIZED if sanitized else ''} $in -o $out"
+    return make([Step(link, tuple(make(steps)), ".so", version)])[0]
+
+
+def _module_flags(sources: Sequence[Path]) -> str:
+    defined = " ".join(f"MX_DEFINE({name});" for name in functions_of(sources))
+    return f"{python_flags()} -DMX_MODULE_NAME={MODULE} '-DMX_FUNCTIONS={defined}' -fvisibility=hidden"
 
 
 def load(path: Path) -> ModuleType:
     """Imports a built module."""
-    loader = importlib.machinery.ExtensionFileLoader(path.stem, str(path))
-    spec = importlib.util.spec_from_loader(path.stem, loader)
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
+    spec = importlib.util.spec_from_loader(MODULE, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
@@ -66,4 +63,4 @@ def kernels(root: Path = SOURCES) -> ModuleType:
     sources = sorted((root / "cuda").glob("*.cu"))
     if not sources:
         raise CannotBuildError("there are no kernels in csrc/cuda")
-    return load(make(emulator_build(sources, root)) / "mx_emulator.so")
+    return load(emulator_module(sources, root))
