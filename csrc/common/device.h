@@ -5,6 +5,9 @@
 // arguments...) for <<<>>>; MX_LAST_ERROR() is the cudaError_t of the launch before.
 #pragma once
 #include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
 
 #include "abi.h"
 #include "philox.h"
@@ -51,12 +54,40 @@ MX_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+template <class To, class From>
+MX_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 // ---- vectors -----------------------------------------------------------------------------------------------------------
 
-// N neighbours that are read and written by one instruction, of 16 bytes at most.
+// N neighbours that are read and written by one instruction, of 16 bytes at most. 16-bit values stay two to a word until
+// they are used: as separate values, each would take a register.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
-  T value[N];
+  static constexpr bool kPairs = sizeof(T) == 2 && N % 2 == 0;
+  std::conditional_t<kPairs, uint32_t, T> word[kPairs ? N / 2 : N];
+
+  MX_DEVICE float get(int k) const {
+    if constexpr (kPairs) return to_float(bits_as<T>(static_cast<uint16_t>(k % 2 ? word[k / 2] >> 16 : word[k / 2])));
+    else return to_float(word[k]);
+  }
+
+  MX_DEVICE void set(const float (&from)[N]) {
+    if constexpr (kPairs) {
+#pragma unroll
+      for (int pair = 0; pair < N / 2; ++pair) {
+        const uint32_t high = bits_as<uint16_t>(from_float<T>(from[2 * pair + 1]));
+        word[pair] = high << 16 | bits_as<uint16_t>(from_float<T>(from[2 * pair]));
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) word[k] = from_float<T>(from[k]);
+    }
+  }
 };
 
 // Elements in 16 bytes: what one lane reads at once where the layout allows it.
@@ -71,7 +102,7 @@ MX_DEVICE Pack<T, N> read(const T* from) {
 template <class T, int N>
 MX_DEVICE void unpack(const Pack<T, N>& pack, float (&to)[N]) {
 #pragma unroll
-  for (int k = 0; k < N; ++k) to[k] = to_float(pack.value[k]);
+  for (int k = 0; k < N; ++k) to[k] = pack.get(k);
 }
 
 template <class T, int N>
@@ -82,8 +113,7 @@ MX_DEVICE void load(const T* from, float (&to)[N]) {
 template <class T, int N>
 MX_DEVICE void store(T* to, const float (&from)[N]) {
   Pack<T, N> pack;
-#pragma unroll
-  for (int k = 0; k < N; ++k) pack.value[k] = from_float<T>(from[k]);
+  pack.set(from);
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
@@ -106,7 +136,7 @@ MX_DEVICE void load_weights(const Weights& weights, int64_t column, float (&to)[
   for (int part = 0; part < N / kPart; ++part) {
     const Pack<float, kPart> pack = read<float, kPart>(from + part * kPart);
 #pragma unroll
-    for (int k = 0; k < kPart; ++k) to[part * kPart + k] = pack.value[k];
+    for (int k = 0; k < kPart; ++k) to[part * kPart + k] = pack.word[k];
   }
 }
 

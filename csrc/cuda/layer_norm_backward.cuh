@@ -105,7 +105,7 @@ struct ColumnSums {
         Pack<float, 4>& sum = *reinterpret_cast<Pack<float, 4>*>(shared + s * cols + column + part);
         Pack<float, 4> now = sum;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) now.value[k] += term[part + k];
+        for (int k = 0; k < 4; ++k) now.word[k] += term[part + k];
         sum = now;
       }
     } else {
@@ -132,7 +132,7 @@ struct ColumnSums {
           Pack<float, 4> sum;
 #pragma unroll
           for (int k = 0; k < 4; ++k)
-            sum.value[k] = SHARED ? shared[s * cols + column + part + k] : value[SHARED ? 0 : s][v][part + k];
+            sum.word[k] = SHARED ? shared[s * cols + column + part + k] : value[SHARED ? 0 : s][v][part + k];
           *reinterpret_cast<Pack<float, 4>*>(at + part) = sum;
         }
       }
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(512) layer_norm_backward_kernel(LayerNormBackw
         sums[1] += g * x[k];
         dy[k] *= x[k];
         if constexpr (IN_PLACE) {
-          pair.dy[v].value[k] = g;
-          pair.saved[v].value[k] = x[k];
+          pair.dy[v].word[k] = g;
+          pair.saved[v].word[k] = x[k];
         }
       }
       columns.add(0, v, column, dy);

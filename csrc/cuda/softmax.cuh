@@ -61,15 +61,21 @@ struct MaskRows {
 };
 
 template <int N>
+struct alignas(N) MaskBytes {
+  uint8_t hidden[N];
+};
+
+template <int N>
 MX_DEVICE void hide(const MaskRows& mask, const AttentionRows& shape, int64_t row, int column, float (&value)[N],
                     float& seen) {
   int64_t i, batch_row;
   divide(row, shape.sq, i);
   const int64_t batch = mask.shared ? 0 : divide(row, mask.rows_per_mask, batch_row);
-  const Pack<uint8_t, N> hidden = read<uint8_t, N>(mask.mask + (batch * shape.sq + i) * shape.sk + column);
+  const MaskBytes<N> bytes =
+      *reinterpret_cast<const MaskBytes<N>*>(mask.mask + (batch * shape.sq + i) * shape.sk + column);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    if (hidden.value[k]) {
+    if (bytes.hidden[k]) {
       value[k] = -INFINITY;
     } else {
       seen = 1.f;
@@ -160,7 +166,7 @@ __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
     if (dropout.threshold) apply_dropout<N>(dropout, seed, start + column, g[v]);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      if (column + k < length) product[0] += to_float(p[v].value[k]) * g[v][k];
+      if (column + k < length) product[0] += p[v].get(k) * g[v][k];
     }
   }
   reduce_row<Sum>(product, scratch);
@@ -172,7 +178,7 @@ __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
     if (column >= shape.sk) continue;
 #pragma unroll
     for (int k = 0; k < N; ++k)
-      g[v][k] = column + k < length ? scale * to_float(p[v].value[k]) * (g[v][k] - product[0]) : 0.f;
+      g[v][k] = column + k < length ? scale * p[v].get(k) * (g[v][k] - product[0]) : 0.f;
     store<T, N>(dscores + start + column, g[v]);
   }
 }
