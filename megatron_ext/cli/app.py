@@ -35,6 +35,8 @@ _COMMANDS: Final[dict[str, _Entry]] = {
     "tokenizer": _Entry("megatron_ext.cli.tokenizer", group="tokenizer_app"),
     "preprocess": _Entry("megatron_ext.cli.preprocess"),
     "train": _Entry("megatron_ext.cli.train"),
+    "submit": _Entry("megatron_ext.cli.submit"),
+    "status": _Entry("megatron_ext.cli.status"),
     "tune": _Entry("megatron_ext.cli.tune"),
     "generate": _Entry("megatron_ext.cli.generate"),
     "analyze": _Entry("megatron_ext.cli.analyze"),

@@ -153,6 +153,10 @@ class TrainingJob:
         # All at once: a value that looks like a place is not filled in.
         return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], template)
 
+    def names(self, number: str) -> list[str]:
+        """The job of each run, where the job or array got this number."""
+        return [f"{number}_{task}" for task in self.task_ids] or [number]
+
     def _run_dirs(self) -> Iterator[str]:
         for number, path in zip(self.task_ids or (0,), self.run_dirs, strict=True):
             yield f"    [{number}]={word(str(path))}"
@@ -238,3 +242,21 @@ def _extra(option: str) -> str:
     if key in _DECIDED:
         raise UserError(f"--sbatch {option!r}: {_DECIDED[key]} decides that")
     return directive(key, value if separator else None)
+
+
+def parse_array(text: str) -> tuple[tuple[int, ...], int | None]:
+    """Task numbers of an array as sbatch writes them (``0-7``, ``1,3,9-20:2``, ``0-7%4``), and how many run at once.
+
+    Raises:
+        UserError: it is in no form that sbatch takes.
+    """
+    tasks, percent, limit = text.partition("%")
+    numbers: list[int] = []
+    for part in tasks.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?", part, flags=re.ASCII)
+        if match is None or match[3] == "0" or (match[2] and int(match[2]) < int(match[1])):
+            raise UserError(f"--array is {text!r}: write numbers and ranges, for example 0-7, 1,3,5 or 0-31%4")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))
+    if percent and not (limit.isascii() and limit.isdigit() and int(limit)):
+        raise UserError(f"--array is {text!r}: what follows % is how many tasks run at once, for example 0-31%4")
+    return tuple(sorted(set(numbers))), int(limit) if percent else None

@@ -1,7 +1,7 @@
 #!/bin/bash
 @DIRECTIVES@
 
-# What is trained stands in RUN_DIRECTORY/slurm/config.json, as it was when the job was submitted; nothing of it is here.
+# What is trained stands in RUN_DIRECTORY/slurm/config.json, which `megatron-ext submit` writes; nothing of it is here.
 # Every word below is quoted: what a path or an option holds is never taken for a command.
 
 cd @WORK_DIR@ || exit 1
@@ -78,6 +78,9 @@ run_once() { # sets status and first: how the run ended, and which rank was the 
     fi
 }
 
+newest() { cat "$run_dir/checkpoints/latest" 2>/dev/null; }
+before=$(newest)
+
 note started
 for ((attempt = 1; ; attempt++)); do
     echo "$(date +%T) job $job on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}, attempt $attempt: $run_dir"
@@ -90,12 +93,17 @@ for ((attempt = 1; ; attempt++)); do
     note failed "$status"
 done
 
-# A job that SLURM is ending already (scancel, its own requeue, the time limit) is no more RUNNING.
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)
-if { [ "$status" = 75 ] || [ "$status" = 143 ]; } && [ "$requeue" = 1 ] && [ "$state" = RUNNING ]; then
+another_turn() { # whether the run was stopped, may go on, and would not be stopped again and again before its first step
+    case $requeue$status in 175 | 1143) ;; *) return 1 ;; esac
+    # A job that SLURM is ending already (scancel, its own requeue, the time limit) is no more RUNNING.
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)" = RUNNING ] || return 1
+    [ "$(newest)" != "$before" ] || ((${SLURM_RESTART_COUNT:-0} < 3))
+}
+
+if another_turn; then
     note requeued "$status"
     scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this script meanwhile
-    echo "$(date +%T) the requeue was refused: submit again to go on"
+    echo "$(date +%T) SLURM did not requeue the job: submit the run again to go on"
 fi
 note ended "$status"
 exit "$status"

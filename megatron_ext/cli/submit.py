@@ -1,0 +1,167 @@
+"""``submit``: one run, or an array of them, as a SLURM job."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_ext.cli.common import ConfigPath, Overrides
+from megatron_ext.cli.slurm_options import (
+    Account,
+    ContainerImage,
+    ContainerRuntime,
+    CpusPerTask,
+    GpusPerNode,
+    Interpreter,
+    Mounts,
+    Nodes,
+    Partition,
+    Sbatch,
+    SignalSeconds,
+    TasksPerNode,
+    Time,
+    absolute,
+    check_runs,
+    container_of,
+    interpreter,
+    resources_of,
+    submit_job,
+)
+from megatron_ext.errors import UserError
+from megatron_ext.slurm.quoting import word
+
+if TYPE_CHECKING:
+    from megatron_ext.config.run import RunConfig
+    from megatron_ext.slurm.job import TrainingJob
+
+TASK = "{task}"
+
+Array = Annotated[
+    str | None,
+    typer.Option(
+        "--array",
+        metavar="TASKS",
+        help=f"Several runs as an array, e.g. 1-8%4: {TASK} in --set is the task's number, as in --set seed={TASK}.",
+    ),
+]
+Dependency = Annotated[
+    str | None, typer.Option("--dependency", help="What the job waits for, as sbatch writes it: afterok:123.")
+]
+Chain = Annotated[
+    int,
+    typer.Option(
+        "--chain", min=1, help="Jobs one after the other, for a run longer than the time limit, instead of requeueing."
+    ),
+]
+Retries = Annotated[
+    int, typer.Option("--retries", min=0, help="Further attempts of a run that fails, from its newest checkpoint.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script; write and submit nothing.")]
+
+
+def command(
+    config: ConfigPath,
+    *,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    tasks_per_node: TasksPerNode = None,
+    cpus_per_task: CpusPerTask = None,
+    partition: Partition = None,
+    time: Time = None,
+    account: Account = None,
+    array: Array = None,
+    dependency: Dependency = None,
+    chain: Chain = 1,
+    signal_seconds: SignalSeconds = None,
+    retries: Retries = 0,
+    sbatch: Sbatch = None,
+    container: ContainerImage = None,
+    container_runtime: ContainerRuntime = "pyxis",
+    mounts: Mounts = None,
+    python: Interpreter = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model as a SLURM job; call it where the nodes see the same directories, and paths mean the same.
+
+    Everything that can be wrong with config and data is found here. Before its time limit, and when it is preempted,
+    the run saves a checkpoint, and the job asks for another turn, in which the run goes on; so it does after the
+    failure of a node. What the job prints is in RUN/slurm; `megatron-ext status RUN` says how far it is.
+
+    Example: megatron-ext submit configs/gpt2/1.5b_slw.json --nodes 8 --gpus-per-node 8 --time 24:00:00 --dry-run
+    """
+    from megatron_ext.slurm.job import TrainingJob, parse_array
+
+    tasks, at_once = parse_array(array) if array is not None else ((), None)
+    if tasks and chain > 1:
+        raise UserError("--array and --chain: the jobs of a chain wait for the whole one before; use one of the two")
+    configs = load_runs(config, overrides or (), tasks)
+    resources = resources_of(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        partition=partition,
+        account=account,
+        time=time,
+        signal_seconds=signal_seconds,
+        extra=sbatch,
+    )
+    run_dirs = tuple(absolute(run.run_dir) for run in configs)
+    job = TrainingJob(
+        name=configs[0].name,
+        run_dirs=run_dirs,
+        work_dir=absolute(Path()),
+        output=run_dirs[0] / "slurm",
+        python=interpreter(python, in_container=container is not None),
+        resources=resources,
+        container=container_of(container, container_runtime, mounts, configs),
+        task_ids=tasks,
+        at_once=at_once,
+        dependency=dependency,
+        attempts=retries + 1,
+        requeue=chain == 1,
+    )
+    script = job.script()
+    check_runs(configs, resources)
+    if dry_run:
+        typer.echo(script, nl=False)
+        return
+    _submit(job, configs, chain=chain)
+
+
+def load_runs(path: Path, overrides: list[str] | tuple[str, ...], tasks: tuple[int, ...]) -> "list[RunConfig]":
+    """The run of each task, or the one run.
+
+    Raises:
+        UserError: a config is wrong, or two tasks would train in one directory.
+    """
+    from megatron_ext.config.loading import load_config
+
+    if not tasks:
+        return [load_config(path, overrides)]
+    configs = [load_config(path, [text.replace(TASK, str(task)) for text in overrides]) for task in tasks]
+    if len({absolute(config.run_dir) for config in configs}) < len(configs):
+        raise UserError(
+            f"--array: the tasks would train in one directory, {configs[0].run_dir}; add for example "
+            f"--set name={configs[0].name}-{TASK} --set seed={TASK}"
+        )
+    return configs
+
+
+def _submit(job: "TrainingJob", configs: "list[RunConfig]", *, chain: int) -> None:
+    numbers = [submit_job(job, configs)]
+    for _ in range(1, chain):
+        # After every one before, so that the first that ends the run takes all of the others out of the queue.
+        options = [f"--dependency=afternotok:{':'.join(numbers)}", "--kill-on-invalid-dep=yes"]
+        try:
+            numbers.append(submit_job(replace(job, dependency=None), configs, options=options, chained=True))
+        except UserError as error:
+            raise UserError(
+                f"of the chain, {len(numbers)} job(s) ({', '.join(numbers)}) are submitted: {error}"
+            ) from None
+    kind = "array" if job.task_ids else "chain of jobs" if chain > 1 else "job"
+    typer.echo(f"submitted {kind} {' '.join(numbers)}; to end it: scancel {' '.join(numbers)}")
+    for config in configs:
+        typer.echo(f"megatron-ext status {word(str(config.run_dir))}")
