@@ -7,12 +7,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.environment import RankInfo
+from megatron_ext.runtime.meeting import Meeting, meet
 
 _RENDEZVOUS_SECONDS = 300.0
 
@@ -69,24 +69,33 @@ class Processes:
 
 
 @contextmanager
-def process_group(info: RankInfo, device: Device, *, timeout_minutes: float) -> Iterator[Processes]:
-    """Join the other ranks; leave the group at the end whatever happens.
+def process_group(
+    info: RankInfo, device: Device, *, timeout_minutes: float, meeting: Meeting | None = None
+) -> Iterator[Processes]:
+    """Join the other ranks in collectives; leave the group at the end whatever happens.
+
+    Args:
+        info: the place of this process.
+        device: decides the backend.
+        timeout_minutes: how long a collective may take.
+        meeting: where the ranks have met; None: they meet here.
 
     Raises:
-        UserError: the rendezvous port is taken by another program, or the ranks did not all arrive.
+        UserError: the ranks do not all come, or the port is taken by another program.
     """
     timeout = timedelta(minutes=timeout_minutes)
-    store = _rendezvous(info)
+    if meeting is None:
+        meeting = meet(info, seconds=_RENDEZVOUS_SECONDS)
     dist.init_process_group(
         device.backend,
-        store=PrefixStore("ranks", store),
+        store=PrefixStore("ranks", meeting.store),
         rank=info.rank,
         world_size=info.world_size,
         timeout=timeout,
     )
     try:
         host_group = dist.new_group(backend="gloo", timeout=timeout)
-        yield Processes(info=info, host_group=host_group, store=PrefixStore("messages", store))
+        yield Processes(info=info, host_group=host_group, store=PrefixStore("messages", meeting.store))
     finally:
         dist.destroy_process_group()
 
@@ -115,24 +124,3 @@ class StopAgreement:
         self._work.wait()
         self._work = None
         return bool(self._flag[0] > 0)
-
-
-def _rendezvous(info: RankInfo) -> Store:
-    try:
-        return TCPStore(
-            info.master_address,
-            info.master_port,
-            info.world_size,
-            is_master=info.is_main,
-            timeout=timedelta(seconds=_RENDEZVOUS_SECONDS),
-        )
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
-        where = f"{info.master_address}:{info.master_port}"
-        if "EADDRINUSE" in str(error) or "in use" in str(error):
-            raise UserError(
-                f"port {info.master_port} on {info.master_address} is in use by another program; "
-                "choose another with --master-port, or leave the choice to `megatron-ext train`"
-            ) from error
-        raise UserError(
-            f"{info.world_size} ranks did not meet at {where} within {_RENDEZVOUS_SECONDS:.0f} s: {error}"
-        ) from error
