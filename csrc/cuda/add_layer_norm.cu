@@ -24,7 +24,8 @@ extern "C" int mx_cuda_add_layer_norm_backward(int dtype, int weight_dtype, cons
                                                void* dx_bias, float* workspace, int64_t partitions, float dropout,
                                                const int64_t* seed, int64_t rows, int64_t cols, void* stream) {
   if (!mx::weight_dtype_ok(dtype, weight_dtype) || rows < 0 || !mx::columns_ok(cols)) return MX_BAD_ARGUMENT;
-  if (!mx::partitions_ok(partitions) || !weight || !mean || !mx::dropout_ok(dropout, seed)) return MX_BAD_ARGUMENT;
+  if (!mx::partitions_ok(partitions) || !weight || (rows > 0 && !mean)) return MX_BAD_ARGUMENT;
+  if (!mx::dropout_ok(dropout, seed)) return MX_BAD_ARGUMENT;
   const mx::Dropout drop = mx::dropout_of(dropout);
   if (drop.threshold != 0 && !dx && rows > 0) return MX_BAD_ARGUMENT;
   return mx::by_dtype(dtype, [&](auto type) {

@@ -21,7 +21,8 @@ extern "C" int mx_cuda_layer_norm_backward(int dtype, int weight_dtype, const vo
                                            const float* rstd, void* dx, void* dweight, void* dbias, float* workspace,
                                            int64_t partitions, int64_t rows, int64_t cols, void* stream) {
   if (!mx::weight_dtype_ok(dtype, weight_dtype) || rows < 0 || !mx::columns_ok(cols)) return MX_BAD_ARGUMENT;
-  if (!mx::partitions_ok(partitions) || !weight || (saved_is_output ? !bias : !mean)) return MX_BAD_ARGUMENT;
+  if (!mx::partitions_ok(partitions) || !weight || (rows > 0 && (saved_is_output ? !bias : !mean)))
+    return MX_BAD_ARGUMENT;
   return mx::by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     mx::LayerNormBackward<T> a{};

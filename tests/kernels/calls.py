@@ -1,0 +1,183 @@
+"""The kernels as Python functions: inputs are copied to the backend, outputs made of NaN bytes, results handed back.
+
+Activations are [rows, cols] or, in attention, [batch, sq, sk]; arguments and results are those of csrc/common/abi.h.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tests.kernels.abi import DTYPES
+from tests.kernels.backends import KernelBackend
+
+SEED_TYPE = torch.int64
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Dropout: its probability, and the seed of its noise."""
+
+    probability: float = 0.0
+    seed: int = 0
+
+    def on(self, backend: KernelBackend) -> torch.Tensor | None:
+        """The seed in the backend's memory; None where nothing is dropped."""
+        return backend.tensor(torch.tensor([self.seed], dtype=SEED_TYPE)) if self.probability > 0 else None
+
+
+QUIET = Noise()
+
+
+def _maybe(backend: KernelBackend, value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else backend.tensor(value)
+
+
+def layer_norm_forward(
+    backend: KernelBackend, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
+) -> dict[str, torch.Tensor]:
+    """y, mean, rstd."""
+    rows, cols = x.shape
+    dtypes = DTYPES[x.dtype], DTYPES[weight.dtype]
+    y = backend.empty(rows, cols, dtype=x.dtype)
+    mean, rstd = (backend.empty(rows, dtype=torch.float32) for _ in range(2))
+    inputs = [backend.tensor(each) for each in (x, weight, bias)]
+    backend.call("layer_norm_forward", *dtypes, *inputs, y, mean, rstd, rows, cols, eps)
+    return {"y": y, "mean": mean, "rstd": rstd}
+
+
+def layer_norm_backward(
+    backend: KernelBackend,
+    dy: torch.Tensor,
+    saved: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    rstd: torch.Tensor,
+    partitions: int,
+) -> dict[str, torch.Tensor]:
+    """dx, dweight, dbias; ``saved`` is the output where ``mean`` is None."""
+    rows, cols = dy.shape
+    dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
+    dx = backend.empty(rows, cols, dtype=dy.dtype)
+    dweight, dbias = (backend.empty(cols, dtype=weight.dtype) for _ in range(2))
+    workspace = backend.empty(2, partitions, cols, dtype=torch.float32)
+    inputs = [_maybe(backend, each) for each in (dy, saved, weight, bias, mean, rstd)]
+    places = inputs[:2] + [int(mean is None)] + inputs[2:]
+    backend.call("layer_norm_backward", *dtypes, *places, dx, dweight, dbias, workspace, partitions, rows, cols)
+    return {"dx": dx, "dweight": dweight, "dbias": dbias}
+
+
+def add_layer_norm_forward(
+    backend: KernelBackend,
+    x: torch.Tensor,
+    x_bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    noise: Noise = QUIET,
+    eps: float = 1e-5,
+) -> dict[str, torch.Tensor]:
+    """sum, y, mean, rstd."""
+    rows, cols = x.shape
+    dtypes = DTYPES[x.dtype], DTYPES[weight.dtype]
+    total, y = (backend.empty(rows, cols, dtype=x.dtype) for _ in range(2))
+    mean, rstd = (backend.empty(rows, dtype=torch.float32) for _ in range(2))
+    inputs = [_maybe(backend, each) for each in (x, x_bias, residual, weight, bias)]
+    outputs = (total, y, mean, rstd)
+    dropout = noise.probability, noise.on(backend)
+    backend.call("add_layer_norm_forward", *dtypes, *inputs, *outputs, *dropout, rows, cols, eps)
+    return {"sum": total, "y": y, "mean": mean, "rstd": rstd}
+
+
+def add_layer_norm_backward(
+    backend: KernelBackend,
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    with_x_bias: bool,
+    partitions: int,
+    noise: Noise = QUIET,
+) -> dict[str, torch.Tensor]:
+    """dresidual, dx (with dropout), dweight, dbias, dx_bias (``with_x_bias``); ``statistics``: mean and rstd."""
+    rows, cols = dy.shape
+    dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
+    dresidual = backend.empty(rows, cols, dtype=dy.dtype)
+    dx = backend.empty(rows, cols, dtype=dy.dtype) if noise.probability > 0 else None
+    dweight, dbias = (backend.empty(cols, dtype=weight.dtype) for _ in range(2))
+    dx_bias = backend.empty(cols, dtype=weight.dtype) if with_x_bias else None
+    workspace = backend.empty(3, partitions, cols, dtype=torch.float32)
+    inputs = [_maybe(backend, each) for each in (dy, dsum, total, weight, *statistics)]
+    outputs = (dresidual, dx, dweight, dbias, dx_bias, workspace, partitions)
+    dropout = noise.probability, noise.on(backend)
+    backend.call("add_layer_norm_backward", *dtypes, *inputs, *outputs, *dropout, rows, cols)
+    results = {"dresidual": dresidual, "dx": dx, "dweight": dweight, "dbias": dbias, "dx_bias": dx_bias}
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def causal_softmax_forward(
+    backend: KernelBackend, scores: torch.Tensor, scale: float, *, noise: Noise = QUIET
+) -> dict[str, torch.Tensor]:
+    """probs and, with dropout, dropped."""
+    probs = backend.empty(*scores.shape, dtype=scores.dtype)
+    dropped = backend.empty(*scores.shape, dtype=scores.dtype) if noise.probability > 0 else None
+    dropout = noise.probability, noise.on(backend)
+    where = (probs, dropped, scale)
+    backend.call(
+        "causal_softmax_forward", DTYPES[scores.dtype], backend.tensor(scores), *where, *dropout, *scores.shape
+    )
+    return {"probs": probs} if dropped is None else {"probs": probs, "dropped": dropped}
+
+
+def causal_softmax_backward(
+    backend: KernelBackend,
+    dy: torch.Tensor,
+    probs: torch.Tensor,
+    scale: float,
+    *,
+    noise: Noise = QUIET,
+    in_place: bool = False,
+) -> dict[str, torch.Tensor]:
+    """dscores, in the memory of dy where ``in_place``."""
+    upstream = backend.tensor(dy)
+    dscores = upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype)
+    dropout = noise.probability, noise.on(backend)
+    where = (upstream, backend.tensor(probs), dscores, scale)
+    backend.call("causal_softmax_backward", DTYPES[dy.dtype], *where, *dropout, *dy.shape)
+    return {"dscores": dscores}
+
+
+def masked_softmax_forward(
+    backend: KernelBackend, scores: torch.Tensor, mask: torch.Tensor, scale: float, *, noise: Noise = QUIET
+) -> dict[str, torch.Tensor]:
+    """probs and, with dropout, dropped; scores [batch, heads, sq, sk], mask [1 or batch, 1, sq, sk]."""
+    probs = backend.empty(*scores.shape, dtype=scores.dtype)
+    dropped = backend.empty(*scores.shape, dtype=scores.dtype) if noise.probability > 0 else None
+    dropout = noise.probability, noise.on(backend)
+    inputs = (DTYPES[scores.dtype], backend.tensor(scores), backend.tensor(mask.to(torch.uint8)))
+    where = (*inputs, probs, dropped, scale, *dropout)
+    backend.call("masked_softmax_forward", *where, *scores.shape, mask.shape[0])
+    return {"probs": probs} if dropped is None else {"probs": probs, "dropped": dropped}
+
+
+def masked_softmax_backward(
+    backend: KernelBackend,
+    dy: torch.Tensor,
+    probs: torch.Tensor,
+    scale: float,
+    *,
+    noise: Noise = QUIET,
+    in_place: bool = False,
+) -> dict[str, torch.Tensor]:
+    """dscores, in the memory of dy where ``in_place``."""
+    upstream = backend.tensor(dy)
+    dscores = upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype)
+    dropout = noise.probability, noise.on(backend)
+    where = (upstream, backend.tensor(probs), dscores, scale)
+    cols = dy.shape[-1]
+    backend.call("masked_softmax_backward", DTYPES[dy.dtype], *where, *dropout, dy.numel() // cols, cols)
+    return {"dscores": dscores}
