@@ -7,6 +7,8 @@ import typer
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="JSON file of a run.", show_default=False)]
 
+ExperimentPath = Annotated[Path, typer.Argument(metavar="FILE", help="JSON file of an experiment.", show_default=False)]
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -1,27 +1,24 @@
 """``experiment``: a comparison of runs from one JSON file, trained, watched and reported."""
 
 import json
-import math
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_ext.cli.common import AsJson
+from megatron_ext.cli.common import AsJson, ExperimentPath
+from megatron_ext.cli.experiment_run import command as run_command
+from megatron_ext.cli.experiment_tables import console, status_table
 from megatron_ext.cli.report import TargetLoss, write_page
-from megatron_ext.config.experiment import load_experiment
+from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from megatron_ext.cli.experiment_runs import RunStatus
 
 experiment_app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-
-ExperimentPath = Annotated[Path, typer.Argument(metavar="FILE", help="JSON file of an experiment.", show_default=False)]
-_STYLES = {"finished": "green", "failed": "red", "running": "cyan", "interrupted": "yellow", "waiting": "dim"}
+experiment_app.command("run")(run_command)
 
 
 @experiment_app.callback()
@@ -32,55 +29,48 @@ def _root() -> None:
     """
 
 
-@experiment_app.command("run")
-def run(
+@experiment_app.command("status")
+def status(
     file: ExperimentPath,
     *,
-    nproc: Annotated[
-        int | None,
-        typer.Option("--nproc", min=1, help="Ranks on this machine; by default the file's, or one per GPU, or one."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again until nothing waits or runs any more.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks of --watch.")] = 15.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Train the runs of an experiment one after the other.
+    """Say how far each run of an experiment is, and where it stands in SLURM's queue.
 
-    Finished runs are skipped, interrupted ones go on, and where one fails the others are still trained; then the exit
-    status is 1. SIGINT (Ctrl-C) and SIGTERM save the present run and begin no other.
-
-    Example: megatron-ext experiment run configs/experiments/comparators.json --dry-run
-    """
-    from megatron_ext.cli.experiment_runs import done, plans_of, statuses, train_all
-
-    experiment = load_experiment(file)
-    if dry_run:
-        plans = plans_of(experiment)
-        _print(_plan_table(statuses(experiment)))
-        totals = sum(plan.tokens for plan in plans)
-        typer.echo(f"{len(plans)} runs, {sum(plan.steps for plan in plans):,} steps, {totals:,} tokens")
-        return
-    finished = train_all(experiment, nproc=nproc)
-    found = statuses(experiment)
-    _print(_status_table(found))
-    typer.echo(done(found))
-    failed = any(status.state == "failed" for status in found)
-    if failed or not finished:
-        raise typer.Exit(1 if failed else 0)
-
-
-@experiment_app.command("status")
-def status(file: ExperimentPath, *, as_json: AsJson = False) -> None:
-    """Say how far each run of an experiment is.
-
-    Example: megatron-ext experiment status configs/experiments/comparators.json
+    Example: megatron-ext experiment status configs/experiments/comparators.json --watch
     """
     from megatron_ext.cli.experiment_runs import done, statuses
 
-    found = statuses(load_experiment(file))
+    experiment = load_experiment(file)
+    found = statuses(experiment)
+    if watch:
+        found = _watched(experiment, found, every=every)
     if as_json:
         typer.echo(json.dumps([item.to_json() for item in found], indent=2))
         return
-    _print(_status_table(found))
+    console().print(status_table(found))
     typer.echo(done(found))
+    for item in found:
+        if item.state == "failed":
+            typer.echo(f"{item.name} failed: {item.note}", err=True)
+
+
+def _watched(experiment: Experiment, found: "list[RunStatus]", *, every: float) -> "list[RunStatus]":
+    """Show the table until no run waits in the queue or runs; the last statuses."""
+    from rich.live import Live
+
+    from megatron_ext.cli.experiment_runs import statuses
+
+    with Live(status_table(found), console=console(), auto_refresh=False, transient=True) as live:
+        while any(item.state in {"queued", "running"} for item in found):
+            time.sleep(every)
+            found = statuses(experiment)
+            live.update(status_table(found), refresh=True)
+    return found
 
 
 @experiment_app.command("report")
@@ -118,73 +108,3 @@ def report(
     found = statuses(experiment)
     if any(status.state != "finished" for status in found):
         typer.echo(f"not everything is there yet: {done(found)}", err=True)
-
-
-def _print(table: "Table") -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # A pipe or a file has no width; nothing is cut off there.
-        console = Console(highlight=False, width=160)
-    console.print(table)
-
-
-def _status_table(found: Sequence["RunStatus"]) -> "Table":
-    from rich.table import Table
-
-    table = _table("variant", "seed", "state", "step", "tokens", "val loss", "max ratio", "time")
-    assert isinstance(table, Table)
-    for item in found:
-        table.add_row(
-            item.run.variant,
-            str(item.run.seed),
-            f"[{_STYLES[item.state]}]{item.state}[/]",
-            f"{item.step:,}/{item.steps:,}",
-            f"{item.tokens:,}" if item.tokens else "",
-            _number(item.valid_loss, 4),
-            _number(item.largest_ratio, 3),
-            duration(item.seconds) if item.seconds else "",
-        )
-    return table
-
-
-def _plan_table(found: Sequence["RunStatus"]) -> "Table":
-    from megatron_ext.curriculum.plan import TrainingPlan
-
-    table = _table("variant", "seed", "state", "steps", "tokens", "run directory")
-    for item in found:
-        plan = TrainingPlan.from_config(item.run.config)
-        table.add_row(
-            item.run.variant,
-            str(item.run.seed),
-            f"[{_STYLES[item.state]}]{item.state}[/]",
-            f"{plan.steps:,}",
-            f"{plan.tokens:,}",
-            str(item.run.config.run_dir),
-        )
-    return table
-
-
-def _table(*columns: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for name in columns:
-        right = name not in {"variant", "state", "run directory"}
-        table.add_column(name, justify="right" if right else "left", no_wrap=right)
-    return table
-
-
-def _number(value: float | None, digits: int) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" if math.isfinite(value) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

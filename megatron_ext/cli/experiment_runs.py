@@ -1,4 +1,4 @@
-"""The runs of an experiment on this machine: what state each is in, and how they are trained one after the other.
+"""The runs of an experiment: what state each is in, and how they are trained on this machine, one after the other.
 
 Everything is read off the run directories, so that a status is right whoever trained a run. Beside them stand
 ``experiment-NAME.json``, which remembers how a run ended that has no other trace of it, ``experiment-NAME.lock``, which
@@ -7,24 +7,26 @@ keeps two processes from training the same experiment, and ``configs/RUN.json``,
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
+from megatron_ext.cli.progress import Progress, Situation, State, read_progress, situations
 from megatron_ext.config.experiment import Experiment, ExperimentRun
-from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.slurm.commands import QueuedJob
 
 if TYPE_CHECKING:
-    from megatron_ext.metrics.jsonl import Metrics
     from megatron_ext.metrics.report_data import RunData
 
-State = Literal["waiting", "running", "interrupted", "failed", "finished"]
+_BAD_INPUT = 2
+"""Exit status of a run whose input is wrong: another attempt would find it as wrong."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +35,12 @@ class RunStatus:
 
     run: ExperimentRun
     state: State
-    step: int
-    """Finished steps, of those that metrics.jsonl holds."""
-
-    steps: int
-    """Steps of the plan."""
-
-    tokens: int
-    """Tokens consumed."""
-
-    valid_loss: float | None
-    """The last validation loss (nats per token)."""
-
-    largest_ratio: float | None
-    """The largest loss ratio; infinite after a loss that was not finite."""
-
-    seconds: float
-    """Time spent in steps."""
-
+    progress: Progress
     note: str = ""
     """Why it failed."""
+
+    queued: QueuedJob | None = None
+    """Its job, where one waits or runs."""
 
     @property
     def name(self) -> str:
@@ -61,19 +49,22 @@ class RunStatus:
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values; a ratio that is not finite is null."""
-        ratio = self.largest_ratio
+        progress, job = self.progress, self.queued
         return {
             "run": self.name,
             "run_dir": str(self.run.config.run_dir),
             "variant": self.run.variant,
             "seed": self.run.seed,
             "state": self.state,
-            "step": self.step,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "valid_loss": _finite(self.valid_loss),
-            "largest_ratio": _finite(ratio),
-            "seconds": self.seconds,
+            "step": progress.step,
+            "steps": progress.steps,
+            "tokens": progress.tokens,
+            "valid_loss": _finite(progress.valid_loss),
+            "largest_ratio": _finite(progress.largest_ratio),
+            "seconds": progress.seconds,
+            "eta_s": progress.eta_seconds,
+            "job": job.job if job else None,
+            "job_state": job.state if job else None,
             "note": self.note,
         }
 
@@ -99,19 +90,34 @@ def statuses(experiment: Experiment) -> list[RunStatus]:
     Raises:
         UserError: a plan contradicts itself, or a file in a run's directory cannot be read.
     """
-    ledger = _Ledger(experiment)
+    ledger = Ledger(experiment)
     running = ledger.running()
+    found = [read_progress(run.config, plan) for run, plan in zip(experiment.runs, plans_of(experiment), strict=True)]
+    places = [(run.config.run_dir, progress) for run, progress in zip(experiment.runs, found, strict=True)]
     return [
-        _status(run, plan, entry=ledger.entry(run), running=running == run.config.name)
-        for run, plan in zip(experiment.runs, plans_of(experiment), strict=True)
+        _status(run, progress, situation, entry=ledger.entry(run), running=running == run.config.name)
+        for run, progress, situation in zip(experiment.runs, found, situations(places), strict=True)
     ]
+
+
+def _status(
+    run: ExperimentRun, progress: Progress, situation: Situation, *, entry: dict[str, Any], running: bool
+) -> RunStatus:
+    state, note = situation.state, situation.note
+    if running:
+        # From the moment on in which its ranks are being started.
+        state = "running"
+    elif entry.get("exit_status") and state in {"waiting", "interrupted"}:
+        state, note = "failed", str(entry.get("note", ""))
+    return RunStatus(run=run, state=state, progress=progress, note=note, queued=situation.queued)
 
 
 def train_all(experiment: Experiment, *, nproc: int | None = None) -> bool:
     """Train every run that is not finished, one after the other; whether all of them are finished then.
 
-    A run that fails is told and the next one begins. SIGINT and SIGTERM end the present run with a checkpoint, and
-    no other begins.
+    A run that fails is tried once more, from its newest checkpoint; then it is marked and the next one begins. Those
+    that have a job in the queue are left to it. SIGINT and SIGTERM end the present run with a checkpoint, and no other
+    begins.
 
     Raises:
         UserError: a run's directory holds another run, or another process is training this experiment. Nothing has been
@@ -119,7 +125,7 @@ def train_all(experiment: Experiment, *, nproc: int | None = None) -> bool:
     """
     from megatron_ext.runtime.signals import stop_on_signal
 
-    ledger = _Ledger(experiment)
+    ledger = Ledger(experiment)
     before = statuses(experiment)
     _refuse_other_runs(experiment)
     with ledger.lock(), stop_on_signal() as stop:
@@ -131,9 +137,13 @@ def train_all(experiment: Experiment, *, nproc: int | None = None) -> bool:
             if status.state == "finished":
                 typer.echo(f"{head}: finished before, skipped")
                 continue
-            typer.echo(f"{head}: {'from step ' + format(status.step, ',') if status.step else 'new'}")
+            if status.queued is not None:
+                typer.echo(f"{head}: job {status.queued.job} is {status.queued.state}, skipped")
+                continue
+            step = status.progress.step
+            typer.echo(f"{head}: {f'from step {step:,}' if step else 'new'}")
             ledger.begin(status.run)
-            exit_status, note = _train(status.run, ledger, nproc=nproc or experiment.config.nproc, stop=stop)
+            exit_status, note = _train_twice(status.run, ledger, nproc=nproc or experiment.config.nproc, stop=stop)
             ledger.end(status.run, exit_status, note=note)
     after = statuses(experiment)
     for status in after:
@@ -142,7 +152,16 @@ def train_all(experiment: Experiment, *, nproc: int | None = None) -> bool:
     return all(status.state == "finished" for status in after)
 
 
-def _train(run: ExperimentRun, ledger: "_Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
+def _train_twice(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
+    """Exit status of the run, of its second attempt where the first failed, and what to say of it if that is not 0."""
+    exit_status, note = _train(run, ledger, nproc=nproc, stop=stop)
+    if exit_status in {0, _BAD_INPUT} or stop.requested:
+        return exit_status, note
+    typer.echo(f"{run.config.name} failed ({note}); once more from its newest checkpoint", err=True)
+    return _train(run, ledger, nproc=nproc, stop=stop)
+
+
+def _train(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
     """Exit status of the run, and what to say of it if that is not 0."""
     from megatron_ext.cli.train import start
 
@@ -150,60 +169,10 @@ def _train(run: ExperimentRun, ledger: "_Ledger", *, nproc: int | None, stop: An
         exit_status = start(ledger.write_config(run), nproc=nproc, stop=stop)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        return 2, str(error)
+        return _BAD_INPUT, str(error)
     if exit_status == 0:
         return 0, ""
     return exit_status, f"exit status {exit_status}; the reason is above, or in {run.config.run_dir / 'log.txt'}"
-
-
-def _status(run: ExperimentRun, plan: TrainingPlan, *, entry: dict[str, Any], running: bool) -> RunStatus:
-    from megatron_ext.metrics.jsonl import FILE_NAME, read_metrics
-
-    metrics = read_metrics(run.config.run_dir) if (run.config.run_dir / FILE_NAME).is_file() else None
-    last = metrics.train[-1] if metrics and metrics.train else None
-    evaluation = metrics.evaluations[-1] if metrics and metrics.evaluations else None
-    return RunStatus(
-        run=run,
-        state=_state(run, metrics, entry=entry, running=running),
-        step=last.step if last else 0,
-        steps=plan.steps,
-        tokens=last.tokens if last else 0,
-        valid_loss=evaluation.loss if evaluation else None,
-        largest_ratio=max(record.loss_ratio for record in metrics.train) if metrics and last else None,
-        seconds=sum(record.step_time_s for record in metrics.train) if metrics else 0.0,
-        note=str(entry.get("note", "")),
-    )
-
-
-def _state(run: ExperimentRun, metrics: "Metrics | None", *, entry: dict[str, Any], running: bool) -> State:
-    if running:
-        return "running"
-    if _is_finished(run.config, metrics):
-        return "finished"
-    if entry.get("exit_status"):
-        return "failed"
-    return "interrupted" if metrics is not None and metrics.train else "waiting"
-
-
-def _is_finished(config: RunConfig, metrics: "Metrics | None") -> bool:
-    """Whether a checkpoint or a validation stands at the end of the run, or where ``training.stop_after`` ends it."""
-    from megatron_ext.checkpoint.manifest import read_manifest
-    from megatron_ext.checkpoint.store import newest_checkpoint
-
-    reached: list[tuple[int, int]] = []
-    newest = newest_checkpoint(config.run_dir / "checkpoints")
-    if newest is not None:
-        manifest = read_manifest(newest)
-        reached.append((manifest.step, manifest.tokens))
-    if metrics and metrics.evaluations:
-        reached.append((metrics.evaluations[-1].step, metrics.evaluations[-1].tokens))
-    ends = [end for end in (config.training.duration, config.training.stop_after) if end is not None]
-    # Compared with the duration, not with the plan's steps: those of adaptive pacing become known on the way.
-    return any(
-        step >= end.steps if end.steps is not None else tokens >= (end.tokens or 0)
-        for step, tokens in reached
-        for end in ends
-    )
 
 
 def data_of(experiment: Experiment) -> "list[RunData]":
@@ -241,7 +210,7 @@ def _refuse_other_runs(experiment: Experiment) -> None:
             check_resumable(manifest, run.config, layout=manifest.layout, where=newest)
 
 
-class _Ledger:
+class Ledger:
     """The files beside the run directories."""
 
     def __init__(self, experiment: Experiment) -> None:
@@ -261,6 +230,11 @@ class _Ledger:
     def end(self, run: ExperimentRun, exit_status: int, *, note: str) -> None:
         """Remember how the run ended."""
         self._write(self._read() | {run.config.name: {"exit_status": exit_status, "note": note}})
+
+    def forget(self, run: ExperimentRun) -> None:
+        """Remember nothing of how the run ended: from here on its job says so."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write({name: entry for name, entry in self._read().items() if name != run.config.name})
 
     def running(self) -> str | None:
         """Name of the run that a process is training now."""
@@ -313,12 +287,10 @@ class _Ledger:
 
 
 def _finite(value: float | None) -> float | None:
-    import math
-
     return value if value is not None and math.isfinite(value) else None
 
 
 def done(found: Sequence[RunStatus]) -> str:
     """How many runs are in which state, in words."""
-    counts = {state: sum(status.state == state for status in found) for state in State.__args__}  # type: ignore[attr-defined]
+    counts = {state: sum(status.state == state for status in found) for state in get_args(State)}
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count)

@@ -105,11 +105,22 @@ def _named_by(configs: Sequence["RunConfig"]) -> list[str]:
     return [str(path) for path in sorted(named) if not named & set(path.parents)]
 
 
-def interpreter(given: str | None, *, in_container: bool) -> str:
-    """The Python that the ranks start."""
-    if given is not None:
-        return given
-    return "python3" if in_container else sys.executable
+def training_job(
+    configs: Sequence["RunConfig"], resources: "Resources", *, container: "Container | None", python: str | None
+) -> "TrainingJob":
+    """The job that trains ``configs``, called after the first of them; ``python`` is what the ranks start."""
+    from megatron_ext.slurm.job import TrainingJob
+
+    run_dirs = tuple(absolute(config.run_dir) for config in configs)
+    return TrainingJob(
+        name=configs[0].name,
+        run_dirs=run_dirs,
+        work_dir=absolute(Path()),
+        output=run_dirs[0] / "slurm",
+        python=python or ("python3" if container else sys.executable),
+        resources=resources,
+        container=container,
+    )
 
 
 def check_runs(configs: Sequence["RunConfig"], resources: "Resources") -> None:

@@ -86,7 +86,7 @@ def _told(config: "RunConfig", progress: "Progress", situation: "Situation") -> 
 
 def _lines(told: dict[str, Any]) -> dict[str, str]:
     """What is known, in words."""
-    from megatron_ext.cli.experiment import duration
+    from megatron_ext.cli.experiment_tables import duration
 
     share = f" ({told['tokens'] / told['total_tokens']:.1%} of the tokens)"
     lines = {"run": told["run_dir"], "state": told["state"] + (f": {told['note']}" if told["note"] else "")}

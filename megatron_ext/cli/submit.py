@@ -24,9 +24,9 @@ from megatron_ext.cli.slurm_options import (
     absolute,
     check_runs,
     container_of,
-    interpreter,
     resources_of,
     submit_job,
+    training_job,
 )
 from megatron_ext.errors import UserError
 from megatron_ext.slurm.quoting import word
@@ -91,11 +91,7 @@ def command(
 
     Example: megatron-ext submit configs/gpt2/1.5b_slw.json --nodes 8 --gpus-per-node 8 --time 24:00:00 --dry-run
     """
-    from megatron_ext.slurm.job import TrainingJob, parse_array
-
-    tasks, at_once = parse_array(array) if array is not None else ((), None)
-    if tasks and chain > 1:
-        raise UserError("--array and --chain: the jobs of a chain wait for the whole one before; use one of the two")
+    tasks, at_once = _tasks(array, chain=chain)
     configs = load_runs(config, overrides or (), tasks)
     resources = resources_of(
         nodes=nodes,
@@ -108,27 +104,31 @@ def command(
         signal_seconds=signal_seconds,
         extra=sbatch,
     )
-    run_dirs = tuple(absolute(run.run_dir) for run in configs)
-    job = TrainingJob(
-        name=configs[0].name,
-        run_dirs=run_dirs,
-        work_dir=absolute(Path()),
-        output=run_dirs[0] / "slurm",
-        python=interpreter(python, in_container=container is not None),
-        resources=resources,
-        container=container_of(container, container_runtime, mounts, configs),
+    image = container_of(container, container_runtime, mounts, configs)
+    job = replace(
+        training_job(configs, resources, container=image, python=python),
         task_ids=tasks,
         at_once=at_once,
         dependency=dependency,
         attempts=retries + 1,
         requeue=chain == 1,
     )
-    script = job.script()
     check_runs(configs, resources)
     if dry_run:
-        typer.echo(script, nl=False)
-        return
-    _submit(job, configs, chain=chain)
+        typer.echo(job.script(), nl=False)
+    else:
+        _submit(job, configs, chain=chain)
+
+
+def _tasks(array: str | None, *, chain: int) -> tuple[tuple[int, ...], int | None]:
+    """Numbers of the array's tasks, none without an array, and how many run at a time."""
+    from megatron_ext.slurm.job import parse_array
+
+    if array is None:
+        return (), None
+    if chain > 1:
+        raise UserError("--array and --chain: the jobs of a chain wait for the whole one before; use one of the two")
+    return parse_array(array)
 
 
 def load_runs(path: Path, overrides: list[str] | tuple[str, ...], tasks: tuple[int, ...]) -> "list[RunConfig]":

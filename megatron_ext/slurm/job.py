@@ -1,7 +1,7 @@
 """A training job: what is asked of SLURM, checked, and the batch script made of it (templates/train.sh)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -138,20 +138,36 @@ class TrainingJob:
         Raises:
             UserError: an option that SLURM cannot be given.
         """
-        template = resources.files("megatron_ext.slurm").joinpath("templates", "train.sh").read_text(encoding="utf-8")
+        return self._filled(
+            "train.sh",
+            DIRECTIVES="\n".join(self._directives()),
+            RUN_DIRS="\n".join(self._run_dirs()),
+            ATTEMPTS=str(self.attempts),
+            REQUEUE=str(int(self.requeue)),
+        )
+
+    def command_script(self, arguments: Sequence[str], *, name: str, dependency: str) -> str:
+        """The script of a small job that calls this program with ``arguments`` where the ranks of this one would run.
+
+        Raises:
+            UserError: an option that SLURM cannot be given.
+        """
+        own = {"nodes": "1", "ntasks": "1", "time": "30", "dependency": dependency, "output": self._output("%j.out")}
+        asked = {"job-name": _label(name), "partition": self.resources.partition, "account": self.resources.account}
+        lines = [directive(option, value) for option, value in (asked | own).items() if value is not None]
+        return self._filled("command.sh", DIRECTIVES="\n".join(lines), ARGUMENTS=words(arguments))
+
+    def _filled(self, template: str, **values: str) -> str:
+        text = resources.files("megatron_ext.slurm").joinpath("templates", template).read_text(encoding="utf-8")
         container = self.container
-        values = {
-            "DIRECTIVES": "\n".join(self._directives()),
+        values |= {
             "WORK_DIR": word(str(self.work_dir)),
-            "RUN_DIRS": "\n".join(self._run_dirs()),
             "PYTHON": word(self.python),
             "SRUN_OPTIONS": words(container.srun_options() if container else ()),
             "CONTAINER": words(container.prefix() if container else ()),
-            "ATTEMPTS": str(self.attempts),
-            "REQUEUE": str(int(self.requeue)),
         }
         # All at once: a value that looks like a place is not filled in.
-        return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], template)
+        return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], text)
 
     def names(self, number: str) -> list[str]:
         """The job of each run, where the job or array got this number."""
@@ -163,7 +179,7 @@ class TrainingJob:
 
     def _directives(self) -> Iterator[str]:
         asked = self.resources
-        yield directive("job-name", self.name)
+        yield directive("job-name", _label(self.name))
         yield directive("nodes", str(asked.nodes))
         yield directive("ntasks-per-node", str(asked.tasks_per_node))
         for option, value in (
@@ -179,7 +195,7 @@ class TrainingJob:
                 yield directive(option, str(value))
         yield directive("requeue")
         yield directive("signal", f"B:USR1@{lead_seconds(asked)}")
-        yield directive("output", self._output())
+        yield directive("output", self._output("%A_%a.out" if self.task_ids else "%j.out"))
         yield directive("open-mode", "append")
         for option in asked.extra:
             yield _extra(option)
@@ -190,12 +206,17 @@ class TrainingJob:
         limit = f"%{self.at_once}" if self.at_once else ""
         return ",".join(map(str, self.task_ids)) + limit
 
-    def _output(self) -> str:
+    def _output(self, file: str) -> str:
         folder = str(self.output)
         # A backslash switches the replacement of %j off, and a line break cannot be written there.
         if re.search(r"[\\\x00-\x1f\x7f]", folder):
             return "/dev/null"
-        return folder.replace("%", "%%") + ("/%A_%a.out" if self.task_ids else "/%j.out")
+        return folder.replace("%", "%%") + "/" + file
+
+
+def _label(name: str) -> str:
+    """A name that only people read, in a form that SLURM takes."""
+    return re.sub(r"[\x00-\x1f\x7f]", "_", name)[:200]
 
 
 def lead_seconds(asked: Resources) -> int:

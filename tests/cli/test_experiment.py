@@ -16,6 +16,7 @@ from megatron_ext.cli import app, train
 from megatron_ext.cli.experiment_runs import statuses, train_all
 from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
@@ -126,8 +127,10 @@ def test_runs_go_on_after_a_failure_stop_on_a_signal_and_are_not_repeated(
     (study.runs[2].config.run_dir / "metrics.jsonl").unlink()
     code, out, err = command("experiment", "run", file)
     assert code == 1
-    assert fake_start == ["base-seed2", "root-seed1", "root-seed2"]
+    assert fake_start == ["base-seed2", "base-seed2", "root-seed1", "root-seed2"]
     assert "base-seed1: finished before, skipped" in out
+    assert "base-seed2 failed (exit status 7" in err
+    assert "once more from its newest checkpoint" in err
     assert "base-seed2 failed: exit status 7" in err
     assert "1 failed, 3 finished" in out
 
@@ -173,6 +176,8 @@ def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: 
     code, out, _ = command("experiment", "status", str(study.source), "--json")
     assert code == 0
     first, second, *_ = json.loads(out)
+    left = TrainingPlan.from_config(study.runs[0].config).tokens - 40 * 4 * 64
+    assert first.pop("eta_s") == pytest.approx(left / train_record().tokens_per_s)
     assert first == {
         "run": "base-seed1",
         "run_dir": str(study.runs[0].config.run_dir),
@@ -185,6 +190,8 @@ def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: 
         "valid_loss": 2.5,
         "largest_ratio": 1.25,
         "seconds": 20.0,
+        "job": None,
+        "job_state": None,
         "note": "",
     }
     assert (second["state"], second["step"], second["valid_loss"]) == ("waiting", 0, None)
