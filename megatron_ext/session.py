@@ -24,6 +24,7 @@ from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import Measures, StepLog
 from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
+from megatron_ext.ops.choice import choose_kernels
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device
@@ -76,7 +77,8 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         loader = TrainLoader(datasets.train, plan, prefetch=config.data.prefetch, pin_memory=device.pin_memory, **place)
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
         streams = seed_streams(config.seed, layout, device.torch_device)
-        model, prefix = build_gpt(config, layout, streams), prefix_length(config, plan)
+        kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
+        model, prefix = build_gpt(config, layout, streams, kernels=kernels), prefix_length(config, plan)
         engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
         checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
         if not config.checkpoint.resume:
@@ -91,7 +93,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
                 guard.load_state_dict(resumed.guard, resumed.loss_ratio)
         with processes.failing_together():
             recorder = _open_recorder(config, course, resumed=resumed, processes=processes)
-        variance = AdamVariance(engine, config.metrics, device.torch_device)
+        variance = AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels)
         measures = Measures(
             loss_ratio=loss_ratio.update,
             adam_variance=variance.summary,

@@ -24,7 +24,7 @@ struct Workspace {
   Tensor sums;
 };
 
-inline std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, bool) {
+inline std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps) {
   const Call call("layer_norm_forward", "x", x);
   const Matrix shape(x);
   const void* weights = call.parameter(weight, "weight", shape.cols);

@@ -1,15 +1,12 @@
 // The operators' schemas, once for all backends: part of the CPU library, which is loaded first.
 //
 // The operators are functional (but for cross_entropy_backward_) and know no autograd: derivatives, and shapes of results
-// without data, are registered in Python (megatron_ext/ops/). A result that abi.h lets be null is a tensor without
+// without data, are told to torch in Python (megatron_ext/ops/). A result that abi.h lets be null is a tensor without
 // elements: what the caller then reads instead is said there.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(megatron_ext, m) {
-  // keep_output says which of x and y the backward pass will be given; the kernel does the same for both.
-  m.def(
-      "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, bool keep_output) -> (Tensor y, Tensor mean, "
-      "Tensor rstd)");
+  m.def("layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "layer_norm_backward(Tensor dy, Tensor saved, bool saved_is_output, Tensor weight, Tensor bias, Tensor? mean, "
       "Tensor rstd) -> (Tensor dx, Tensor dweight, Tensor dbias)");

@@ -48,8 +48,14 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 * num_layers)."""
 
-    attention: Literal["sdpa", "reference"] = "sdpa"
-    """Attention back end: torch's scaled_dot_product_attention, or the plain matmul-softmax-matmul reference."""
+    attention: Literal["sdpa", "fused_softmax", "reference"] = "sdpa"
+    """Attention back end: torch's scaled_dot_product_attention; matrix products around our causal softmax; or the same
+    written out in float32."""
+
+    kernels: Literal["auto", "fused", "reference"] = "auto"
+    """LayerNorm, bias+GELU, bias+dropout+residual, the softmax of ``fused_softmax`` and cross-entropy: compiled from
+    our sources (built at first use), PyTorch's own, or (auto) the first where it can be had. Both compute the same up
+    to rounding, with the same dropout; may be changed when a run is continued."""
 
     @property
     def ffn_size(self) -> int:

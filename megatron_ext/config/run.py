@@ -29,6 +29,8 @@ _NOT_DETERMINING: dict[str, Any] = {
     **dict.fromkeys(("name", "output_dir", "validation", "checkpoint", "metrics", "parallel", "cluster"), True),
     "data": {"prefetch", "index_cache"},
     "training": {"stop_after"},
+    # Another order of the same additions, like another kind of device.
+    "model": {"kernels"},
 }
 
 

@@ -10,6 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
+from megatron_ext.ops.kernels import Kernels
+from megatron_ext.ops.softmax import causal_softmax
 from megatron_ext.parallel.rng import RngStreams
 
 
@@ -19,9 +21,12 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
     A tensor-parallel rank holds some of the heads, so that its attention dropout must differ from the other ranks'.
     """
 
-    def __init__(self, config: TransformerConfig, *, streams: RngStreams, **_unused: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, streams: RngStreams, kernels: Kernels = "reference", **_unused: object
+    ) -> None:
         super().__init__(config=config)
         self._streams = streams
+        self._kernels = kernels
         self._scale = 1.0 / math.sqrt(config.kv_channels)
         self._dropout = float(config.attention_dropout)
 
@@ -56,6 +61,21 @@ class SdpaAttention(CausalAttention):
         )
 
 
+class FusedSoftmaxAttention(CausalAttention):
+    """Matrix products around our causal softmax: memory grows with the square of the length, in the values' dtype.
+
+    Scores are scaled inside the product, before they are rounded, so that large ones do not overflow in fp16.
+    """
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        """As in the base class."""
+        shape = query.shape
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        scores = torch.baddbmm(query.new_empty(()), query, key.transpose(-1, -2), beta=0.0, alpha=self._scale)
+        probabilities = causal_softmax(scores, scale=1.0, dropout=dropout, kernels=self._kernels)
+        return torch.bmm(probabilities, value).view(shape)
+
+
 class ReferenceAttention(CausalAttention):
     """softmax(Q K^T / sqrt(head)) V written out, in float32 or better. Memory grows with the square of the length."""
 
@@ -70,10 +90,10 @@ class ReferenceAttention(CausalAttention):
 
 
 ATTENTION_BACKENDS: Mapping[str, type[CausalAttention]] = MappingProxyType(
-    {"sdpa": SdpaAttention, "reference": ReferenceAttention}
+    {"sdpa": SdpaAttention, "fused_softmax": FusedSoftmaxAttention, "reference": ReferenceAttention}
 )
 
 
-def core_attention(name: str, streams: RngStreams) -> Callable[..., CausalAttention]:
+def core_attention(name: str, streams: RngStreams, kernels: Kernels = "reference") -> Callable[..., CausalAttention]:
     """Builder of the back end ``name`` (a key of ATTENTION_BACKENDS) for megatron-core's SelfAttentionSubmodules."""
-    return functools.partial(ATTENTION_BACKENDS[name], streams=streams)
+    return functools.partial(ATTENTION_BACKENDS[name], streams=streams, kernels=kernels)

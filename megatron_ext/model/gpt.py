@@ -7,10 +7,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
+from megatron_ext.model.loss import token_losses
 from megatron_ext.model.spec import block_submodules, transformer_config
+from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.rng import RngStreams, seed_streams
-from megatron_ext.parallel.vocab import gather_vocab, vocab_parallel_cross_entropy
+from megatron_ext.parallel.vocab import gather_vocab
 
 _EXTRA_STATE = "_extra_state"
 
@@ -18,10 +20,10 @@ _EXTRA_STATE = "_extra_state"
 class Gpt(GPTModel):  # type: ignore[misc]
     """One tensor rank's part of the model. Parameter names are megatron-core's; the state dict holds tensors only."""
 
-    def __init__(self, config: RunConfig, layout: Layout, streams: RngStreams) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, streams: RngStreams, *, kernels: Kernels) -> None:
         super().__init__(
             config=transformer_config(config),
-            transformer_layer_spec=block_submodules(config, streams),
+            transformer_layer_spec=block_submodules(config, streams, kernels),
             vocab_size=config.model.padded_vocab_size,
             max_sequence_length=config.max_positions,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
@@ -29,6 +31,7 @@ class Gpt(GPTModel):  # type: ignore[misc]
         )
         self.layout = layout
         self.streams = streams
+        self.kernels: Kernels = kernels
         self.real_vocab_size = config.model.vocab_size
         self.register_state_dict_post_hook(_drop_extra_state)
         self.register_load_state_dict_post_hook(_expect_no_extra_state)
@@ -59,14 +62,19 @@ class Gpt(GPTModel):  # type: ignore[misc]
         logits, _ = self.output_layer(hidden, weight=weight)
         if labels is None:
             return gather_vocab(logits, vocab_size=self.real_vocab_size, layout=self.layout).transpose(0, 1)
-        losses = vocab_parallel_cross_entropy(logits, labels.t(), vocab_size=self.real_vocab_size, layout=self.layout)
+        losses = token_losses(
+            logits, labels.t(), vocab_size=self.real_vocab_size, layout=self.layout, kernels=self.kernels
+        )
         return losses.t().contiguous()
 
 
-def build_gpt(config: RunConfig, layout: Layout, streams: RngStreams | None = None) -> Gpt:
+def build_gpt(
+    config: RunConfig, layout: Layout, streams: RngStreams | None = None, *, kernels: Kernels = "reference"
+) -> Gpt:
     """The model of ``config`` on the CPU in float32; its initial weights depend on the seed, not on the layout.
 
-    ``streams`` are the ones of the device it will run on; without them the process is seeded for the CPU.
+    ``streams`` are the ones of the device it will run on; without them the process is seeded for the CPU. ``kernels``
+    are what ``model.kernels`` has come to; they change neither weights nor names.
     """
     assert layout.tensor_size == config.parallel.tensor, "the groups were made for another run"
     streams = streams or seed_streams(config.seed, layout, torch.device("cpu"))
@@ -74,7 +82,7 @@ def build_gpt(config: RunConfig, layout: Layout, streams: RngStreams | None = No
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(config.seed)
     try:
-        return Gpt(config, layout, streams)
+        return Gpt(config, layout, streams, kernels=kernels)
     finally:
         torch.default_generator.set_state(state)
 

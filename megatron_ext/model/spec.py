@@ -1,46 +1,29 @@
 """megatron-core's view of our model: its TransformerConfig and the modules of a block.
 
-No Transformer Engine, no apex, no CUDA: megatron-core's parallel linear layers, torch's LayerNorm, our attention.
+No Transformer Engine, no apex: megatron-core's parallel linear layers, our layer around them, our attention.
 """
 
 import functools
-from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch.nn import functional
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.model.attention import core_attention
-from megatron_ext.parallel.recompute import recompute
+from megatron_ext.model.layer import AddLayerNorm, Layer, LayerNorm, RecomputedLayer
+from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.rng import RngStreams
 
 _ACTIVATIONS = {"gelu_tanh": functools.partial(functional.gelu, approximate="tanh"), "gelu_erf": functional.gelu}
-
-
-class RecomputedLayer(TransformerLayer):  # type: ignore[misc]
-    """A transformer layer that keeps its input alone while training and runs again in backward."""
-
-    def __init__(self, *args: Any, streams: RngStreams, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._streams = streams
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """As TransformerLayer.forward without cross-attention: hidden states [s, b, h] in and out."""
-        layer = super().forward
-        if not (self.training and torch.is_grad_enabled()):
-            return layer(hidden_states=hidden_states, **kwargs)[0], None
-        return recompute(lambda x: layer(hidden_states=x, **kwargs)[0], hidden_states, streams=self._streams), None
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -76,14 +59,15 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def block_submodules(config: RunConfig, streams: RngStreams) -> TransformerBlockSubmodules:
+def block_submodules(config: RunConfig, streams: RngStreams, kernels: Kernels) -> TransformerBlockSubmodules:
     """The modules of the whole stack of layers."""
+    norm, add_norm = (ModuleSpec(module=kind, params={"kernels": kernels}) for kind in (LayerNorm, AddLayerNorm))
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=core_attention(config.model.attention, streams),
+            core_attention=core_attention(config.model.attention, streams, kernels),
             linear_proj=RowParallelLinear,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
@@ -93,15 +77,11 @@ def block_submodules(config: RunConfig, streams: RngStreams) -> TransformerBlock
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     submodules = TransformerLayerSubmodules(
-        input_layernorm=WrappedTorchNorm,
-        self_attention=attention,
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=WrappedTorchNorm,
-        mlp=mlp,
-        mlp_bda=get_bias_dropout_add,
+        input_layernorm=norm, self_attention=attention, pre_mlp_layernorm=add_norm, mlp=mlp
     )
+    params = {"kernels": kernels, "exact_gelu": config.model.activation == "gelu_erf"}
     if config.parallel.activation_checkpointing == "full":
-        layer = ModuleSpec(module=RecomputedLayer, params={"streams": streams}, submodules=submodules)
+        layer = ModuleSpec(module=RecomputedLayer, params=params | {"streams": streams}, submodules=submodules)
     else:
-        layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=WrappedTorchNorm)
+        layer = ModuleSpec(module=Layer, params=params, submodules=submodules)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.model.num_layers, layer_norm=norm)

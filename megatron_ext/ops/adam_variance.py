@@ -12,7 +12,7 @@ def adam_variance(v: torch.Tensor, *, kernels: Kernels) -> torch.Tensor:
     """
     if not is_fused(kernels, v):
         return reference(v)
-    result: torch.Tensor = torch.ops.megatron_ext.adam_variance(v.contiguous())
+    result: torch.Tensor = torch.ops.megatron_ext.adam_variance.default(v.contiguous())
     return result
 
 
@@ -23,5 +23,5 @@ def reference(v: torch.Tensor) -> torch.Tensor:
 
 
 def register() -> None:
-    """Tell torch shapes; the library with the schemas is loaded."""
+    """Tell torch the result's shape; the library with the schemas is loaded."""
     torch.library.register_fake("megatron_ext::adam_variance", lambda v: v.new_empty(2, dtype=torch.float64))

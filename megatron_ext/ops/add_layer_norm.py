@@ -8,9 +8,6 @@ from megatron_ext.ops import bias_dropout_add, layer_norm
 from megatron_ext.ops.dropout import seed_for
 from megatron_ext.ops.kernels import Kernels, is_fused
 
-_FORWARD = "megatron_ext::add_layer_norm_forward"
-_BACKWARD = "megatron_ext::add_layer_norm_backward"
-
 
 def add_layer_norm(
     x: torch.Tensor,
@@ -38,9 +35,7 @@ def add_layer_norm(
     seed = seed_for(dropout, x.device)
     if not is_fused(kernels, x):
         return reference(x, x_bias, residual, norm, dropout=dropout, seed=seed)
-    total, y, _, _ = torch.ops.megatron_ext.add_layer_norm_forward(
-        x.contiguous(), x_bias, residual.contiguous(), weight, bias, dropout, seed, eps
-    )
+    total, y = _Fused.apply(x, x_bias, residual, weight, bias, (eps, dropout, seed))  # type: ignore[no-untyped-call]
     return total, y
 
 
@@ -58,11 +53,43 @@ def reference(
     return total, layer_norm.reference(total, norm[0], norm[1], eps=norm[2])
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any,
+        x: torch.Tensor,
+        x_bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        settings: tuple[float, float, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        eps, dropout, seed = settings
+        total, y, mean, rstd = torch.ops.megatron_ext.add_layer_norm_forward.default(
+            x.contiguous(), x_bias, residual.contiguous(), weight, bias, dropout, seed, eps
+        )
+        ctx.dropout, ctx.has_x_bias = dropout, x_bias is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, mean, rstd, seed)
+        return total, y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        total, weight, mean, rstd, seed = ctx.saved_tensors
+        dsum, dy = (None if grad is None else grad.contiguous() for grad in grad_outputs)
+        if dy is None:
+            dy = torch.zeros_like(total)
+        dresidual, dx, dweight, dbias, dx_bias = torch.ops.megatron_ext.add_layer_norm_backward.default(
+            dy, dsum, total, weight, mean, rstd, ctx.has_x_bias, ctx.dropout, seed
+        )
+        dx = dx if ctx.dropout > 0 else dresidual
+        return dx, dx_bias if ctx.has_x_bias else None, dresidual, dweight, dbias, None
+
+
 def register() -> None:
-    """Tell torch shapes and derivatives; the library with the schemas is loaded."""
-    torch.library.register_fake(_FORWARD, _fake_forward)
-    torch.library.register_fake(_BACKWARD, _fake_backward)
-    torch.library.register_autograd(_FORWARD, _backward, setup_context=_keep)
+    """Tell torch the results' shapes; the library with the schemas is loaded."""
+    torch.library.register_fake("megatron_ext::add_layer_norm_forward", _fake_forward)
+    torch.library.register_fake("megatron_ext::add_layer_norm_backward", _fake_backward)
 
 
 def _fake_forward(x: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
@@ -76,32 +103,3 @@ def _fake_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     dx = torch.empty_like(dy) if dropout > 0 else dy.new_empty(0)
     dx_bias = torch.empty_like(weight) if has_x_bias else weight.new_empty(0)
     return torch.empty_like(dy), dx, torch.empty_like(weight), torch.empty_like(weight), dx_bias
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _, x_bias, _, weight, _, ctx.dropout, seed, _ = inputs
-    total, _, mean, rstd = output
-    ctx.has_x_bias = x_bias is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total, weight, mean, rstd, seed)
-
-
-def _backward(
-    ctx: Any, dsum: torch.Tensor | None, dy: torch.Tensor | None, *_statistics: object
-) -> tuple[torch.Tensor | None, ...]:
-    total, weight, mean, rstd, seed = ctx.saved_tensors
-    dy = torch.zeros_like(total) if dy is None else dy.contiguous()
-    dsum = None if dsum is None else dsum.contiguous()
-    dresidual, dx, dweight, dbias, dx_bias = torch.ops.megatron_ext.add_layer_norm_backward(
-        dy, dsum, total, weight, mean, rstd, ctx.has_x_bias, ctx.dropout, seed
-    )
-    return (
-        dx if ctx.dropout > 0 else dresidual,
-        dx_bias if ctx.has_x_bias else None,
-        dresidual,
-        dweight,
-        dbias,
-        None,
-        None,
-        None,
-    )

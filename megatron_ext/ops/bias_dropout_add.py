@@ -7,9 +7,6 @@ import torch
 from megatron_ext.ops.dropout import dropped, seed_for
 from megatron_ext.ops.kernels import Kernels, is_fused
 
-_FORWARD = "megatron_ext::bias_dropout_add_forward"
-_BACKWARD = "megatron_ext::bias_dropout_add_backward"
-
 
 def bias_dropout_add(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, *, dropout: float, kernels: Kernels
@@ -26,9 +23,7 @@ def bias_dropout_add(
     seed = seed_for(dropout, x.device)
     if not is_fused(kernels, x):
         return reference(x, bias, residual, dropout=dropout, seed=seed)
-    y: torch.Tensor = torch.ops.megatron_ext.bias_dropout_add_forward(
-        x.contiguous(), bias, residual.contiguous(), dropout, seed
-    )
+    y: torch.Tensor = _Fused.apply(x, bias, residual, dropout, seed)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -44,11 +39,37 @@ def reference(
     return residual + dropped(x if bias is None else x + bias, dropout, seed)
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        dropout: float,
+        seed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.dropout = dropout
+        ctx.save_for_backward(bias, seed)
+        y: torch.Tensor = torch.ops.megatron_ext.bias_dropout_add_forward.default(
+            x.contiguous(), bias, residual.contiguous(), dropout, seed
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        bias, seed = ctx.saved_tensors
+        dy = grad_outputs[0].contiguous()
+        if ctx.dropout == 0 and bias is None:
+            return dy, None, dy, None, None
+        dx, dbias = torch.ops.megatron_ext.bias_dropout_add_backward.default(dy, bias, ctx.dropout, seed)
+        return dx if ctx.dropout > 0 else dy, None if bias is None else dbias, dy, None, None
+
+
 def register() -> None:
-    """Tell torch shapes and derivatives; the library with the schemas is loaded."""
-    torch.library.register_fake(_FORWARD, lambda x, *_rest: torch.empty_like(x))
-    torch.library.register_fake(_BACKWARD, _fake_backward)
-    torch.library.register_autograd(_FORWARD, _backward, setup_context=_keep)
+    """Tell torch the results' shapes; the library with the schemas is loaded."""
+    torch.library.register_fake("megatron_ext::bias_dropout_add_forward", lambda x, *_rest: torch.empty_like(x))
+    torch.library.register_fake("megatron_ext::bias_dropout_add_backward", _fake_backward)
 
 
 def _fake_backward(
@@ -56,14 +77,3 @@ def _fake_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(dy) if dropout > 0 else dy.new_empty(0)
     return dx, dy.new_empty(0) if bias is None else torch.empty_like(bias)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch passes it by name
-    _, bias, _, ctx.dropout, seed = inputs
-    ctx.save_for_backward(bias, seed)
-
-
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    bias, seed = ctx.saved_tensors
-    dx, dbias = torch.ops.megatron_ext.bias_dropout_add_backward(dy.contiguous(), bias, ctx.dropout, seed)
-    return dx if ctx.dropout > 0 else dy, None if bias is None else dbias, dy, None, None

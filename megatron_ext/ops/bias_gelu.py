@@ -7,9 +7,6 @@ from torch.nn import functional
 
 from megatron_ext.ops.kernels import Kernels, is_fused
 
-_FORWARD = "megatron_ext::bias_gelu_forward"
-_BACKWARD = "megatron_ext::bias_gelu_backward"
-
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None, *, exact: bool, kernels: Kernels) -> torch.Tensor:
     """gelu(x + bias).
@@ -22,7 +19,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None, *, exact: bool, kernel
     """
     if not is_fused(kernels, x):
         return reference(x, bias, exact=exact)
-    y: torch.Tensor = torch.ops.megatron_ext.bias_gelu_forward(x.contiguous(), bias, exact)
+    y: torch.Tensor = _Fused.apply(x, bias, exact)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -31,25 +28,29 @@ def reference(x: torch.Tensor, bias: torch.Tensor | None, *, exact: bool) -> tor
     return functional.gelu(x if bias is None else x + bias, approximate="none" if exact else "tanh")
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, exact: bool) -> torch.Tensor:
+        x = x.contiguous()
+        ctx.exact = exact
+        ctx.save_for_backward(x, bias)
+        y: torch.Tensor = torch.ops.megatron_ext.bias_gelu_forward.default(x, bias, exact)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx, dbias = torch.ops.megatron_ext.bias_gelu_backward.default(grad_outputs[0].contiguous(), x, bias, ctx.exact)
+        return dx, None if bias is None else dbias, None
+
+
 def register() -> None:
-    """Tell torch shapes and derivatives; the library with the schemas is loaded."""
-    torch.library.register_fake(_FORWARD, lambda x, _bias, _exact: torch.empty_like(x))
-    torch.library.register_fake(_BACKWARD, _fake_backward)
-    torch.library.register_autograd(_FORWARD, _backward, setup_context=_keep)
+    """Tell torch the results' shapes; the library with the schemas is loaded."""
+    torch.library.register_fake("megatron_ext::bias_gelu_forward", lambda x, _bias, _exact: torch.empty_like(x))
+    torch.library.register_fake("megatron_ext::bias_gelu_backward", _fake_backward)
 
 
 def _fake_backward(
     dy: torch.Tensor, _x: torch.Tensor, bias: torch.Tensor | None, _exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(dy), dy.new_empty(0) if bias is None else torch.empty_like(bias)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch passes it by name
-    x, bias, ctx.exact = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.megatron_ext.bias_gelu_backward(dy.contiguous(), x, bias, ctx.exact)
-    return dx, None if bias is None else dbias, None

@@ -75,7 +75,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab: VocabSlice) -> torch.Tensor:
         logits, ids = logits.contiguous(), labels.contiguous()
-        own = Statistics(*torch.ops.megatron_ext.cross_entropy_forward(logits, ids, vocab.first, vocab.real))
+        forward = torch.ops.megatron_ext.cross_entropy_forward.default
+        own = Statistics(*forward(logits, ids, vocab.first, vocab.real))
         whole = own if vocab.combine is None else vocab.combine(own)
         ctx.first, ctx.real = vocab.first, vocab.real
         ctx.save_for_backward(logits, ids, whole.maximum, whole.total)
@@ -87,13 +88,16 @@ class _Fused(torch.autograd.Function):
         if torch.compiler.is_compiling():
             # A traced backward pass may not change what the forward pass was given.
             logits = logits.clone()
+        else:
+            # Whoever else has saved the logits, or asks for a second backward pass, is refused by autograd.
+            torch.autograd.graph.increment_version(logits)
         grad = grad_outputs[0].reshape(-1).contiguous()
-        torch.ops.megatron_ext.cross_entropy_backward_(logits, ids, maximum, total, grad, ctx.first, ctx.real)
+        torch.ops.megatron_ext.cross_entropy_backward_.default(logits, ids, maximum, total, grad, ctx.first, ctx.real)
         return logits, None, None
 
 
 def register() -> None:
-    """Tell torch shapes; the library with the schemas is loaded."""
+    """Tell torch the results' shapes; the library with the schemas is loaded."""
     torch.library.register_fake("megatron_ext::cross_entropy_forward", _fake_forward)
     torch.library.register_fake("megatron_ext::cross_entropy_backward_", lambda *_arguments: None)
 

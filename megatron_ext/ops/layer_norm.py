@@ -7,9 +7,6 @@ from torch.nn import functional
 
 from megatron_ext.ops.kernels import Kernels, is_fused
 
-_FORWARD = "megatron_ext::layer_norm_forward"
-_BACKWARD = "megatron_ext::layer_norm_backward"
-
 
 def layer_norm(
     x: torch.Tensor,
@@ -36,7 +33,7 @@ def layer_norm(
     """
     if not is_fused(kernels, x):
         return reference(x, weight, bias, eps=eps)
-    y: torch.Tensor = torch.ops.megatron_ext.layer_norm_forward(x.contiguous(), weight, bias, eps, keep_output)[0]
+    y: torch.Tensor = _Fused.apply(x, weight, bias, eps, keep_output)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -45,16 +42,36 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps:
     return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, keep_output: bool
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        y, mean, rstd = torch.ops.megatron_ext.layer_norm_forward.default(x, weight, bias, eps)
+        ctx.keep_output = keep_output
+        if keep_output:
+            ctx.save_for_backward(y, weight, bias, rstd)
+        else:
+            ctx.save_for_backward(x, weight, bias, rstd, mean)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved, weight, bias, rstd, *mean = ctx.saved_tensors
+        gradients = torch.ops.megatron_ext.layer_norm_backward.default(
+            grad_outputs[0].contiguous(), saved, ctx.keep_output, weight, bias, mean[0] if mean else None, rstd
+        )
+        return (*gradients, None, None)
+
+
 def register() -> None:
-    """Tell torch shapes and derivatives; the library with the schemas is loaded."""
-    torch.library.register_fake(_FORWARD, _fake_forward)
-    torch.library.register_fake(_BACKWARD, _fake_backward)
-    torch.library.register_autograd(_FORWARD, _backward, setup_context=_keep)
+    """Tell torch the results' shapes; the library with the schemas is loaded."""
+    torch.library.register_fake("megatron_ext::layer_norm_forward", _fake_forward)
+    torch.library.register_fake("megatron_ext::layer_norm_backward", _fake_backward)
 
 
-def _fake_forward(
-    x: torch.Tensor, _weight: torch.Tensor, _bias: torch.Tensor, _eps: float, _keep_output: bool
-) -> tuple[torch.Tensor, ...]:
+def _fake_forward(x: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
     rows = x.numel() // x.shape[-1]
     return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
@@ -63,20 +80,3 @@ def _fake_backward(
     dy: torch.Tensor, _saved: torch.Tensor, _is_output: bool, weight: torch.Tensor, *_rest: object
 ) -> tuple[torch.Tensor, ...]:
     return torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, weight, bias, _, ctx.keep_output = inputs
-    y, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y if ctx.keep_output else x, weight, bias, None if ctx.keep_output else mean, rstd)
-
-
-def _backward(ctx: Any, dy: torch.Tensor | None, *_statistics: object) -> tuple[torch.Tensor | None, ...]:
-    if dy is None:
-        return None, None, None, None, None
-    saved, weight, bias, mean, rstd = ctx.saved_tensors
-    gradients = torch.ops.megatron_ext.layer_norm_backward(
-        dy.contiguous(), saved, ctx.keep_output, weight, bias, mean, rstd
-    )
-    return (*gradients, None, None)

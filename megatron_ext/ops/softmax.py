@@ -1,6 +1,5 @@
 """Softmax of attention scores with scale, mask and dropout in one pass over them."""
 
-import functools
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ def causal_softmax(scores: torch.Tensor, *, scale: float, dropout: float, kernel
     seed = seed_for(dropout, scores.device)
     if not is_fused(kernels, scores):
         return causal_reference(scores, scale=scale, dropout=dropout, seed=seed)
-    probs, after = torch.ops.megatron_ext.causal_softmax_forward(scores.contiguous(), scale, dropout, seed)
-    result: torch.Tensor = after if dropout > 0 else probs
+    result: torch.Tensor = _Causal.apply(scores, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -36,7 +34,7 @@ def causal_reference(
     """``causal_softmax`` in plain PyTorch."""
     queries, keys = scores.shape[-2:]
     future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
-    return dropped(_softmax(scores, scale).masked_fill(future, -torch.inf).softmax(dim=-1), dropout, seed).to(
+    return dropped(_scaled(scores, scale).masked_fill(future, -torch.inf).softmax(dim=-1), dropout, seed).to(
         scores.dtype
     )
 
@@ -59,10 +57,7 @@ def masked_softmax(
     seed = seed_for(dropout, scores.device)
     if not is_fused(kernels, scores):
         return masked_reference(scores, mask, scale=scale, dropout=dropout, seed=seed)
-    probs, after = torch.ops.megatron_ext.masked_softmax_forward(
-        scores.contiguous(), mask.contiguous(), scale, dropout, seed
-    )
-    result: torch.Tensor = after if dropout > 0 else probs
+    result: torch.Tensor = _Masked.apply(scores, mask, scale, dropout, seed)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -72,44 +67,62 @@ def masked_reference(
     """``masked_softmax`` in plain PyTorch."""
     # Where everything is masked, softmax is NaN and its gradient too; there the scores are taken as they are, then 0.
     nothing = mask.all(dim=-1, keepdim=True)
-    masked = _softmax(scores, scale).masked_fill(mask & ~nothing, -torch.inf)
+    masked = _scaled(scores, scale).masked_fill(mask & ~nothing, -torch.inf)
     return dropped(masked.softmax(dim=-1).masked_fill(nothing, 0.0), dropout, seed).to(scores.dtype)
 
 
-def _softmax(scores: torch.Tensor, scale: float) -> torch.Tensor:
+def _scaled(scores: torch.Tensor, scale: float) -> torch.Tensor:
     """Scaled scores in float32 or better, as the kernels have them."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
 
 
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: torch.Tensor, scale: float, dropout: float, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        probs, after = torch.ops.megatron_ext.causal_softmax_forward.default(scores.contiguous(), scale, dropout, seed)
+        ctx.scale, ctx.dropout = scale, dropout
+        ctx.save_for_backward(probs, seed)
+        return after if dropout > 0 else probs  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        probs, seed = ctx.saved_tensors
+        dscores = torch.ops.megatron_ext.causal_softmax_backward.default(
+            grad_outputs[0].contiguous(), probs, ctx.scale, ctx.dropout, seed
+        )
+        return dscores, None, None, None
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any, scores: torch.Tensor, mask: torch.Tensor, scale: float, dropout: float, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        probs, after = torch.ops.megatron_ext.masked_softmax_forward.default(
+            scores.contiguous(), mask.contiguous(), scale, dropout, seed
+        )
+        ctx.scale, ctx.dropout = scale, dropout
+        ctx.save_for_backward(probs, seed)
+        return after if dropout > 0 else probs  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        probs, seed = ctx.saved_tensors
+        dscores = torch.ops.megatron_ext.masked_softmax_backward.default(
+            grad_outputs[0].contiguous(), probs, ctx.scale, ctx.dropout, seed
+        )
+        return dscores, None, None, None, None
+
+
 def register() -> None:
-    """Tell torch shapes and derivatives; the library with the schemas is loaded."""
+    """Tell torch the results' shapes; the library with the schemas is loaded."""
     for kind in ("causal", "masked"):
-        name = f"megatron_ext::{kind}_softmax"
-        torch.library.register_fake(f"{name}_forward", _fake_forward)
-        torch.library.register_fake(f"{name}_backward", lambda dy, *_rest: torch.empty_like(dy))
-        backward = functools.partial(_backward, f"{kind}_softmax_backward")
-        torch.library.register_autograd(f"{name}_forward", backward, setup_context=_keep)
+        torch.library.register_fake(f"megatron_ext::{kind}_softmax_forward", _fake_forward)
+        torch.library.register_fake(f"megatron_ext::{kind}_softmax_backward", lambda dy, *_rest: torch.empty_like(dy))
 
 
 def _fake_forward(scores: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     dropout = rest[-2]
     return torch.empty_like(scores), torch.empty_like(scores) if dropout > 0 else scores.new_empty(0)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.scale, ctx.dropout, seed = inputs[-3:]
-    ctx.others = len(inputs) - 1
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], seed)
-
-
-def _backward(
-    name: str, ctx: Any, dprobs: torch.Tensor | None, dafter: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    dy = dafter if ctx.dropout > 0 else dprobs
-    if dy is None:
-        return (None,) * (ctx.others + 1)
-    probs, seed = ctx.saved_tensors
-    dscores = getattr(torch.ops.megatron_ext, name)(dy.contiguous(), probs, ctx.scale, ctx.dropout, seed)
-    others: tuple[None, ...] = (None,) * ctx.others
-    return (dscores, *others)

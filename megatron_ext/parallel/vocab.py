@@ -18,14 +18,13 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, layout: Layout) -> torch.Tensor:
         # In place from here on: nothing else reads the logits, and they are the largest tensor of the step.
         work = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        rows = work.shape[-1]
-        first = layout.tensor_rank * rows
-        real = work[..., : max(0, min(rows, vocab_size - first))]
+        first, columns = real_slice(work.shape[-1], vocab_size=vocab_size, layout=layout)
+        real = work[..., :columns]
         if real.shape[-1]:
             maximum = real.amax(dim=-1)
         else:
             maximum = torch.full(labels.shape, -torch.inf, dtype=work.dtype, device=work.device)
-        _all_reduce(maximum, layout, dist.ReduceOp.MAX)
+        reduce_over_vocab(maximum, layout, dist.ReduceOp.MAX)
         real.sub_(maximum.unsqueeze(-1))
         index = labels - first
         inside = (index >= 0) & (index < real.shape[-1])
@@ -33,7 +32,7 @@ class _CrossEntropy(torch.autograd.Function):
         target = torch.where(inside, work.gather(-1, index).squeeze(-1), 0.0)
         real.exp_()
         sums = torch.stack([target, real.sum(dim=-1)])
-        _all_reduce(sums, layout, dist.ReduceOp.SUM)
+        reduce_over_vocab(sums, layout, dist.ReduceOp.SUM)
         work[..., real.shape[-1] :] = 0.0
         target, total = sums.unbind()
         ctx.save_for_backward(work, total, index, inside)
@@ -61,6 +60,12 @@ def vocab_parallel_cross_entropy(
     return loss
 
 
+def real_slice(rows: int, *, vocab_size: int, layout: Layout) -> tuple[int, int]:
+    """First id of this tensor rank's slice of ``rows`` rows, and how many of its rows are ids and no padding."""
+    first = layout.tensor_rank * rows
+    return first, max(0, min(rows, vocab_size - first))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -82,6 +87,7 @@ def gather_vocab(logits: torch.Tensor, *, vocab_size: int, layout: Layout) -> to
     return logits[..., :vocab_size]
 
 
-def _all_reduce(tensor: torch.Tensor, layout: Layout, operation: dist.ReduceOp.RedOpType) -> None:
+def reduce_over_vocab(tensor: torch.Tensor, layout: Layout, operation: dist.ReduceOp.RedOpType) -> None:
+    """Combine ``tensor`` in place over the ranks that hold the slices of the vocabulary."""
     if layout.tensor_size > 1:
         dist.all_reduce(tensor, op=operation, group=layout.tensor_group)

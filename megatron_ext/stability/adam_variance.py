@@ -18,6 +18,8 @@ from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.engine.engine import StepResult, TrainEngine
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.parameters import parameter_kind
+from megatron_ext.ops.adam_variance import adam_variance
+from megatron_ext.ops.kernels import Kernels, is_fused
 
 _PART = 2**20
 """Elements per reduction: so few that a part stays in a CPU's cache, enough to keep a GPU busy."""
@@ -52,8 +54,11 @@ class AdamVariance:
     that came with the losses.
     """
 
-    def __init__(self, engine: TrainEngine, config: MetricsConfig, device: torch.device) -> None:
+    def __init__(
+        self, engine: TrainEngine, config: MetricsConfig, device: torch.device, *, kernels: Kernels = "reference"
+    ) -> None:
         """Measure ``engine`` as ``config`` says; ``device`` is the one that collectives use."""
+        self._kernels: Kernels = kernels
         self._engine = engine
         self._every = config.adam_variance_every
         self._names = [name for name, _ in engine.module.named_parameters()]
@@ -106,9 +111,15 @@ class AdamVariance:
         if not moments:
             zeros = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._device)
             return zeros[0], zeros[1]
-        parts = [torch.split(moment.values, _PART) for moment in moments]
+        # The fused statistic takes a parameter of any size at once; a NaN in it shows in the sum.
+        whole = all(is_fused(self._kernels, moment.values) for moment in moments)
+        parts = [(m.values,) if whole else torch.split(m.values, _PART) for m in moments]
         counts = dict(zip((moment.name for moment in moments), map(len, parts), strict=True))
-        sums, largest = _reduced([part for pieces in parts for part in pieces])
+        flat = [part for pieces in parts for part in pieces]
+        if whole:
+            sums, largest = torch.stack([adam_variance(part, kernels="fused") for part in flat]).unbind(dim=1)
+        else:
+            sums, largest = _reduced(flat)
         lengths = self._lengths_of(tuple(counts.get(name, 0) for name in self._names))
         # unsafe: without it the lengths would be fetched, to be checked.
         return (

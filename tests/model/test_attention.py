@@ -56,7 +56,9 @@ def test_equal_to_the_float64_reference(
     expected = _float64_reference(*exact.chunk(3, dim=-1))
     (exact_gradient,) = torch.autograd.grad(expected, exact, upstream.double())
     assert context.dtype == dtype
-    tolerance = _TOLERANCE[dtype]
+    # Scores that are rounded to 16 bits cost some of a probability's digits.
+    rounds_scores = name == "fused_softmax" and dtype in {torch.float16, torch.bfloat16}
+    tolerance = _TOLERANCE[dtype] * (4 if rounds_scores else 1)
     torch.testing.assert_close(context.double(), expected, rtol=tolerance, atol=tolerance)
     scale = exact_gradient.abs().max().clamp(min=1.0)
     torch.testing.assert_close(gradient.double() / scale, exact_gradient / scale, rtol=0, atol=4 * tolerance)

@@ -80,8 +80,8 @@ def _planted(planted: Planted) -> Iterator[None]:
             spoiler.look(step, found, dist.get_rank(), dist.get_world_size())
             return found
 
-    def build_spoiled(*arguments: Any) -> torch.nn.Module:
-        model = build_gpt(*arguments)
+    def build_spoiled(*arguments: Any, **options: Any) -> torch.nn.Module:
+        model = build_gpt(*arguments, **options)
         model.register_forward_hook(spoiler.hook)
         return model
 

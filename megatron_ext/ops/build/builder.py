@@ -62,10 +62,16 @@ def build_library(
         patience: How long to wait for another process that builds it.
 
     Raises:
-        KernelsUnavailableError: a compiler failed, or the cache cannot be written.
+        KernelsUnavailableError: a compiler failed, now or when the same was tried before, or the cache cannot be
+            written.
     """
-    folder = cache / recipe.key
+    folder, failed = cache / recipe.key, _failure_log(cache, recipe)
     before = _identity(folder) if force else None
+    if force:
+        failed.unlink(missing_ok=True)
+    elif failed.exists():
+        # The key has everything that decides: trying again would cost every start a minute.
+        raise KernelsUnavailableError(_failure(recipe, failed))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with build_lock(
@@ -131,11 +137,23 @@ def _run_ninja(recipe: Recipe, partial: Path, *, jobs: int) -> None:
     (partial / _LOG).write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode == 0:
         return
-    kept = partial.parent / f"{recipe.key}.failed.log"
+    kept = _failure_log(partial.parent, recipe)
     (partial / _LOG).replace(kept)
-    lines = (done.stdout + done.stderr).splitlines()
+    raise KernelsUnavailableError(_failure(recipe, kept))
+
+
+def _failure_log(cache: Path, recipe: Recipe) -> Path:
+    """What the compilers said when the recipe failed; is there until it is forced."""
+    return cache / f"{recipe.key}.failed.log"
+
+
+def _failure(recipe: Recipe, log: Path) -> str:
+    lines = log.read_text(encoding="utf-8").splitlines()
     first = next((line.strip() for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
-    raise KernelsUnavailableError(f"the {recipe.backend} kernels do not compile here: {first[:300]}; see {kept}")
+    return (
+        f"the {recipe.backend} kernels do not compile here: {first[:300]}; see {log}, and try again with "
+        f"`megatron-ext kernels build --{recipe.backend} --force`"
+    )
 
 
 def _publish(partial: Path, folder: Path, *, replace: bool) -> None:
