@@ -1,0 +1,39 @@
+"""What nvcc makes of the kernels: PTX, device code with ptxas's report, and the library that a GPU runs."""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from tests.kernels.building import SOURCES, CannotBuildError, Step, make, tool, version_of
+
+FLAGS = "-std=c++17 -O3"
+
+
+def kernel_sources(root: Path = SOURCES) -> list[Path]:
+    """The CUDA sources."""
+    sources = sorted((root / "cuda").glob("*.cu"))
+    if not sources:
+        raise CannotBuildError("there are no kernels in csrc/cuda")
+    return sources
+
+
+@cache
+def newest_architecture() -> int:
+    """The newest architecture that nvcc can compile for."""
+    done = subprocess.run([tool("nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return max(int(number) for number in re.findall(r"compute_(\d+)", done.stdout))
+
+
+def ptx_of(sources: Sequence[Path], architecture: int) -> list[Path]:
+    """PTX of each source for ``compute_ARCHITECTURE``."""
+    command = f"{tool('nvcc')} {FLAGS} -ptx -arch=compute_{architecture} $in -o $out"
+    return make([Step(command, (source,), ".ptx", version_of("nvcc")) for source in sources])
+
+
+def device_code_of(sources: Sequence[Path], architecture: int) -> list[Path]:
+    """Device code of each source for ``sm_ARCHITECTURE``; ptxas's report is beside it (``.log`` behind the name)."""
+    target = f"-gencode arch=compute_{architecture},code=sm_{architecture}"
+    command = f"{tool('nvcc')} {FLAGS} -Xptxas -v {target} -cubin $in -o $out > $log 2>&1"
+    return make([Step(command, (source,), ".cubin", version_of("nvcc")) for source in sources])

@@ -1,0 +1,170 @@
+"""Memory of a launch: tensors and shared memory, with every access checked before it is made."""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.kernels.ptx.parser import PtxError
+from tests.kernels.ptx.shadow import Actors, Index, Shadow
+from tests.kernels.ptx.values import Array
+
+POISON = 0xFF
+
+
+class AccessError(PtxError):
+    """A wrong access; ``position`` is the place, among the threads of the instruction, of one that made it."""
+
+    def __init__(self, what: str, position: int) -> None:
+        super().__init__(what)
+        self.what = what
+        self.position = position
+
+
+@dataclass
+class Piece:
+    """A tensor, or the shared memory of the blocks of a batch: ``data`` are its bytes, from address ``start`` on."""
+
+    start: int
+    data: Array
+    shadow: Shadow
+
+    @staticmethod
+    def of_address(start: int, size: int) -> "Piece":
+        """The bytes of a tensor, themselves."""
+        buffer = (ctypes.c_uint8 * size).from_address(start)
+        return Piece(start, np.ctypeslib.as_array(buffer), Shadow(size))
+
+    @staticmethod
+    def poisoned(size: int) -> "Piece":
+        """New memory that nobody wrote."""
+        return Piece(0, np.full(size, POISON, np.uint8), Shadow(size))
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load or store: ``count`` values of ``dtype`` side by side for each thread."""
+
+    dtype: np.dtype[Any]
+    count: int
+    read_only: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.dtype.itemsize * self.count
+
+
+class GlobalMemory:
+    """The tensors of a launch."""
+
+    def __init__(self, tensors: list[tuple[int, int]]) -> None:
+        self._pieces = [Piece.of_address(*tensor) for tensor in sorted(set(tensors)) if tensor[1] > 0]
+
+    def load(self, addresses: Array, access: Access, actors: Actors) -> list[Array]:
+        results = [np.empty(len(addresses), access.dtype) for _ in range(access.count)]
+        for piece, who in self._split(addresses, access):
+            offsets = addresses[who].astype(np.int64) - piece.start
+            chosen = _subset(actors, who)
+            if access.read_only:
+                _check(piece.shadow.written(offsets, access.width), who, "read-only load of what the launch writes")
+            _check(piece.shadow.read(offsets, access.width, chosen), who, "race in global memory (read and write)")
+            for result, value in zip(results, _gather(piece, offsets, access), strict=True):
+                result[who] = value
+        return results
+
+    def store(self, addresses: Array, access: Access, values: list[Array], actors: Actors) -> None:
+        for piece, who in self._split(addresses, access):
+            offsets = addresses[who].astype(np.int64) - piece.start
+            racing = piece.shadow.write(offsets, access.width, _subset(actors, who))
+            _check(racing, who, "race in global memory (write)")
+            _scatter(piece, offsets, access, [np.broadcast_to(value, addresses.shape)[who] for value in values])
+
+    def atomic(self, address: int, dtype: np.dtype[Any], position: int) -> Array:
+        """The one value at ``address``, to be changed in place."""
+        for piece in self._pieces:
+            if piece.start <= address and address + dtype.itemsize <= piece.start + len(piece.data):
+                offset = address - piece.start
+                return piece.data[offset : offset + dtype.itemsize].view(dtype)
+        raise AccessError(f"atomic outside of every tensor ({address:#x})", position)
+
+    def _split(self, addresses: Array, access: Access) -> list[tuple[Piece, Index | slice]]:
+        """The pieces that the addresses lie in, and the positions of those that lie in each."""
+        width = np.uint64(access.width)
+        _check(addresses % width != 0, slice(None), f"misaligned access of {access.width} bytes")
+        for piece in self._pieces:
+            inside = _inside(piece, addresses, width)
+            if inside.all():
+                return [(piece, slice(None))]
+            if inside.any():
+                break
+        found = [(piece, np.flatnonzero(_inside(piece, addresses, width))) for piece in self._pieces]
+        covered = np.zeros(len(addresses), np.bool_)
+        for _, who in found:
+            covered[who] = True
+        _check(~covered, slice(None), f"global access of {access.width} bytes outside of every tensor")
+        return [(piece, who) for piece, who in found if len(who)]
+
+
+class SharedMemory:
+    """Shared memory of the blocks of a batch, one after the other."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.size = size
+        self._stride = -(-size // 16) * 16
+        self._piece = Piece.poisoned(blocks * self._stride)
+
+    def load(self, addresses: Array, access: Access, actors: Actors, block: Index) -> list[Array]:
+        offsets = self._offsets(addresses, access, block)
+        _check(self._piece.shadow.unwritten(offsets, access.width), slice(None), "read of shared memory nobody wrote")
+        _check(self._piece.shadow.read(offsets, access.width, actors), slice(None), "race in shared memory (read)")
+        return _gather(self._piece, offsets, access)
+
+    def store(self, addresses: Array, access: Access, values: list[Array], actors: Actors, block: Index) -> None:
+        offsets = self._offsets(addresses, access, block)
+        _check(self._piece.shadow.write(offsets, access.width, actors), slice(None), "race in shared memory (write)")
+        _scatter(self._piece, offsets, access, values)
+
+    def _offsets(self, addresses: Array, access: Access, block: Index) -> Index:
+        at = addresses.astype(np.int64)
+        outside = (at < 0) | (at + access.width > self.size)
+        _check(outside, slice(None), f"shared access of {access.width} bytes outside of the block's {self.size}")
+        _check(at % access.width != 0, slice(None), f"misaligned access of {access.width} bytes")
+        return np.asarray(at + block * self._stride)
+
+
+def _inside(piece: Piece, addresses: Array, width: Any) -> Array:
+    return np.asarray((addresses >= piece.start) & (addresses + width <= piece.start + len(piece.data)))
+
+
+def _subset(actors: Actors, who: Index | slice) -> Actors:
+    if isinstance(who, slice):
+        return actors
+    return Actors(actors.thread[who], actors.warp[who], actors.block[who], actors.epoch[who], actors.warp_epoch[who])
+
+
+def _check(wrong: Array | None, who: Index | slice, what: str) -> None:
+    if wrong is None or not wrong.any():
+        return
+    first = int(np.flatnonzero(wrong)[0])
+    raise AccessError(what, first if isinstance(who, slice) else int(who[first]))
+
+
+def _elements(piece: Piece, dtype: np.dtype[Any]) -> tuple[Array, int]:
+    """The piece's values, and the offset of the first: a tensor may start and end anywhere in it."""
+    skipped = -piece.start % dtype.itemsize
+    whole = (len(piece.data) - skipped) // dtype.itemsize * dtype.itemsize
+    return piece.data[skipped : skipped + whole].view(dtype), skipped
+
+
+def _gather(piece: Piece, offsets: Index, access: Access) -> list[Array]:
+    values, skipped = _elements(piece, access.dtype)
+    first = (offsets - skipped) // access.dtype.itemsize
+    return [values[first + place] for place in range(access.count)]
+
+
+def _scatter(piece: Piece, offsets: Index, access: Access, values: list[Array]) -> None:
+    target, skipped = _elements(piece, access.dtype)
+    first = (offsets - skipped) // access.dtype.itemsize
+    for place, value in enumerate(values):
+        target[first + place] = value
