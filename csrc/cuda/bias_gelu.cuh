@@ -15,25 +15,33 @@ namespace mx {
 constexpr float kSqrtTwoOverPi = 0.7978845608028654f, kCubic = 0.044715f;
 constexpr float kSqrtHalf = 0.7071067811865476f, kInverseSqrtTwoPi = 0.3989422804014327f;
 
-// s of the tanh form: the exponential keeps its relative precision where 1 + tanh would cancel.
-MX_DEVICE float sigmoid_of_tanh(float z) {
+// The tanh form's s, and s * (1 - s): from an exponential that is at most 1, so that neither overflows and both keep their
+// relative precision where 1 + tanh or 1 - s would cancel.
+struct Sigmoid {
+  float value;
+  float product;
+};
+
+MX_DEVICE Sigmoid sigmoid_of_tanh(float z) {
   const float u = kSqrtTwoOverPi * (z + kCubic * z * z * z);
-  return __fdividef(1.f, 1.f + __expf(-2.f * u));
+  const float e = __expf(-2.f * fabsf(u));
+  const float inverse = __fdividef(1.f, 1.f + e);
+  return {u < 0.f ? e * inverse : inverse, e * inverse * inverse};
 }
 
 template <bool EXACT>
 MX_DEVICE float gelu(float z) {
   if constexpr (EXACT) return 0.5f * z * (1.f + erff(z * kSqrtHalf));
-  return z * sigmoid_of_tanh(z);
+  return z * sigmoid_of_tanh(z).value;
 }
 
 template <bool EXACT>
 MX_DEVICE float gelu_slope(float z) {
   if constexpr (EXACT) return 0.5f * (1.f + erff(z * kSqrtHalf)) + z * kInverseSqrtTwoPi * __expf(-0.5f * z * z);
-  const float s = sigmoid_of_tanh(z);
+  const Sigmoid s = sigmoid_of_tanh(z);
   // Far out s is 0 or 1 and its slope 0, but the square of z may be infinite. NaN goes the other way, and stays NaN.
-  if (fabsf(z) > 64.f) return s;
-  return s + z * s * (1.f - s) * 2.f * kSqrtTwoOverPi * (1.f + 3.f * kCubic * z * z);
+  if (fabsf(z) > 64.f) return s.value;
+  return s.value + z * s.product * 2.f * kSqrtTwoOverPi * (1.f + 3.f * kCubic * z * z);
 }
 
 template <class T, int N, bool EXACT>

@@ -1,7 +1,7 @@
 """How results of kernels are judged: against float64, by what torch itself achieves in the same dtype.
 
-Errors are taken row by row (over the last dimension), relative to the largest value of the row: a row of small values is
-not excused by a row of large ones.
+Errors are taken row by row (over the last dimension), relative to the largest value of the row: a row of small values
+is not excused by a row of large ones.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,9 @@ def check(
 ) -> None:
     """Holds ``got`` against ``exact`` (float64), with ``torchs``, torch's result in that dtype, as the measure.
 
-    ``terms`` is the size of what a result is the difference of, where it may be much smaller than that: units in the last
-    place of float32 of it are allowed too. Where the exact result is not a finite number of the dtype, ``got`` must be the same infinity or NaN.
+    ``terms`` is the size of what a result is the difference of, where it may be much smaller than that: units in the
+    last place of float32 of it are allowed too. Where the exact result is not a finite number of the dtype, ``got``
+    must be the same infinity or NaN.
     """
     got, exact, torchs = cpu(got), cpu(exact), cpu(torchs)
     assert got.shape == exact.shape, f"{name}: {tuple(got.shape)} is not {tuple(exact.shape)}"
@@ -102,7 +103,7 @@ def noise(seed: int, elements: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
 
 
 def dropout_factors(shape: Sequence[int], probability: float, seed: int) -> torch.Tensor:
-    """What each element of a tensor is multiplied by, float64: 0, or 1 / (1 - p) with the float32 that is passed as p."""
+    """What each element is multiplied by, float64: 0, or 1 / (1 - p) with the float32 that is passed as p."""
     p = float(np.float32(probability))
     count = int(np.prod(shape))
     kept = noise(seed, np.arange(count, dtype=np.int64)) >= np.uint64(int(p * 2**32))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as functional
+from torch.nn import functional
 
 from tests.kernels.accuracy import FLOATS, check, cpu, normal
 from tests.kernels.backends import KernelBackend
@@ -19,7 +19,7 @@ PARTITIONS = 2
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """x, weight, bias, dy. No weight is near 0: the gradient from the output divides by them."""
-    rows, cols = shape
+    cols = shape[1]
     weight = normal((cols,), torch.float64, seed=2, scale=0.2).clamp(-0.5, 0.5) + 1.0
     bias = normal((cols,), weight_dtype, seed=3)
     return normal(shape, dtype, seed=1, scale=3, mean=1), weight.to(weight_dtype), bias, normal(shape, dtype, seed=4)
@@ -126,7 +126,7 @@ def test_rows_of_one_value(backend: KernelBackend, cols: int) -> None:
 
 @pytest.mark.parametrize("cols", [16, 31, 1024])
 def test_what_is_not_finite_stays_in_its_row(backend: KernelBackend, cols: int) -> None:
-    x, weight, bias, dy = _inputs((6, cols), torch.float32, torch.float32)
+    x, weight, bias, _ = _inputs((6, cols), torch.float32, torch.float32)
     x[1, cols // 2], x[4, 0] = float("nan"), float("inf")
     y = cpu(layer_norm_forward(backend, x, weight, bias, EPS)["y"])
     assert y[[1, 4]].isnan().all()

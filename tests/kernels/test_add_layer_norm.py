@@ -1,0 +1,154 @@
+"""LayerNorm after the residual add, with bias and dropout before it, of every backend against float64."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.kernels.accuracy import FLOATS, check, cpu, dropout_factors, normal, same_bits
+from tests.kernels.backends import KernelBackend
+from tests.kernels.calls import (
+    QUIET,
+    Noise,
+    add_layer_norm_backward,
+    add_layer_norm_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+)
+
+EPS = 1e-5
+PARTITIONS = 2
+NOISE = Noise(probability=0.3, seed=987654321987)
+# (rows, cols), as in test_layer_norm.
+SHAPES = [(9, 7), (1100, 8), (21, 768), (17, 1024), (9, 1025), (3, 16384)]
+
+
+def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    cols = shape[1:]
+    values = {name: normal(shape, dtype, seed=seed) for seed, name in enumerate(("x", "residual", "dy", "dsum"))}
+    return values | {
+        "x_bias": normal(cols, weight_dtype, seed=5),
+        "weight": normal(cols, weight_dtype, seed=6, scale=0.2, mean=1),
+        "bias": normal(cols, weight_dtype, seed=7),
+    }
+
+
+def _check(
+    backend: KernelBackend, shape: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], noise: Noise, *, bare: bool
+) -> None:
+    """Both directions; ``bare``: without x_bias and dsum."""
+    given = _inputs(shape, *dtypes)
+    x_bias = None if bare else given["x_bias"]
+    _check_forward(backend, given, x_bias, noise)
+    _check_backward(backend, given, None if bare else given["dsum"], noise)
+
+
+def _check_forward(
+    backend: KernelBackend, given: dict[str, torch.Tensor], x_bias: torch.Tensor | None, noise: Noise
+) -> None:
+    x, residual, dtype = given["x"], given["residual"], given["x"].dtype
+    affine = given["weight"], given["bias"]
+    got = add_layer_norm_forward(backend, x, x_bias, residual, affine, noise=noise, eps=EPS)
+    factors = dropout_factors(x.shape, noise.probability, noise.seed)
+    biased = x.double() if x_bias is None else x.double() + x_bias.double()
+    own = x if x_bias is None else x + x_bias.to(dtype)
+    check("sum", got["sum"], residual.double() + biased * factors, residual + own * factors.to(dtype))
+    # What comes after is a LayerNorm of the sum as it was stored.
+    alone = layer_norm_forward(backend, cpu(got["sum"]), *affine, EPS)
+    total = cpu(got["sum"])
+    cols = x.shape[1:]
+    exact = functional.layer_norm(total.double(), cols, affine[0].double(), affine[1].double(), EPS)
+    check("y", got["y"], exact, functional.layer_norm(total, cols, affine[0].to(dtype), affine[1].to(dtype), EPS))
+    for name in ("mean", "rstd"):
+        assert torch.allclose(cpu(got[name]), cpu(alone[name]), rtol=1e-6, atol=1e-7), name
+
+
+def _check_backward(
+    backend: KernelBackend, given: dict[str, torch.Tensor], dsum: torch.Tensor | None, noise: Noise
+) -> None:
+    dy, weight, total, dtype = given["dy"], given["weight"], given["x"], given["x"].dtype
+    mean = total.double().mean(-1).float()
+    rstd = (total.double().var(-1, unbiased=False) + EPS).rsqrt().float()
+    got = add_layer_norm_backward(
+        backend,
+        dy,
+        dsum,
+        total,
+        weight,
+        statistics=(mean, rstd),
+        with_x_bias=dsum is not None,
+        partitions=PARTITIONS,
+        noise=noise,
+    )
+    factors = dropout_factors(dy.shape, noise.probability, noise.seed)
+    exact = _gradients((dy, dsum, total, weight, mean, rstd), factors, torch.float64)
+    own = _gradients((dy, dsum, total, weight, mean, rstd), factors, dtype)
+    for name, value in got.items():
+        row = name in {"dresidual", "dx"}
+        terms = (rstd.unsqueeze(-1) * dy.float() * weight.float()).abs().amax(-1, True) if row else None
+        check(name, value, exact[name], own[name].to(value.dtype), terms=terms)
+
+
+def _gradients(
+    inputs: tuple[torch.Tensor | None, ...], factors: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    dy, dsum, total, weight, mean, rstd = (None if each is None else each.to(dtype) for each in inputs)
+    assert dy is not None
+    assert total is not None
+    assert weight is not None
+    assert mean is not None
+    assert rstd is not None
+    normalized, g = (total - mean.unsqueeze(-1)) * rstd.unsqueeze(-1), dy * weight
+    d = rstd.unsqueeze(-1) * (g - g.mean(-1, True) - normalized * (g * normalized).mean(-1, True))
+    d = d if dsum is None else d + dsum
+    dropped = d * factors.to(dtype)
+    sums = {"dweight": (dy * normalized).sum(0), "dbias": dy.sum(0), "dx_bias": dropped.sum(0)}
+    return {"dresidual": d, "dx": dropped, **sums}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_with_bias_and_dropout(backend: KernelBackend, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    _check(backend, shape, (dtype, dtype), NOISE, bare=False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(9, 7), (21, 768)], ids=str)
+def test_plain_add(backend: KernelBackend, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    _check(backend, shape, (dtype, torch.float32), QUIET, bare=True)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (21, 768)], ids=str)
+def test_bias_without_dropout(backend: KernelBackend, shape: tuple[int, int]) -> None:
+    _check(backend, shape, (torch.float16, torch.float32), QUIET, bare=False)
+
+
+def test_dropped_gradient_is_zero_where_the_forward_pass_dropped(backend: KernelBackend) -> None:
+    for shape in ((9, 7), (21, 768)):
+        given = _inputs(shape, torch.float32, torch.float32)
+        zero = torch.zeros(shape)
+        affine = given["weight"], given["bias"]
+        forward = add_layer_norm_forward(backend, zero + 1, None, zero, affine, noise=NOISE)
+        backward = add_layer_norm_backward(
+            backend, given["dy"], given["dsum"], given["x"], given["weight"],
+            statistics=(zero[:, 0], zero[:, 0] + 1), with_x_bias=True, partitions=PARTITIONS, noise=NOISE,
+        )  # fmt: skip
+        kept = dropout_factors(shape, NOISE.probability, NOISE.seed) != 0
+        assert torch.equal(cpu(forward["sum"]) != 0, kept)
+        assert torch.equal(cpu(backward["dx"]) != 0, kept)
+
+
+def test_without_what_is_added_it_is_layer_norm(backend: KernelBackend) -> None:
+    """The same bits as the op alone, so that a model may change between them."""
+    for shape in ((9, 7), (21, 768)):
+        given = _inputs(shape, torch.float32, torch.float32)
+        x, dy, weight = given["x"], given["dy"], given["weight"]
+        forward = add_layer_norm_forward(backend, x, None, torch.zeros(shape), (weight, given["bias"]))
+        alone = layer_norm_forward(backend, x, weight, given["bias"])
+        same_bits("y", forward["y"], alone["y"])
+        mean, rstd = cpu(alone["mean"]), cpu(alone["rstd"])
+        got = add_layer_norm_backward(
+            backend, dy, None, x, weight, statistics=(mean, rstd), with_x_bias=False, partitions=PARTITIONS
+        )
+        reference = layer_norm_backward(backend, dy, x, weight, mean=mean, rstd=rstd, partitions=PARTITIONS)
+        check("dx", got["dresidual"], cpu(reference["dx"]).double(), cpu(reference["dx"]))
+        check("dweight", got["dweight"], cpu(reference["dweight"]).double(), cpu(reference["dweight"]))
