@@ -8,7 +8,8 @@
       "variants": {"baseline": {}, "slw": {"curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 200}}}}
     }
 
-Every variant is merged into the base as a file that ``extends`` it would be (see merging.py).
+Every variant is merged into the base as a file that ``extends`` it would be (see merging.py), or is such a file. With a
+``grid`` as well, every variant is trained at every point of it.
 """
 
 import json
@@ -26,8 +27,9 @@ from megatron_ext.config.base import PositiveInt, Section, Seed
 from megatron_ext.config.explain import ConfigError, explain
 from megatron_ext.config.files import Layer, read_layers
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Tree
+from megatron_ext.config.merging import Tree, merge
 from megatron_ext.config.run import RunConfig
+from megatron_ext.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _PLACES = frozenset({"variant", "seed", "experiment"})
@@ -42,7 +44,7 @@ class ExperimentConfig(Section):
     """Name of the experiment, in reports."""
 
     base: str
-    """Config of the run that all variants change, relative to this file."""
+    """Config that all variants change, relative to this file; a variant that is a file extends it."""
 
     output_dir: str
     """Where the run directories are made; relative paths start at the working directory."""
@@ -50,11 +52,12 @@ class ExperimentConfig(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1234,)
     """Every variant is trained once with each of these as its ``seed``."""
 
-    variants: dict[str, dict[str, Any]] | None = None
-    """Name of a variant -> sections of a run config that it changes; ``{}`` is the base itself."""
+    variants: dict[str, dict[str, Any] | str] | None = None
+    """Name of a variant -> sections of a run config that it changes (``{}`` is the base itself), or a file, relative to
+    this one, that extends the base."""
 
     grid: dict[str, list[Any]] | None = None
-    """Instead of variants: ``section.key`` -> values; every combination becomes a variant."""
+    """``section.key`` -> values; every combination becomes a variant, or with ``variants`` one of each."""
 
     nproc: PositiveInt | None = None
     """Ranks on this machine; by default one per GPU, or one on a CPU."""
@@ -114,12 +117,13 @@ def _runs(config: ExperimentConfig, path: Path) -> list[ExperimentRun]:
     base = read_layers(path.parent / config.base)
     found: list[ExperimentRun] = []
     problems: list[str] = []
-    for variant, changes in variants_of(config).items():
+    for variant in variants_of(config):
+        under = base if variant.file is None else _layers_of(variant, base, path)
         for seed in config.seeds:
-            own = {"name": _run_name(config, variant, seed), "output_dir": config.output_dir, "seed": seed}
-            layers = [*base, Layer(f"{path} (variant {variant})", changes | own)]
+            own = {"name": _run_name(config, variant.name, seed), "output_dir": config.output_dir, "seed": seed}
+            layers = [*under, Layer(f"{path} (variant {variant.name})", variant.changes | own)]
             try:
-                found.append(ExperimentRun(variant=variant, seed=seed, config=parse_layers(layers)))
+                found.append(ExperimentRun(variant=variant.name, seed=seed, config=parse_layers(layers)))
             except ConfigError as error:
                 problems.extend(error.problems)
                 break  # the other seeds of the variant would say the same
@@ -128,21 +132,52 @@ def _runs(config: ExperimentConfig, path: Path) -> list[ExperimentRun]:
     return found
 
 
-def variants_of(config: ExperimentConfig) -> dict[str, Tree]:
-    """Name -> what it changes; the variants of a grid are called after its keys' last parts and the values."""
-    if config.variants is not None:
-        return dict(config.variants)
-    assert config.grid is not None, "either variants or a grid"
-    keys = list(config.grid)
+@dataclass(frozen=True)
+class Variant:
+    """What a variant changes: the base, or the base as ``file`` changes it."""
+
+    name: str
+    changes: Tree
+    file: str | None = None
+
+
+def _layers_of(variant: Variant, base: list[Layer], path: Path) -> list[Layer]:
+    """The layers of a variant's file, which have to hold those of the base."""
+    assert variant.file is not None, "the variant is a file"
+    layers = read_layers(path.parent / variant.file)
+    if base[-1].tree not in (layer.tree for layer in layers):
+        raise UserError(
+            f"{path}: variants.{variant.name} is {variant.file}, which does not extend {base[-1].source}: a comparison "
+            "is of runs that change one base"
+        )
+    return layers
+
+
+def variants_of(config: ExperimentConfig) -> list[Variant]:
+    """All variants; the points of a grid are called after its keys' last parts and the values."""
+    points = _points(config.grid or {})
+    if config.variants is None:
+        return [Variant(name, tree) for name, tree in points]
+    found = []
+    for name, given in config.variants.items():
+        changes, file = ({}, given) if isinstance(given, str) else (given, None)
+        # A point of the grid wins over the variant, as if it were given last.
+        found += [Variant(f"{name}_{at}" if at else name, merge(changes, tree), file) for at, tree in points]
+    return found
+
+
+def _points(grid: Mapping[str, list[Any]]) -> list[tuple[str, Tree]]:
+    """Name and tree of every combination of values; without keys, one that has no name and changes nothing."""
+    keys = list(grid)
     short = [key.rpartition(".")[2] for key in keys]
     labels = short if len(set(short)) == len(short) else keys
-    result: dict[str, Tree] = {}
-    for numbered in product(*(enumerate(values) for values in config.grid.values())):
+    result = []
+    for numbered in product(*(enumerate(values) for values in grid.values())):
         name = "_".join(f"{label}={_shown(value, at)}" for label, (at, value) in zip(labels, numbered, strict=True))
         tree: Tree = {}
         for key, (_, value) in zip(keys, numbered, strict=True):
             tree = _put(tree, key.split("."), value)
-        result[name] = tree
+        result.append((name, tree))
     return result
 
 
@@ -167,8 +202,8 @@ def _problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"name is {json.dumps(config.name)}: {_allowed('a name')}"
     if len(set(config.seeds)) < len(config.seeds):
         yield f"seeds is {list(config.seeds)}: every seed once"
-    if (config.variants is None) == (config.grid is None):
-        yield 'write either variants, {"NAME": {sections}}, or grid, {"section.key": [values]}'
+    if config.variants is None and config.grid is None:
+        yield 'write variants, {"NAME": {sections}}, or grid, {"section.key": [values]}, or both'
         return
     if config.variants is not None:
         yield from _variant_problems(config.variants)
@@ -181,13 +216,13 @@ def _allowed(what: str) -> str:
     return f"{what} takes letters, digits and . _ = + -, and begins with a letter or digit"
 
 
-def _variant_problems(variants: Mapping[str, Tree]) -> Iterator[str]:
+def _variant_problems(variants: Mapping[str, Tree | str]) -> Iterator[str]:
     if not variants:
         yield 'variants is {}: name at least one, for example "baseline": {}'
     for name, tree in variants.items():
         if not _NAME.fullmatch(name):
             yield f"variants has {json.dumps(name)}: {_allowed('the name of a variant')}"
-        for key in sorted(_DECIDED.keys() & tree.keys()):
+        for key in sorted(_DECIDED.keys() & tree.keys()) if isinstance(tree, dict) else ():
             yield f"variants.{name}.{key}: the experiment decides it; use {_DECIDED[key]} of the experiment"
 
 

@@ -54,7 +54,38 @@ def test_a_grid_is_every_combination(tmp_path: Path) -> None:
     ]
     assert all(run.config.training.batch_size == 8 for run in experiment.runs)
     twice = load(tmp_path, variants=None, grid={"optimizer.eps": [1e-8], "learning_rate.min": [0.0]})
-    assert list(variants_of(twice.config)) == ["eps=1e-08_min=0.0"]
+    assert [variant.name for variant in variants_of(twice.config)] == ["eps=1e-08_min=0.0"]
+
+
+def test_variants_and_a_grid_are_every_variant_at_every_point(tmp_path: Path) -> None:
+    variants = {"base": {}, "root": {"curriculum": {"pacing": "root", "start": 8, "duration": {"steps": 9}}}}
+    grid = {"training.batch_size": [4, 8], "learning_rate.peak": [0.001, 0.01]}
+    experiment = load(tmp_path, variants=variants, grid=grid)
+    found = {
+        run.variant: (run.config.curriculum.pacing, run.config.training.batch_size, run.config.learning_rate.peak)
+        for run in experiment.runs
+    }
+    assert found == {
+        f"{name}_batch_size={size}_peak={peak}": (pacing, size, peak)
+        for name, pacing in (("base", "linear"), ("root", "root"))
+        for size in (4, 8)
+        for peak in (0.001, 0.01)
+    }
+
+
+def test_a_variant_may_be_a_file_that_extends_the_base(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    root: dict[str, Any] = {"curriculum": {"pacing": "root", "start": 16, "duration": {"tokens": 5000}}}
+    (folder / "root.json").write_text(json.dumps({"extends": "../base.json", "name": "own", **root}))
+    as_file = load(tmp_path, variants={"root": "parts/root.json"}, seeds=[3])
+    written = load(tmp_path, variants={"root": root}, seeds=[3])
+    assert as_file.runs == written.runs
+    (folder / "other.json").write_text(json.dumps(BASE | {"optimizer": {"eps": 1e-6}}))
+    with pytest.raises(UserError, match=r"variants.other is parts/other.json, which does not extend .*base.json"):
+        load(tmp_path, variants={"other": "parts/other.json"})
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+        load(tmp_path, variants={"other": "nowhere.json"})
 
 
 def test_an_experiment_may_extend_another(tmp_path: Path) -> None:
@@ -72,8 +103,8 @@ def test_an_experiment_may_extend_another(tmp_path: Path) -> None:
         ({"seeds": []}, ["seeds is []", "at least 1 item"]),
         ({"seeds": [1, 1]}, ["seeds is [1, 1]", "every seed once"]),
         ({"seeds": ["1"]}, ['seeds[0] is "1"', "write 1 without quotes"]),
-        ({"variants": None}, ["either variants", "or grid"]),
-        ({"grid": {"learning_rate.peak": [1]}}, ["either variants", "or grid"]),
+        ({"variants": None}, ["write variants", "or grid"]),
+        ({"variants": {"a": 3}}, ["variants.a"]),
         ({"variants": {}}, ["variants is {}"]),
         ({"variants": {"a/b": {}}}, ['variants has "a/b"', "letters"]),
         ({"variants": {"a": {"seed": 3}}}, ["variants.a.seed", "use seeds of the experiment"]),

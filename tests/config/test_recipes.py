@@ -21,7 +21,7 @@ RUN_CONFIGS = sorted(set(CONFIGS.glob("**/*.json")) - set(EXPERIMENTS))
 RECIPES = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.glob("**/*.json")
-    if path.name not in PARTS and path.parent.name != "experiments"
+    if path.name not in PARTS and path.relative_to(CONFIGS).parts[0] != "experiments"
 )
 
 
