@@ -17,21 +17,25 @@ from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.session import Run, roll_back, set_up, stop_for
 
 
-def train(config: RunConfig, *, device: Device, processes: Processes, stop: StopRequest) -> None:
+def train(config: RunConfig, *, device: Device, processes: Processes, stop: StopRequest) -> bool:
     """Train as one of the ranks in ``processes``, from the newest checkpoint or the beginning to the end of the plan.
 
-    Returns early, with a checkpoint saved, where ``stop`` asks for it.
+    Returns:
+        Whether the run got to where it should; false where ``stop`` asked to end it before, with a checkpoint saved.
 
     Raises:
         UserError: data, checkpoint or layout do not fit the config.
         GuardStop: a guard of the config ended the run.
     """
     with set_up(config, device=device, processes=processes) as run:
-        run_loop(run, stop)
+        return run_loop(run, stop)
 
 
-def run_loop(run: Run, stop: StopRequest) -> None:
-    """Train from ``run.first_step`` to ``training.stop_after`` or the end of the plan, or until a rank has to stop."""
+def run_loop(run: Run, stop: StopRequest) -> bool:
+    """Train from ``run.first_step`` to ``training.stop_after`` or the end of the plan, or until a rank has to stop.
+
+    Returns whether it came to the end.
+    """
     config, step = run.config, run.first_step
     stopping = StopAgreement(run.processes)
     while step < run.last_step:
@@ -57,11 +61,12 @@ def run_loop(run: Run, stop: StopRequest) -> None:
         if stopped and not finished:
             run.recorder.event("preemption", step=step, tokens=planned.consumed_tokens + planned.tokens)
             LOGGER.info("stopped after step %d of %d on request; start again to continue", step, run.plan.steps)
-            return
+            return False
     if run.first_step >= run.plan.steps:
         LOGGER.info("step %d of %d: the run is finished, there is nothing left to train", step, run.plan.steps)
     if step < run.plan.steps:
         LOGGER.info("step %d of %d: the run goes on when training.stop_after is later or null", step, run.plan.steps)
+    return True
 
 
 def pace(run: Run, after: PlannedStep) -> None:

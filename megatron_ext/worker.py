@@ -1,72 +1,155 @@
-"""What the deepspeed launcher starts on every rank: ``python -m megatron_ext.worker CONFIG [--set key=value ...]``.
+"""What a launcher starts on every rank: ``python -m megatron_ext.worker CONFIG [--set key=value ...]``.
 
-Turns a run's outcome into an exit status (0 done or stopped on request, 2 bad input, 1 a failure), and
-makes sure that of several ranks that found the same mistake one says it.
+Turns a run's outcome into an exit status, and makes sure that of several ranks that found the same mistake, or that
+fail because one of them did, one says it. Exit statuses: 0 done, or stopped on request; 1 a failure; 2 bad input; 75
+(EX_TEMPFAIL) stopped on request before the end and saved, for a job script that has set MEGATRON_EXT_REQUEUE=1.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.environment import RankInfo, prepare_deepspeed, rank_info, supervisor
-from megatron_ext.runtime.log import configure_logging
+from megatron_ext.runtime.environment import (
+    RankInfo,
+    asks_to_requeue,
+    prepare_deepspeed,
+    rank_info,
+    supervisor,
+    take_private_variables,
+)
+from megatron_ext.runtime.log import LOGGER, configure_logging
 from megatron_ext.runtime.run_lock import run_lock
+from megatron_ext.runtime.signals import StopRequest, catch_stop_signals, ignore_stop_signals
+
+if TYPE_CHECKING:
+    from megatron_ext.runtime.device import Device
+    from megatron_ext.runtime.heartbeat import Watch
+    from megatron_ext.runtime.meeting import Meeting
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as one rank and return the exit status."""
+@dataclass(frozen=True)
+class _Rank:
+    """What this process has to do."""
+
+    config: RunConfig
+    info: RankInfo
+    stop: StopRequest
+    preflight_only: bool
+
+
+def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = None) -> int:
+    """Train as one rank and return the exit status.
+
+    Args:
+        arguments: the command line's; None: this process's own.
+        stop: asks to stop; None: nothing does but the end of the command that started the ranks.
+    """
     parser = argparse.ArgumentParser(prog="megatron_ext.worker", description="One rank of a training run.")
     parser.add_argument("config", type=Path, help="the run's JSON file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--directory", type=Path, help="working directory of the run")
+    parser.add_argument("--preflight-only", action="store_true", help="examine the hosts and do not train")
     options = parser.parse_args(arguments)
     try:
-        return _run(options.config, options.overrides)
+        take_private_variables()
+        if options.directory is not None:
+            os.chdir(options.directory)
+        config = load_config(options.config, options.overrides)
+        rank = _Rank(config, rank_info(), stop or StopRequest(supervisor()), options.preflight_only)
+        locked = rank.info.is_main and not rank.preflight_only
+        with run_lock(config.run_dir) if locked else nullcontext():
+            return _run(rank)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one message of a bad start
         return 2
 
 
-def _run(path: Path, overrides: Sequence[str]) -> int:
-    config = load_config(path, overrides)
-    info = rank_info()
-    with run_lock(config.run_dir) if info.is_main else nullcontext():
-        return _train(config, info)
-
-
-def _train(config: RunConfig, info: RankInfo) -> int:
-    configure_logging(info.rank, log_file=config.run_dir / "log.txt")
+def _run(rank: _Rank) -> int:
+    config, info = rank.config, rank.info
+    log_file = None if rank.preflight_only else config.run_dir / "log.txt"
+    configure_logging(info.rank, log_file=log_file)
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
 
     device = select_device(info.local_rank)
     prepare_deepspeed(info, device.accelerator)
 
-    from megatron_ext.runtime.process_group import process_group
-    from megatron_ext.runtime.signals import stop_on_signal
-    from megatron_ext.stability.guard import GuardStop
-    from megatron_ext.train import train
+    from megatron_ext.runtime.heartbeat import WatchOptions, watch
+    from megatron_ext.runtime.meeting import StoppedEarlyError, meet
 
-    with process_group(info, device, timeout_minutes=config.parallel.timeout_minutes) as processes:
-        try:
-            with stop_on_signal(supervisor()) as stop:
-                train(config, device=device, processes=processes, stop=stop)
-        except UserError:
-            if processes.first_to("user error"):
+    cluster = config.cluster
+    try:
+        meeting = meet(
+            info,
+            seconds=cluster.rendezvous_seconds,
+            interface=cluster.interface,
+            stopped=lambda: rank.stop.requested,
+        )
+    except StoppedEarlyError:
+        return _stopped_early()
+    with watch(meeting, WatchOptions(cluster.heartbeat_seconds, config.run_dir)) as watching:
+        return _watched(rank, device, meeting, watching)
+
+
+def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch | None") -> int:
+    """Do the work; a failure goes through the watch, which knows whether it is the first."""
+    from megatron_ext.runtime.failure import Failure, failure_of
+    from megatron_ext.runtime.process_group import process_group
+    from megatron_ext.stability.guard import GuardStop
+
+    config, info = rank.config, rank.info
+    try:
+        with process_group(info, device, timeout_minutes=config.parallel.timeout_minutes, meeting=meeting) as processes:
+            try:
+                if processes.any_rank(rank.stop.requested):
+                    return _stopped_early()
+                from megatron_ext.train import train
+
+                finished = train(config, device=device, processes=processes, stop=rank.stop)
+                return 0 if finished or not asks_to_requeue() else os.EX_TEMPFAIL
+            except GuardStop as stopped:
+                # All ranks come here, and a launcher ends the others with the first that leaves.
+                if watching is not None:
+                    watching.leave_with(Failure(info.rank, str(stopped), 1, "input"))
+                if info.is_main:
+                    print(f"error: {stopped}", file=sys.stderr)  # noqa: T201
+                processes.barrier()
+                return 1
+            except UserError:
+                if watching is not None or processes.first_to("user error"):
+                    raise
+                return 2
+            except Exception as error:
+                # Said before the group is left, which may wait for ranks that wait for this one.
+                if watching is not None:
+                    watching.leave_with(failure_of(error, info.rank))
                 raise
-            return 2
-        except GuardStop as stopped:
-            # All ranks come here, and the launcher ends the others with the first that leaves.
-            if info.is_main:
-                print(f"error: {stopped}", file=sys.stderr)  # noqa: T201
-            processes.barrier()
-            return 1
-    return 0
+    except (Exception, SystemExit) as error:
+        if watching is None:
+            raise
+        watching.leave_with(failure_of(error, info.rank))
+
+
+def _stopped_early() -> int:
+    LOGGER.info("stopped on request before the first step; start again to train")
+    return os.EX_TEMPFAIL if asks_to_requeue() else 0
+
+
+def _as_program() -> int:
+    stop = catch_stop_signals(supervisor())
+    try:
+        return main(stop=stop)
+    finally:
+        ignore_stop_signals()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_as_program())

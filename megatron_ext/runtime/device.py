@@ -25,6 +25,11 @@ class Device:
         """Whether host tensors should be page-locked so that copies to the device overlap with compute."""
         return self.is_gpu
 
+    def wait(self) -> None:
+        """Wait until the device has done everything that it was given."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.torch_device)
+
 
 def select_device(local_rank: int) -> Device:
     """Return this rank's device and make it the current one.

@@ -1,9 +1,11 @@
 """What the launcher says about this process, and what must be set before DeepSpeed is imported."""
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.cluster_ranks import Place, place_by_mpirun, place_by_srun
@@ -110,8 +112,23 @@ def use_interface(name: str) -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
-def set_private_variables(variables: Mapping[str, str]) -> None:
-    """Take over variables that came another way than through the launcher."""
+PRIVATE_VARIABLES = "MEGATRON_EXT_PRIVATE_VARIABLES"
+"""Variable with the path of a JSON file of further variables, which only this user can read."""
+
+
+def take_private_variables() -> None:
+    """Take over the variables that came in a file, because a command line is for everybody to read.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = os.environ.get(PRIVATE_VARIABLES)
+    if path is None:
+        return
+    try:
+        variables = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the variables of cluster.environment cannot be read on this host: {error}") from error
     os.environ.update(variables)
 
 

@@ -5,6 +5,7 @@ started, PORT is one that has to be free, or null.
 """
 
 import json
+import os
 import socket
 import sys
 from dataclasses import asdict, dataclass
@@ -22,6 +23,12 @@ class HostFacts:
 
     port: int | None
     """A port that nobody listens on: the one asked for, or any; None where the one asked for is taken."""
+
+    cores: int
+    """CPU cores that a process may use."""
+
+    gpus: int
+    """NVIDIA GPUs, as device files."""
 
     missing: list[str]
     """Paths, of those asked for, that do not exist here."""
@@ -50,7 +57,13 @@ def host_addresses(*, families: tuple[socket.AddressFamily, ...] = (socket.AF_IN
 
 def _examine(paths: list[str], port: int | None) -> HostFacts:
     missing = [path for path in paths if not Path(path).exists()]
-    return HostFacts(addresses=host_addresses(), port=_free_port(port), missing=missing)
+    return HostFacts(
+        addresses=host_addresses(),
+        port=_free_port(port),
+        cores=len(os.sched_getaffinity(0)),
+        gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        missing=missing,
+    )
 
 
 def _free_port(wanted: int | None) -> int | None:

@@ -133,7 +133,7 @@ def launch_command(options: LaunchOptions, worker_arguments: Sequence[str]) -> l
     """
     port = free_port() if options.master_port is None else _checked_port(options.master_port)
     return [
-        *(sys.executable, str(_deepspeed_program())),
+        *(sys.executable, str(deepspeed_program())),
         *("--num_gpus", str(options.ranks), "--master_port", str(port), "--log_level", "critical", "--no_local_rank"),
         *("--module", _WORKER, *worker_arguments),
     ]
@@ -158,7 +158,12 @@ def _checked_port(port: int) -> int:
     return port
 
 
-def _deepspeed_program() -> Path:
+def deepspeed_program() -> Path:
+    """Path of the deepspeed launcher.
+
+    Raises:
+        UserError: it is not installed.
+    """
     beside_python = Path(sys.executable).parent / "deepspeed"
     found = beside_python if beside_python.is_file() else shutil.which("deepspeed")
     if found is None:

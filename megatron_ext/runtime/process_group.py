@@ -45,6 +45,12 @@ class Processes:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def any_rank(self, wish: bool) -> bool:
+        """Whether ``wish`` is true on any rank."""
+        flag = torch.tensor([int(wish)], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(flag[0] > 0)
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Make a UserError that one rank raises in the body one on every rank, so that none waits for a rank that left.

@@ -1,4 +1,4 @@
-"""What makes a run stop after its step: SIGTERM, SIGINT, or the end of the command that started it."""
+"""What makes a run stop after its step: SIGTERM, SIGINT, SIGUSR1, or the end of the command that started it."""
 
 import os
 import signal
@@ -51,3 +51,24 @@ def stop_on_signal(supervisor: int | None = None) -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+_ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what SLURM is asked to send before a job's time is over."""
+
+
+def catch_stop_signals(supervisor: int | None = None) -> StopRequest:
+    """Catch what asks a rank to stop, from its first moment on: before torch is imported, while it is, and later."""
+    request = StopRequest(supervisor)
+    for number in _ASK_TO_STOP:
+        signal.signal(number, request.receive)
+    return request
+
+
+def ignore_stop_signals() -> None:
+    """Let nothing that asks to stop end a process that has done its work, while the interpreter shuts down.
+
+    Python gives signals that it handles their default back on its way out, but not those that are ignored.
+    """
+    for number in _ASK_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
