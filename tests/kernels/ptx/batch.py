@@ -1,15 +1,19 @@
 """Threads of some blocks of a launch: what each of them has, beside its registers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from tests.kernels.ptx.memory import GlobalMemory, SharedMemory
+from tests.kernels.ptx.memory import Access, GlobalMemory, SharedMemory
 from tests.kernels.ptx.parser import Kernel
-from tests.kernels.ptx.shadow import Actors, Index
-from tests.kernels.ptx.values import Array, Lanes, Registers, dynamic_start
+from tests.kernels.ptx.shadow import BLOCK, THREAD, WARP, Actors, Index
+from tests.kernels.ptx.values import ALL, Array, Lanes, Registers, dynamic_start
 
 Dimensions = tuple[int, int, int]
+
+# Generic addresses of shared memory begin here, behind those of the process.
+SHARED_WINDOW = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,51 @@ class Batch:
         self.warp: Index = self.block * self._warps_per_block + self.in_block // 32
         self._first = first
         self.threads = threads
-        self.epochs: Index = np.zeros(blocks, np.int64)
-        self.warp_epochs: Index = np.zeros(blocks * self._warps_per_block, np.int64)
+        self.blocks, self.warps = blocks, blocks * self._warps_per_block
+        self._actors = self._all_actors()
         self.registers = Registers(threads, special=self._special_registers())
         static = dynamic_start(launch.kernel) if launch.dynamic_shared else launch.kernel.shared_bytes
-        self.shared = SharedMemory(blocks, static + launch.dynamic_shared)
+        self.shared = SharedMemory(blocks, static + launch.dynamic_shared, launch.kernel.granule("shared"))
 
     def actors(self, lanes: Lanes) -> Actors:
         """Who the threads are, in the whole grid."""
-        block, warp = self.block[lanes], self.warp[lanes]
-        first = self._first
-        return Actors(
-            thread=np.arange(self.threads)[lanes] + first * self.launch.block_threads,
-            warp=warp + first * self._warps_per_block,
-            block=block + first,
-            epoch=self.epochs[block],
-            warp_epoch=self.warp_epochs[warp],
-        )
+        return self._actors[lanes]
+
+    def pass_barrier(self, lanes: Index, column: int) -> None:
+        """``lanes`` have all passed a barrier of their block (``EPOCH``) or of their warp (``WARP_EPOCH``)."""
+        # A new array: accesses that were noted refer to the old one.
+        self._actors = self._actors.copy()
+        self._actors[lanes, column] += 1
+
+    def _all_actors(self) -> Actors:
+        actors = np.zeros((self.threads, 5), np.int64)
+        actors[:, THREAD] = np.arange(self.threads) + self._first * self.launch.block_threads
+        actors[:, WARP] = self.warp + self._first * self._warps_per_block
+        actors[:, BLOCK] = self.block + self._first
+        return actors
+
+    def load(self, space: str, addresses: Array, access: Access, lanes: Lanes) -> list[Array]:
+        """What is at the addresses, by thread, for each of the access' values."""
+        actors, block = self.actors(lanes), self.block[lanes]
+        results = [np.empty(len(addresses), access.dtype) for _ in range(access.count)]
+        for part, shared, local in _by_space(space, addresses):
+            if shared:
+                values = self.shared.load(local, access, actors[part], block[part])
+            else:
+                values = self.memory.load(local, access, actors[part])
+            for result, value in zip(results, values, strict=True):
+                result[part] = value
+        return results
+
+    def store(self, space: str, addresses: Array, access: Access, values: list[Array], lanes: Lanes) -> None:
+        """The other way."""
+        actors, block = self.actors(lanes), self.block[lanes]
+        for part, shared, local in _by_space(space, addresses):
+            chosen = [value[part] for value in values]
+            if shared:
+                self.shared.store(local, access, chosen, actors[part], block[part])
+            else:
+                self.memory.store(local, access, chosen, actors[part])
 
     def place(self, thread: int) -> str:
         """A thread as a message names it."""
@@ -87,6 +119,19 @@ class Batch:
             special[f"%ntid.{name}"] = np.full(self.threads, block[axis])
             special[f"%nctaid.{name}"] = np.full(self.threads, grid[axis])
         return special
+
+
+def _by_space(space: str, addresses: Array) -> Iterator[tuple[Lanes, bool, Array]]:
+    """Which threads access shared memory, which global memory, and their addresses there."""
+    if space != "generic":
+        yield ALL, space == "shared", addresses
+        return
+    shared = addresses >= SHARED_WINDOW
+    for wanted in (True, False):
+        part = np.flatnonzero(shared == wanted)
+        if len(part):
+            local = addresses[part]
+            yield part, wanted, local - np.uint64(SHARED_WINDOW) if wanted else local
 
 
 def _split(number: int, dimensions: Dimensions) -> Dimensions:

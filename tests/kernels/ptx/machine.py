@@ -13,7 +13,7 @@ from tests.kernels.ptx.batch import Batch, Launch
 from tests.kernels.ptx.memory import AccessError, GlobalMemory
 from tests.kernels.ptx.parser import Instruction, Kernel, PtxError
 from tests.kernels.ptx.program import Compiled, compile_kernel
-from tests.kernels.ptx.shadow import Index
+from tests.kernels.ptx.shadow import EPOCH, WARP_EPOCH, Index
 from tests.kernels.ptx.values import ALL, Array, Lanes, reader
 
 # Threads that are run together: enough to pay for an instruction's overhead, few enough for caches.
@@ -27,7 +27,7 @@ def run_launch(launch: Launch, code: list[Compiled], tensors: list[tuple[int, in
         raise PtxError(
             f"{launch.kernel.name}: {launch.block_threads} threads, compiled for {launch.kernel.max_threads}"
         )
-    memory = GlobalMemory(tensors)
+    memory = GlobalMemory(tensors, launch.kernel.granule("global"))
     together = max(1, BATCH_THREADS // launch.block_threads)
     with np.errstate(all="ignore"):
         for first in range(0, launch.blocks, together):
@@ -128,10 +128,10 @@ class _Runner:
         """Lets those go on who wait at this instruction and whose partners have all come."""
         here = self._waiting & (self._at == instruction.place)
         if instruction.parts[0] in {"bar", "barrier"} and "warp" not in instruction.parts:
-            counts = np.bincount(self._batch.block[here], minlength=len(self._batch.epochs))
+            counts = np.bincount(self._batch.block[here], minlength=self._batch.blocks)
             full = counts == self._batch.launch.block_threads
-            self._batch.epochs[full] += 1
             released = here & full[self._batch.block]
+            self._batch.pass_barrier(np.flatnonzero(released), EPOCH)
         else:
             masks = self._masks(instruction, here)
             came = self._came(here)
@@ -156,7 +156,7 @@ class _Runner:
         return masks
 
     def _came(self, here: Array) -> Array:
-        bits = np.zeros((len(self._batch.warp_epochs), 32), np.uint32)
+        bits = np.zeros((self._batch.warps, 32), np.uint32)
         bits[self._batch.warp[here], self._batch.lane[here]] = 1
         return np.asarray((bits << np.arange(32, dtype=np.uint32)).sum(axis=1, dtype=np.uint32))
 
@@ -165,7 +165,7 @@ class _Runner:
         batch = self._batch
         if instruction.parts[0] in {"bar", "barrier"}:
             whole = self._came(batch.registers.special["WARP_SZ"] > 0)[batch.warp[lanes]] == masks[lanes]
-            batch.warp_epochs[np.unique(batch.warp[lanes][whole])] += 1
+            batch.pass_barrier(lanes[whole], WARP_EPOCH)
         elif instruction.parts[0] == "vote":
             self._vote(instruction, lanes, masks)
         else:

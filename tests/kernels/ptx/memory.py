@@ -31,15 +31,15 @@ class Piece:
     shadow: Shadow
 
     @staticmethod
-    def of_address(start: int, size: int) -> "Piece":
+    def of_address(start: int, size: int, granule: int) -> "Piece":
         """The bytes of a tensor, themselves."""
         buffer = (ctypes.c_uint8 * size).from_address(start)
-        return Piece(start, np.ctypeslib.as_array(buffer), Shadow(size))
+        return Piece(start, np.ctypeslib.as_array(buffer), Shadow(size, granule))
 
     @staticmethod
-    def poisoned(size: int) -> "Piece":
+    def poisoned(size: int, granule: int) -> "Piece":
         """New memory that nobody wrote."""
-        return Piece(0, np.full(size, POISON, np.uint8), Shadow(size))
+        return Piece(0, np.full(size, POISON, np.uint8), Shadow(size, granule))
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,18 @@ class Access:
 
 
 class GlobalMemory:
-    """The tensors of a launch."""
+    """The tensors of a launch; ``granule`` is the size of its narrowest access."""
 
-    def __init__(self, tensors: list[tuple[int, int]]) -> None:
-        self._pieces = [Piece.of_address(*tensor) for tensor in sorted(set(tensors)) if tensor[1] > 0]
+    def __init__(self, tensors: list[tuple[int, int]], granule: int) -> None:
+        self._pieces = [Piece.of_address(*tensor, granule) for tensor in sorted(set(tensors)) if tensor[1] > 0]
 
     def load(self, addresses: Array, access: Access, actors: Actors) -> list[Array]:
         results = [np.empty(len(addresses), access.dtype) for _ in range(access.count)]
         for piece, who in self._split(addresses, access):
             offsets = addresses[who].astype(np.int64) - piece.start
-            chosen = _subset(actors, who)
             if access.read_only:
                 _check(piece.shadow.written(offsets, access.width), who, "read-only load of what the launch writes")
-            _check(piece.shadow.read(offsets, access.width, chosen), who, "race in global memory (read and write)")
+            _check(piece.shadow.read(offsets, access.width, actors[who]), who, "race in global memory (read and write)")
             for result, value in zip(results, _gather(piece, offsets, access), strict=True):
                 result[who] = value
         return results
@@ -76,9 +75,9 @@ class GlobalMemory:
     def store(self, addresses: Array, access: Access, values: list[Array], actors: Actors) -> None:
         for piece, who in self._split(addresses, access):
             offsets = addresses[who].astype(np.int64) - piece.start
-            racing = piece.shadow.write(offsets, access.width, _subset(actors, who))
+            racing = piece.shadow.write(offsets, access.width, actors[who])
             _check(racing, who, "race in global memory (write)")
-            _scatter(piece, offsets, access, [np.broadcast_to(value, addresses.shape)[who] for value in values])
+            _scatter(piece, offsets, access, [value[who] for value in values])
 
     def atomic(self, address: int, dtype: np.dtype[Any], position: int) -> Array:
         """The one value at ``address``, to be changed in place."""
@@ -109,14 +108,14 @@ class GlobalMemory:
 class SharedMemory:
     """Shared memory of the blocks of a batch, one after the other."""
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, blocks: int, size: int, granule: int) -> None:
         self.size = size
         self._stride = -(-size // 16) * 16
-        self._piece = Piece.poisoned(blocks * self._stride)
+        self._piece = Piece.poisoned(blocks * self._stride, granule)
 
     def load(self, addresses: Array, access: Access, actors: Actors, block: Index) -> list[Array]:
         offsets = self._offsets(addresses, access, block)
-        _check(self._piece.shadow.unwritten(offsets, access.width), slice(None), "read of shared memory nobody wrote")
+        _check(~self._piece.shadow.written(offsets, access.width), slice(None), "read of shared memory nobody wrote")
         _check(self._piece.shadow.read(offsets, access.width, actors), slice(None), "race in shared memory (read)")
         return _gather(self._piece, offsets, access)
 
@@ -135,12 +134,6 @@ class SharedMemory:
 
 def _inside(piece: Piece, addresses: Array, width: Any) -> Array:
     return np.asarray((addresses >= piece.start) & (addresses + width <= piece.start + len(piece.data)))
-
-
-def _subset(actors: Actors, who: Index | slice) -> Actors:
-    if isinstance(who, slice):
-        return actors
-    return Actors(actors.thread[who], actors.warp[who], actors.block[who], actors.epoch[who], actors.warp_epoch[who])
 
 
 def _check(wrong: Array | None, who: Index | slice, what: str) -> None:

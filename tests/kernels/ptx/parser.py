@@ -60,6 +60,13 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     max_threads: int = 1024
 
+    def granule(self, space: str) -> int:
+        """Size of the narrowest access to a space, at least 2: races are followed in units of it."""
+        others = {"global", "shared", "param"} - {space}
+        accesses = [each for each in self.instructions if each.parts[0] in {"ld", "st"}]
+        sizes = [SIZES[each.type] for each in accesses if not others & set(each.parts)]
+        return max(2, min(sizes, default=4))
+
 
 def parse_module(text: str) -> dict[str, str]:
     """The text of each kernel of a module, by name: from ``.entry`` to the closing brace.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.kernels.ptx.arithmetic import comparison, function_of
-from tests.kernels.ptx.batch import Batch
+from tests.kernels.ptx.batch import SHARED_WINDOW, Batch
 from tests.kernels.ptx.conversion import conversion
 from tests.kernels.ptx.memory import Access
 from tests.kernels.ptx.parser import SIZES, Instruction, Kernel, PtxError
@@ -166,8 +166,7 @@ def _select(kernel: Kernel, instruction: Instruction) -> Run:
 
 
 def _space(instruction: Instruction) -> str:
-    """The state space; without one the address is generic, and taken for global memory."""
-    return next((part for part in instruction.parts[1:] if part in _SPACES), "global")
+    return next((part for part in instruction.parts[1:] if part in _SPACES), "generic")
 
 
 def _addressed(kernel: Kernel, operand: str) -> Read:
@@ -203,11 +202,7 @@ def _load(kernel: Kernel, instruction: Instruction) -> Run:
         if space == "param":
             values = _parameter(batch, address, access)
         else:
-            where = np.broadcast_to(address, batch.block[lanes].shape)
-            if space == "shared":
-                values = batch.shared.load(where, access, batch.actors(lanes), batch.block[lanes])
-            else:
-                values = batch.memory.load(where, access, batch.actors(lanes))
+            values = batch.load(space, np.broadcast_to(address, batch.block[lanes].shape), access, lanes)
         for target, value in zip(targets, values, strict=True):
             registers.write(target, value, lanes)
 
@@ -225,17 +220,14 @@ def _store(kernel: Kernel, instruction: Instruction) -> Run:
     addressed = _addressed(kernel, instruction.operands[0])
     access, space = _access(instruction), _space(instruction)
     reads = [reader(kernel, each, instruction.type) for each in _names(instruction.operands[1])]
-    if access.dtype.itemsize == 1:
+    if access.width == 1:
         raise PtxError("races of single bytes are not followed")
 
     def run(batch: Batch, lanes: Lanes) -> None:
         registers = batch.registers
         where = np.broadcast_to(addressed(registers, lanes), batch.block[lanes].shape)
-        values = [read(registers, lanes) for read in reads]
-        if space == "shared":
-            batch.shared.store(where, access, values, batch.actors(lanes), batch.block[lanes])
-        else:
-            batch.memory.store(where, access, values, batch.actors(lanes))
+        values = [np.broadcast_to(read(registers, lanes), where.shape) for read in reads]
+        batch.store(space, where, access, values, lanes)
 
     return run
 
@@ -252,7 +244,7 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Run:
     returns = instruction.parts[0] == "atom"
     target = instruction.operands[0] if returns else None
     place, value = instruction.operands[1 if returns else 0 :]
-    if _space(instruction) != "global":
+    if _space(instruction) not in {"global", "generic"}:
         raise PtxError("atomic outside of global memory")
     function = _ATOMICS[next(part for part in instruction.parts if part in _ATOMICS)]
     dtype = TYPES[instruction.type]
@@ -278,13 +270,19 @@ def _nothing(_kernel: Kernel, _instruction: Instruction) -> Run:
     return lambda _batch, _lanes: None
 
 
-def _to_global(kernel: Kernel, instruction: Instruction) -> Run:
-    if "shared" in instruction.parts or "local" in instruction.parts:
-        raise PtxError("generic address of shared or local memory")
-    return _move(kernel, instruction)
+def _change_space(kernel: Kernel, instruction: Instruction) -> Run:
+    """Generic addresses are those of global memory, and behind all of them those of shared memory."""
+    if "global" in instruction.parts:
+        return _move(kernel, instruction)
+    if "shared" not in instruction.parts:
+        raise PtxError("a space that is not followed")
+    window = np.uint64(SHARED_WINDOW)
+    read = reader(kernel, instruction.operands[1], "u64")
+    away = "to" in instruction.parts
+    return _assign(instruction.operands[0], [read], lambda address: address - window if away else address + window)
 
 
 _SPECIAL: dict[str, Callable[[Kernel, Instruction], Run]] = {
-    "mov": _move, "cvta": _to_global, "cvt": _convert, "setp": _compare, "selp": _select,
+    "mov": _move, "cvta": _change_space, "cvt": _convert, "setp": _compare, "selp": _select,
     "ld": _load, "ldu": _load, "st": _store, "atom": _atomic, "red": _atomic, "membar": _nothing, "fence": _nothing,
 }  # fmt: skip
