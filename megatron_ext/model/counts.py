@@ -123,6 +123,7 @@ def estimate_memory(config: RunConfig, *, data_size: int) -> MemoryEstimate:
                     ZeRO has none); / d from ZeRO 1 on
         activations and logits of one micro-batch of ``micro_batch_tokens`` tokens at the full length: see below
 
+    What ``model.kernels`` "auto" comes to is not known here; it counts as "reference", which takes more.
     Offloaded parts (the optimizer, or the ZeRO 3 share of the weights) are counted under ``host``.
     Sources: ZeRO (Rajbhandari et al. 2020, section 3.1); DeepSpeed's ZeRO and BF16 optimizers for the fp32 copies.
     """
@@ -159,8 +160,10 @@ def _activations(config: RunConfig, width: int) -> int:
 
         w (4h + (4h + 2f) / t)  inputs of the two LayerNorms, of QKV and the first MLP matrix; Q, K, V and the inputs
                                 of the attention's output matrix, of GELU and the second MLP matrix
-        2h                      masks of the hidden dropout, one byte each, where there is one
+        2h                      masks of the hidden dropout, one byte each, where there is one; fused kernels draw
+                                them again
         4 a / t                 sdpa keeps one fp32 logarithm per head and query
+        w a L / t               fused_softmax keeps probabilities, and as much again with attention dropout
         4 a L / t               the reference attention keeps fp32 probabilities,
         3 (4 - w) h / t         Q, K, V in fp32 instead of w bytes,
         5 a L / t               and, with attention dropout, its result and mask
@@ -174,9 +177,12 @@ def _activations(config: RunConfig, width: int) -> int:
     model, tensor = config.model, config.parallel.tensor
     h, heads = model.hidden_size, model.num_attention_heads
     masks = h if model.hidden_dropout else 0
-    layer = width * (4 * h + (4 * h + 2 * model.ffn_size) // tensor) + 2 * masks
+    layer = width * (4 * h + (4 * h + 2 * model.ffn_size) // tensor)
+    layer += 2 * masks if model.kernels != "fused" else 0
     if model.attention == "sdpa":
         layer += 4 * heads // tensor
+    elif model.attention == "fused_softmax":
+        layer += width * (2 if model.attention_dropout else 1) * heads * config.training.seq_len // tensor
     else:
         kept = 9 if model.attention_dropout else 4
         layer += (kept * heads * config.training.seq_len + 3 * (4 - width) * h) // tensor
@@ -187,9 +193,12 @@ def _activations(config: RunConfig, width: int) -> int:
 
 
 def _logits(config: RunConfig, width: int) -> int:
-    """Bytes of the logits of one micro-batch: per token V / t values, their gradient, and the fp32 softmax."""
+    """Bytes of the logits of one micro-batch: per token V / t values, their gradient, and the fp32 softmax.
+
+    Fused kernels write the gradient over the logits and keep no softmax.
+    """
     rows = config.model.padded_vocab_size // config.parallel.tensor
-    return _micro_batch_tokens(config) * rows * (2 * width + 4)
+    return _micro_batch_tokens(config) * rows * (width if config.model.kernels == "fused" else 2 * width + 4)
 
 
 def _micro_batch_tokens(config: RunConfig) -> int:

@@ -61,3 +61,11 @@ def compute_capabilities() -> list[tuple[int, int]]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+def device_title(device: Device) -> str:
+    """A name that is equal for equal devices: of a GPU its model and memory."""
+    if not device.is_gpu:
+        return "CPU"
+    properties = torch.cuda.get_device_properties(device.torch_device)
+    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"

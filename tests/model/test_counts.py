@@ -21,6 +21,7 @@ from megatron_ext.model.counts import (
     step_flops,
 )
 from megatron_ext.model.gpt import build_gpt
+from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.groups import Layout
 
 
@@ -215,17 +216,24 @@ def test_activations_grow_with_the_micro_batch_in_whole_sequences() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
-def test_activations_are_what_autograd_keeps(layout: Layout, attention: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "kernels"), [("sdpa", "reference"), ("reference", "reference"), ("fused_softmax", "fused")]
+)
+def test_activations_are_what_autograd_keeps(
+    layout: Layout, request: pytest.FixtureRequest, attention: str, kernels: Kernels, precision: str
+) -> None:
+    if kernels == "fused":
+        request.getfixturevalue("fused")
     shape = {
         "num_layers": 6,
         "hidden_size": 128,
         "num_attention_heads": 4,
         "vocab_size": 512,
         "attention": attention,
+        "kernels": kernels,
     }
     config = run(shape, precision=precision, micro_batch_tokens=512)
-    gpt = build_gpt(config, layout).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    gpt = build_gpt(config, layout, kernels=kernels).to(torch.float32 if precision == "fp32" else torch.bfloat16)
     weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -238,7 +246,7 @@ def test_activations_are_what_autograd_keeps(layout: Layout, attention: str, pre
     tokens = torch.randint(0, 512, (4, 128))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = gpt(tokens, tokens).sum()
-    softmax = 4 * 512 * 512
+    softmax = 4 * 512 * 512 if kernels == "reference" else estimate_memory(config, data_size=1).logits
     found = sum(storage.nbytes() for storage in kept.values()) - softmax
     assert loss.requires_grad
     assert estimate_memory(config, data_size=1).activations == pytest.approx(found, rel=0.03)
