@@ -102,7 +102,7 @@ another_turn() { # whether the run was stopped, may go on, and would not be stop
 
 if another_turn; then
     note requeued "$status"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this script meanwhile
+    if scontrol requeue "$SLURM_JOB_ID"; then exit "$status"; fi
     echo "$(date +%T) SLURM did not requeue the job: submit the run again to go on"
 fi
 note ended "$status"

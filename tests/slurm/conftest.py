@@ -1,0 +1,110 @@
+"""A cluster of three nodes with SLURM, and a small run on it, for the tests of this folder."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
+from tests.train.small_run import train_records, write_config, write_corpus
+
+# A node that is gone is noticed after SlurmdTimeout; the controller looks at nodes every third of it.
+_SLURM_LINES = "SlurmdTimeout=10"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The lab, with the commands of this program called on its login node."""
+
+    lab: Lab
+
+    def cli(self, *arguments: str, timeout: float = 120.0) -> str:
+        """What a command of this program prints; it has to succeed."""
+        done = self.lab.run([sys.executable, "-m", "megatron_ext", *arguments], timeout=timeout, env=self.environment)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the commands, which jobs get from them."""
+        return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+    def submit(self, config: Path, *options: str) -> list[str]:
+        """Numbers of the jobs of a run that is submitted on two nodes."""
+        output = self.cli("submit", str(config), "--nodes", "2", "--time", "10", *options)
+        return [word for word in output.splitlines()[0].partition(";")[0].split() if word.isdigit()]
+
+    def status(self, run: Path) -> dict[str, Any]:
+        """What ``status --json`` says of a run."""
+        found = json.loads(self.cli("status", str(run), "--json"))
+        assert isinstance(found, dict)
+        return found
+
+    def slurm(self, *command: str) -> str:
+        """What a program of SLURM prints; it has to succeed."""
+        done = self.lab.run(command)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """SLURM's word for a job."""
+        return self.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+
+    def wait_for_step(self, run: Path, step: int) -> None:
+        """Return when the run has finished ``step`` steps."""
+        self.wait(lambda: any(record["step"] >= step for record in train_records(run)), f"step {step}", run)
+
+    def wait_for_end(self, run: Path, *, events: tuple[str, ...] = ("ended",), timeout: float = 150.0) -> None:
+        """Return when the last thing that a job of the run wrote down is one of ``events``."""
+        self.wait(lambda: _last_event(run) in events, f"end of the run, not {_last_event(run)}", run, timeout=timeout)
+
+    def wait(self, there: Callable[[], bool], what: str, run: Path, *, timeout: float = 150.0) -> None:
+        """Return when it is so; AssertionError with the job's output when time runs out."""
+        deadline = time.monotonic() + timeout
+        while not there():
+            if time.monotonic() > deadline:
+                texts = "".join(
+                    f"\n--- {path}\n{path.read_text()[-3000:]}" for path in sorted(run.rglob("slurm/**/*.*"))
+                )
+                raise AssertionError(f"no {what} in {timeout:.0f} s: {self.slurm('squeue')}{texts}")
+            time.sleep(0.1)
+
+
+def _last_event(run: Path) -> str:
+    try:
+        line = (run / "slurm" / "jobs.jsonl").read_text().splitlines()[-1]
+    except (OSError, IndexError):
+        return ""
+    return str(json.loads(line)["event"])
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes, n1 to n3, two CPUs each; skips where this machine cannot have them."""
+    if reason := why_not(slurm=True):
+        pytest.skip(reason)
+    with Lab(LabOptions(hosts=3, slurm=True, slurm_lines=_SLURM_LINES)) as lab:
+        yield Cluster(lab)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with token files and tokenizer of the small run."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def small_config(folder: Path, corpus: Path, **sections: Any) -> Path:
+    """A run of 40 steps in ``folder / "small"``, long enough to be interrupted."""
+    data = {
+        "sources": [{"prefix": str(corpus / "corpus")}],
+        "split": [90, 10, 0],
+        "tokenizer": str(corpus / "tokenizer.json"),
+    }
+    return write_config(folder, data=data, **sections)

@@ -1,0 +1,124 @@
+"""Runs as jobs of a real SLURM on hosts in namespaces: trained, stopped, requeued, cancelled, in chains."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.conftest import Cluster, small_config
+from tests.train.small_run import records, train_records
+
+STEPS = 60
+LONG = {"training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}}
+
+
+@pytest.fixture(scope="module")
+def straight(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Records of the same run on two ranks of one host, through the deepspeed launcher."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = small_config(folder, corpus, **LONG)
+    command = [sys.executable, "-m", "megatron_ext", "train", str(config), "--nproc", "2"]
+    done = cluster.lab.run(command, env=cluster.environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return train_records(folder / "small")
+
+
+def test_a_job_on_two_nodes_trains_to_the_end_as_one_host_does(
+    cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "small"
+    [job] = cluster.submit(small_config(tmp_path, corpus, **LONG), "--sbatch", 'comment=it\'s a "$HOME" #x')
+    assert cluster.status(run)["job"] == job
+    assert (
+        "in the queue"
+        in cluster.lab.run(
+            [sys.executable, "-m", "megatron_ext", "submit", str(tmp_path / "run.json")], env=cluster.environment
+        ).stderr
+    )
+    cluster.wait_for_end(run)
+    assert train_records(run) == straight
+    told = cluster.status(run)
+    assert (told["state"], told["step"], told["restarts"]) == ("finished", STEPS, 0)
+    assert {path.name for path in (run / "slurm" / job).glob("*.log")} == {"n1-rank0.log", "n2-rank1.log"}
+    assert cluster.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%k") == 'it\'s a "$HOME" #x'
+
+
+def test_a_job_that_is_signaled_before_its_limit_saves_comes_back_and_goes_on(
+    cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "small"
+    [job] = cluster.submit(small_config(tmp_path, corpus, **LONG))
+    cluster.wait_for_step(run, 15)
+    # What --signal=B:USR1@... sends, at once.
+    cluster.slurm("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for_end(run, events=("requeued",))
+    cluster.wait_for_end(run)
+    assert train_records(run) == straight
+    told = cluster.status(run)
+    assert (told["state"], told["job"], told["restarts"]) == ("finished", job, 1)
+    names = [record["name"] for record in records(run) if record["kind"] == "event"]
+    assert names.index("preemption") < names.index("resume")
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    [job] = cluster.submit(small_config(tmp_path, corpus, **LONG))
+    cluster.wait_for_step(run, 5)
+    assert cluster.status(run)["state"] == "running"
+    cluster.slurm("scancel", job)
+    cluster.wait(lambda: cluster.state(job) == "CANCELLED", "end of the job", run)
+    told = cluster.status(run)
+    assert told["state"] == "interrupted"
+    assert told["checkpoint"] is not None
+    assert told["step"] < STEPS
+
+
+def test_a_chain_goes_on_after_a_link_that_was_stopped_and_ends_with_the_run(
+    cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "small"
+    first, second, third = cluster.submit(small_config(tmp_path, corpus, **LONG), "--chain", "3")
+    cluster.wait_for_step(run, 15)
+    assert cluster.status(run)["job"] == first
+    cluster.slurm("scancel", "--batch", "--signal=USR1", first)
+    cluster.wait(lambda: cluster.state(second) == "COMPLETED", "end of the second job", run)
+    assert cluster.state(first) == "FAILED"
+    assert train_records(run) == straight
+    cluster.wait(lambda: cluster.state(third) == "CANCELLED", "end of the third job", run)
+    assert cluster.status(run)["state"] == "finished"
+
+
+def test_after_the_failure_of_a_node_the_run_goes_on_on_the_others(
+    cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "small"
+    [job] = cluster.submit(small_config(tmp_path, corpus, **LONG), "--sbatch", "exclude=n1")
+    cluster.wait_for_step(run, 15)
+    cluster.slurm("scontrol", "update", f"JobId={job}", "ExcNodeList=")
+    cluster.lab.power_off("n3")
+    try:
+        cluster.wait(lambda: cluster.status(run)["restarts"] == 1, "second life of the job", run)
+        cluster.wait_for_end(run)
+        assert train_records(run) == straight
+        told = cluster.status(run)
+        assert (told["state"], told["nodes"]) == ("finished", "n[1-2]")
+    finally:
+        cluster.lab.boot("n3")
+
+
+@pytest.mark.slow
+def test_the_time_limit_of_slurm_stops_a_run_that_then_goes_on(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "small"
+    training = {"seq_len": 32, "batch_size": 8, "duration": {"steps": 100_000}}
+    config = small_config(tmp_path, corpus, training=training)
+    # The last --time counts: a limit of a minute, and the signal half a minute before it.
+    [job] = cluster.submit(config, "--time", "1", "--signal-seconds", "20")
+    cluster.wait_for_end(run, events=("requeued",))
+    cluster.wait(lambda: cluster.status(run)["restarts"] == 1, "second life of the job", run)
+    cluster.wait_for_end(run, events=("requeued",))
+    names = [record["name"] for record in records(run) if record["kind"] == "event"]
+    assert "resume" in names
+    cluster.slurm("scancel", job)
+    steps = [record["step"] for record in train_records(run)]
+    assert steps == list(range(1, len(steps) + 1))
