@@ -35,6 +35,7 @@ _COMMANDS: Final[dict[str, _Entry]] = {
     "tokenizer": _Entry("megatron_ext.cli.tokenizer", group="tokenizer_app"),
     "preprocess": _Entry("megatron_ext.cli.preprocess"),
     "train": _Entry("megatron_ext.cli.train"),
+    "preflight": _Entry("megatron_ext.cli.preflight"),
     "submit": _Entry("megatron_ext.cli.submit"),
     "status": _Entry("megatron_ext.cli.status"),
     "tune": _Entry("megatron_ext.cli.tune"),
@@ -42,6 +43,7 @@ _COMMANDS: Final[dict[str, _Entry]] = {
     "analyze": _Entry("megatron_ext.cli.analyze"),
     "report": _Entry("megatron_ext.cli.report"),
     "experiment": _Entry("megatron_ext.cli.experiment", group="experiment_app"),
+    "kernels": _Entry("megatron_ext.cli.kernels", group="kernels_app"),
     "demo": _Entry("megatron_ext.cli.demo"),
 }
 
