@@ -126,14 +126,17 @@ struct ColumnSums {
       for (int v = 0; v < VECTORS; ++v) {
         const int column = (v * lanes + lane) * N;
         if (column >= cols) continue;
-        float* at = (SHARED || groups == 1) ? to + column : shared + group * cols + column;
 #pragma unroll
         for (int part = 0; part < N; part += 4) {
           Pack<float, 4> sum;
 #pragma unroll
           for (int k = 0; k < 4; ++k)
             sum.word[k] = SHARED ? shared[s * cols + column + part + k] : value[SHARED ? 0 : s][v][part + k];
-          *reinterpret_cast<Pack<float, 4>*>(at + part) = sum;
+          if (SHARED || groups == 1) {
+            *reinterpret_cast<Pack<float, 4>*>(to + column + part) = sum;
+          } else {
+            *reinterpret_cast<Pack<float, 4>*>(shared + group * cols + column + part) = sum;
+          }
         }
       }
       if (SHARED || groups == 1) continue;

@@ -6,6 +6,12 @@ import pytest
 
 from tests.kernels.backends import BACKENDS, MARKS, KernelBackend
 from tests.kernels.building import CannotBuildError
+from tests.kernels.thinning import mark_slow
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves for `make test` what its time allows."""
+    mark_slow(items)
 
 
 @cache

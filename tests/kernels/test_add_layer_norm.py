@@ -14,12 +14,17 @@ from tests.kernels.calls import (
     layer_norm_backward,
     layer_norm_forward,
 )
+from tests.kernels.thinning import Everywhere
 
 EPS = 1e-5
 PARTITIONS = 2
 NOISE = Noise(probability=0.3, seed=987654321987)
 # (rows, cols), as in test_layer_norm.
-SHAPES = [(9, 7), (1100, 8), (21, 768), (17, 1024), (9, 1025), (3, 16384)]
+SHAPES = [(9, 7), (1100, 8), (21, 768), (17, 1024), (9, 1025), (5, 8200), (2, 16384)]
+
+EVERYWHERE: Everywhere = {
+    "test_with_bias_and_dropout": {"shape": [(9, 7), (17, 1024), (5, 8200)], "dtype": [torch.bfloat16]}
+}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -9,11 +9,14 @@ from torch.nn import functional
 from tests.kernels.accuracy import FLOATS, check, cpu, normal, same_bits
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import bias_gelu_backward, bias_gelu_forward
+from tests.kernels.thinning import Everywhere
 
 PARTITIONS = 2
 # (rows, cols): one thread, several tiles across, more rows than two partitions take at once (2 x 8 x 4), vectors and
 # single elements.
 SHAPES = [(3, 1), (150, 7), (150, 8), (9, 31), (70, 264), (9, 1023), (5, 1024), (9, 1025), (2, 16384)]
+
+EVERYWHERE: Everywhere = {"test_both_ways": {"shape": [(150, 7), (70, 264)], "dtype": [torch.float16]}}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -48,7 +51,8 @@ def _check(
     got |= bias_gelu_backward(backend, dy, x, bias, exact=exact, partitions=PARTITIONS, in_place=in_place)
     assert ("dbias" in got) == (bias is not None)
     for name, value in got.items():
-        check(name, value, true[name], own[name].to(value.dtype))
+        # The slope is a sum of terms of about 1 that may cancel.
+        check(name, value, true[name], own[name].to(value.dtype), terms=dy.abs() if name == "dx" else None)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["tanh", "erf"])

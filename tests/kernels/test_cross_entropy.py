@@ -7,6 +7,7 @@ from torch.nn import functional
 from tests.kernels.accuracy import FLOATS, check, cpu, normal, same_bits
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import cross_entropy_backward, cross_entropy_forward
+from tests.kernels.thinning import Everywhere
 
 INF = float("inf")
 # (rows, columns, of which real): vectors at the start of each row or anywhere, a row shorter than a vector, and more
@@ -14,6 +15,8 @@ INF = float("inf")
 SHAPES = [(3, 1, 1), (5, 7, 5), (9, 8, 8), (5, 16, 9), (5, 31, 31), (4, 1023, 1000), (3, 1024, 1001), (3, 1025, 1025)]
 WIDE = [(2, 16384, 16384), (2, 12345, 12340)]
 FIRST = 1000
+
+EVERYWHERE: Everywhere = {"test_slice": {"shape": [(5, 31, 31), (2, 12345, 12340)], "dtype": [torch.float16]}}
 
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

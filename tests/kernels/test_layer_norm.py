@@ -1,5 +1,7 @@
 """LayerNorm of every backend against float64: output, statistics, and gradients from the input and from the output."""
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from torch.nn import functional
@@ -7,14 +9,18 @@ from torch.nn import functional
 from tests.kernels.accuracy import FLOATS, check, cpu, normal
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import layer_norm_backward, layer_norm_forward
+from tests.kernels.thinning import Everywhere
 
 EPS = 1e-5
 # (rows, cols). With two partitions, rows are more than what the blocks of a backward pass take at once, twice over, so
 # that whatever is used again for the next row shows; widths are those of every path: a few lanes, a warp, warps,
 # registers and shared memory for column sums, and what vectors do not fit.
 SHAPES = [(5, 1), (9, 7), (1100, 8), (300, 16), (9, 31), (45, 264), (21, 768), (9, 1023), (17, 1024), (9, 1025)]
-WIDE = [(7, 6000), (5, 16384), (3, 16392)]
+WIDE = [(7, 6000), (5, 8200), (3, 16384), (3, 16392)]
 PARTITIONS = 2
+
+_ONCE: dict[str, Collection[object]] = {"shape": [(1100, 8), (17, 1024), (9, 31), (5, 8200)], "dtype": [torch.float16]}
+EVERYWHERE: Everywhere = {"test_forward": _ONCE, "test_backward": _ONCE}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

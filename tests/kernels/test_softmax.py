@@ -15,6 +15,7 @@ from tests.kernels.calls import (
     masked_softmax_backward,
     masked_softmax_forward,
 )
+from tests.kernels.thinning import Everywhere
 
 SCALE = 0.3
 NAN, INF = float("nan"), float("inf")
@@ -32,6 +33,13 @@ LONG = [
     (1, 2, 16384),
 ]
 NOISE = Noise(probability=0.2, seed=0x123456789ABCDEF)
+
+_ROWS = [(1, 1, 1), (5, 8, 8), (2, 9, 24), (2, 2, 1023), (1, 2, 2048)]
+EVERYWHERE: Everywhere = {
+    "test_causal": {"shape": [(5, 7, 7), (40, 8, 8), (2, 5, 1025), (1, 3, 2056)], "dtype": [torch.float16]},
+    "test_causal_with_dropout": {"shape": [(5, 7, 7), (9, 24, 24), (2, 5, 1024)], "dtype": [torch.float32]},
+    "test_masked": {"rows": _ROWS, "dtype": [torch.bfloat16], "mask_batch": [3]},
+}
 
 
 def _beyond(sq: int, sk: int) -> torch.Tensor:

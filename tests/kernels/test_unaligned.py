@@ -9,6 +9,9 @@ import torch
 from tests.kernels.accuracy import cpu
 from tests.kernels.backends import KernelBackend
 from tests.kernels.every_op import OPS, Results
+from tests.kernels.thinning import Everywhere
+
+EVERYWHERE: Everywhere = {}
 
 
 @dataclass(frozen=True)
