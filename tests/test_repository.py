@@ -51,8 +51,9 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "megatron_ext", source / "megatron_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("megatron_ext", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
     done = subprocess.run(
@@ -66,6 +67,7 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/config/presets").glob("*.json")}
     assert wanted <= held, wanted - held
     assert "megatron_ext/py.typed" in held
+    assert "megatron_ext/csrc/common/abi.h" in held
     assert any(name.endswith("entry_points.txt") for name in held)
 
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from megatron_ext.cli.common import AsJson
 
 if TYPE_CHECKING:
-    from megatron_ext.ops.build.sources import Backend
+    from megatron_ext.ops.building.sources import Backend
 
 PACKAGE = "megatron-ext"
 _TOOL_TIMEOUT_SECONDS = 20

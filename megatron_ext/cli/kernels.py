@@ -9,7 +9,7 @@ import typer
 from megatron_ext.cli.common import AsJson
 
 if TYPE_CHECKING:
-    from megatron_ext.ops.build.sources import Backend
+    from megatron_ext.ops.building.sources import Backend
 
 kernels_app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +32,7 @@ def build(
 
     Example: megatron-ext kernels build --cuda --force
     """
-    from megatron_ext.ops.build.problem import KernelsUnavailableError
+    from megatron_ext.ops.building.problem import KernelsUnavailableError
 
     everything = not (cpu or cuda)
     if cpu or everything:
@@ -48,8 +48,8 @@ def build(
 
 def _built(backend: "Backend", *, force: bool) -> str:
     """Build one library; a line about it."""
-    from megatron_ext.ops.build.builder import build_library, cached_library
-    from megatron_ext.ops.build.recipe import recipe_for
+    from megatron_ext.ops.building.builder import build_library, cached_library
+    from megatron_ext.ops.building.recipe import recipe_for
     from megatron_ext.runtime.kernel_environment import kernel_environment
 
     devices = []

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_ext.ops.build.problem import KernelsUnavailableError
+from megatron_ext.ops.building.problem import KernelsUnavailableError
 
 DEFAULT = ("80", "90", "100")
 """Where neither the environment nor a device says anything: A100, H100, B200."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.ops.build.architectures import runs_on
-from megatron_ext.ops.build.lock import Owner, Patience, build_lock
-from megatron_ext.ops.build.problem import KernelsUnavailableError
-from megatron_ext.ops.build.recipe import Recipe
-from megatron_ext.ops.build.sources import Backend, digest, prebuilt_folder, source_folder
-from megatron_ext.ops.build.toolchain import cpu_features, find_torch
+from megatron_ext.ops.building.architectures import runs_on
+from megatron_ext.ops.building.lock import Owner, Patience, build_lock
+from megatron_ext.ops.building.problem import KernelsUnavailableError
+from megatron_ext.ops.building.recipe import Recipe
+from megatron_ext.ops.building.sources import Backend, digest, prebuilt_folder, source_folder
+from megatron_ext.ops.building.toolchain import cpu_features, find_torch
 from megatron_ext.runtime.files import replace_text, sync
 
 _FACTS = "build.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import megatron_ext
-from megatron_ext.ops.build.problem import KernelsUnavailableError
+from megatron_ext.ops.building.problem import KernelsUnavailableError
 
 Backend = Literal["cpu", "cuda"]
 BACKENDS: tuple[Backend, ...] = ("cpu", "cuda")

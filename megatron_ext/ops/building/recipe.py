@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.ops.build.architectures import Architecture, choose_architectures
-from megatron_ext.ops.build.sources import Backend, digest, source_folder, translation_units
-from megatron_ext.ops.build.toolchain import (
+from megatron_ext.ops.building.architectures import Architecture, choose_architectures
+from megatron_ext.ops.building.sources import Backend, digest, source_folder, translation_units
+from megatron_ext.ops.building.toolchain import (
     Tool,
     Torch,
     cpu_features,

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.ops.build.problem import KernelsUnavailableError
+from megatron_ext.ops.building.problem import KernelsUnavailableError
 from megatron_ext.runtime.kernel_environment import KernelEnvironment
 
 _TIMEOUT_SECONDS = 60
