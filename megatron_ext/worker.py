@@ -30,9 +30,11 @@ from megatron_ext.runtime.run_lock import run_lock
 from megatron_ext.runtime.signals import StopRequest, catch_stop_signals, ignore_stop_signals
 
 if TYPE_CHECKING:
+    from megatron_ext.preflight.examination import Examination
     from megatron_ext.runtime.device import Device
     from megatron_ext.runtime.heartbeat import Watch
     from megatron_ext.runtime.meeting import Meeting
+    from megatron_ext.runtime.process_group import Processes
 
 
 @dataclass(frozen=True)
@@ -105,16 +107,12 @@ def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch
     from megatron_ext.runtime.process_group import process_group
     from megatron_ext.stability.guard import GuardStop
 
-    config, info = rank.config, rank.info
+    minutes, info = rank.config.parallel.timeout_minutes, rank.info
     try:
-        with process_group(info, device, timeout_minutes=config.parallel.timeout_minutes, meeting=meeting) as processes:
+        examination = _examine(rank, device, meeting)
+        with process_group(info, device, timeout_minutes=minutes, meeting=meeting) as processes:
             try:
-                if processes.any_rank(rank.stop.requested):
-                    return _stopped_early()
-                from megatron_ext.train import train
-
-                finished = train(config, device=device, processes=processes, stop=rank.stop)
-                return 0 if finished or not asks_to_requeue() else os.EX_TEMPFAIL
+                return _work(rank, device, processes, examination)
             except GuardStop as stopped:
                 # All ranks come here, and a launcher ends the others with the first that leaves.
                 if watching is not None:
@@ -136,6 +134,33 @@ def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch
         if watching is None:
             raise
         watching.leave_with(failure_of(error, info.rank))
+
+
+def _examine(rank: _Rank, device: "Device", meeting: "Meeting") -> "Examination | None":
+    """Compare what the ranks run and, where it is due, look at their hosts."""
+    from megatron_ext.preflight.agreement import check_agreement
+    from megatron_ext.preflight.examination import Examination
+
+    check_agreement(meeting, rank.config)
+    when = rank.config.cluster.preflight.when
+    if rank.preflight_only or when == "always" or (when == "auto" and len(meeting.leaders) > 1):
+        return Examination(meeting, rank.config, device)
+    return None
+
+
+def _work(rank: _Rank, device: "Device", processes: "Processes", examination: "Examination | None") -> int:
+    """Train, or what else this rank was started for, as one of the group."""
+    if processes.any_rank(rank.stop.requested):
+        return _stopped_early()
+    if examination is not None:
+        for line in examination.measure(processes):
+            LOGGER.info(line)
+    if rank.preflight_only:
+        return 0
+    from megatron_ext.train import train
+
+    finished = train(rank.config, device=device, processes=processes, stop=rank.stop)
+    return 0 if finished or not asks_to_requeue() else os.EX_TEMPFAIL
 
 
 def _stopped_early() -> int:

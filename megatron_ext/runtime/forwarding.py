@@ -43,11 +43,16 @@ def choose_variables(environment: Mapping[str, str], allowed: Iterable[str]) -> 
         for name, value in environment.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns) and not fnmatchcase(name, _OWN)
     }
-    private = {name for name, value in chosen.items() if _SECRET.search(name) or not _fits_a_line(value)}
+    private = {name for name, value in chosen.items() if looks_secret(name) or not _fits_a_line(value)}
     return Forwarded(
         on_command_line={name: value for name, value in chosen.items() if name not in private},
         in_private_file={name: value for name, value in chosen.items() if name in private},
     )
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable's name says that its value is not for everybody."""
+    return _SECRET.search(name) is not None
 
 
 def environment_file(variables: Mapping[str, str]) -> str:

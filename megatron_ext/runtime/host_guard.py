@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,9 @@ class GuardSpec:
     hosts: list[str]
     command: list[str]
     environment: dict[str, str]
+    folders: list[str]
+    """What the launch has written, and nobody needs when it is over."""
+
     silence_seconds: float
     """After which the ranks give up one that they do not hear from."""
 
@@ -164,4 +168,10 @@ def _kill_children(pid: int) -> None:
 if __name__ == "__main__":
     for harmless in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(harmless, signal.SIG_IGN)
-    sys.exit(Guard(GuardSpec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))).run())
+    guarded = GuardSpec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    try:
+        exit_status = Guard(guarded).run()
+    finally:
+        for folder in guarded.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(exit_status)

@@ -81,20 +81,21 @@ def launch_on_hosts(
         raise UserError("--hostfile needs pdsh, which is not installed here; install it (Debian: apt install pdsh)")
     deepspeed_program()
     job = secrets.token_hex(8)
-    with _launch_folder(run_dir, job) as shared, tempfile.TemporaryDirectory(prefix="megatron-ext-") as private:
+    with _launch_folder(run_dir, job) as shared, _private_folder() as private:
         _write_private(shared / "config.json", json.dumps(config))
         facts = _examine(options, shared)
-        command, environment = _prepare(options, facts, job=job, shared=shared, private=Path(private))
+        command, environment = _prepare(options, facts, job=job, shared=shared, private=private)
         arguments = [str(shared / "config.json"), "--directory", str(Path.cwd()), *worker_options]
         spec = GuardSpec(
             job=job,
             hosts=[host.name for host in options.hosts],
             command=[*command, "--module", WORKER, *map(remote_argument, arguments)],
             environment=environment,
+            folders=[str(shared), str(private)],
             silence_seconds=options.silence_seconds,
         )
-        _write_private(Path(private) / "guard.json", json.dumps(asdict(spec)))
-        return _guarded(Path(private) / "guard.json", StopRequest() if stop is None else stop)
+        _write_private(private / "guard.json", json.dumps(asdict(spec)))
+        return _guarded(private / "guard.json", StopRequest() if stop is None else stop)
 
 
 @contextmanager
@@ -113,6 +114,16 @@ def _launch_folder(run_dir: Path, job: str) -> Iterator[Path]:
         if made:
             with suppress(OSError):  # it holds a run by now
                 run_dir.rmdir()
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this machine that no other user can read; gone when the command ends."""
+    folder = Path(tempfile.mkdtemp(prefix="megatron-ext-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _examine(options: HostOptions, shared: Path) -> list[HostFacts]:

@@ -11,6 +11,7 @@ LAYERS: Mapping[str, int] = {
     "slurm": 2,
     "ops": 2,
     "parallel": 2,
+    "preflight": 2,
     "curriculum": 2,
     "data": 3,
     "model": 3,
@@ -33,7 +34,8 @@ DOORS: Mapping[str, frozenset[str]] = {
     "os.environb": frozenset({"runtime"}),
     "os.getenv": frozenset({"runtime"}),
     "os.putenv": frozenset({"runtime"}),
-    "sys.argv": frozenset({"cli", "worker", "__main__"}),
+    # runtime holds the programs that run on other hosts.
+    "sys.argv": frozenset({"cli", "worker", "__main__", "runtime"}),
     "argparse": frozenset({"cli", "worker"}),
     "typer": frozenset({"cli"}),
     "torch.cuda": frozenset({"runtime"}),

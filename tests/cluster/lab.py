@@ -212,9 +212,12 @@ class Lab:
 
     def processes(self, host: str | None, word: str = "python") -> list[str]:
         """State, id and command line of the processes of a host (None: the login node) whose line holds ``word``."""
-        listed = self.run(["ps", "-ww", "-eo", "stat=,pid=,args="], host=host).stdout.splitlines()
-        own = ("tests.cluster.lab", " ps -ww", "/usr/sbin/sshd -D", "env --chdir")
-        return [line for line in listed if word in line and not any(part in line for part in own)]
+        listed = self.run(["ps", "-ww", "-eo", "pidns=,stat=,pid=,args="], host=host).stdout.splitlines()
+        # The login node sees the processes of all hosts as well.
+        here = next(line.split()[0] for line in listed if " ps -ww" in line)
+        lines = [line.partition(here)[2].strip() for line in listed if line.split()[0] == here]
+        own = ("tests.cluster.lab", " ps -ww", "/usr/sbin/sshd -D", "env --chdir", "unshare --")
+        return [line for line in lines if word in line and not any(part in line for part in own)]
 
     def _ip(self, *arguments: str) -> None:
         done = self.run(["ip", *arguments])

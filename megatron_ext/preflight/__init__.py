@@ -1,0 +1,1 @@
+"""Before a run trains: do all ranks run the same thing, and are their hosts fit for it."""

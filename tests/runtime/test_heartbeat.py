@@ -1,0 +1,119 @@
+"""Ranks that fail in every way end together, with one message and the right status."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.environment import rank_info
+from megatron_ext.runtime.failure import failure_of
+from megatron_ext.runtime.heartbeat import WatchOptions, watch
+from megatron_ext.runtime.launcher import free_port
+from megatron_ext.runtime.log import configure_logging
+from megatron_ext.runtime.meeting import meet
+
+SECONDS = 2.0
+
+
+def rank_main(rank: int, actions: tuple[str, ...], port: int, folder: Path) -> None:
+    """Meet the others, then do what the rank's action says."""
+    descriptor = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sizes = {"WORLD_SIZE": str(len(actions)), "LOCAL_SIZE": str(len(actions))}
+    os.environ.update(sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    configure_logging(rank)
+    meeting = meet(rank_info(), seconds=60)
+    with watch(meeting, WatchOptions(SECONDS, folder)) as watching:
+        assert watching is not None
+        meeting.gather("ready", 0)
+        try:
+            exec(actions[rank], {"os": os, "signal": signal, "time": time, "UserError": UserError})
+        except BaseException as error:
+            watching.leave_with(failure_of(error, rank))
+
+
+WAIT = "time.sleep(60)"
+ECHO = "time.sleep(0.3); raise RuntimeError('gloo/transport/tcp/pair.cc: Connection closed by peer')"
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+HANG = "os.kill(os.getpid(), signal.SIGSTOP)"
+
+
+def outcome(folder: Path, *actions: str) -> tuple[list[int | None], str, float]:
+    """Exit statuses of ranks that do ``actions``, everything they printed, and the seconds it took."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks_preload"])
+    port = free_port()
+    ranks = [
+        context.Process(target=rank_main, args=(rank, actions, port, folder), daemon=True)
+        for rank in range(len(actions))
+    ]
+    for rank in ranks:
+        rank.start()
+    start = time.monotonic()
+    try:
+        for rank in ranks:
+            rank.join(60)
+    finally:
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+                rank.join()
+    return [rank.exitcode for rank in ranks], (folder / "output").read_text(), time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("actions", "statuses", "words"),
+    [
+        ((WAIT, KILL, ECHO), [1, -9, 1], ["rank 1 on host", "ended without a word"]),
+        ((KILL, WAIT, ECHO), [-9, 1, 1], ["rank 0 on host", "ended without a word"]),
+        ((WAIT, HANG, ECHO), [1, -9, 1], ["rank 1 on host", "no sign of life for 2 s"]),
+        ((HANG, WAIT, ECHO), [-9, 1, 1], ["rank 0 on host", "no sign of life for 2 s"]),
+        ((WAIT, WAIT, "raise OSError(28, 'No space left on device')"), [1, 1, 1], ["rank 2 on host", "No space left"]),
+        (("raise ValueError('bug')", ECHO, WAIT), [1, 1, 1], ["rank 0 on host", "ValueError: bug"]),
+        ((WAIT, "raise UserError('too small')", WAIT), [2, 2, 2], ["rank 1 on host", "too small"]),
+    ],
+    ids=["killed", "main killed", "hung", "main hung", "full disk", "bug", "bad input on one"],
+)
+def test_the_first_cause_is_said_once(
+    tmp_path: Path, actions: tuple[str, ...], statuses: list[int], words: list[str]
+) -> None:
+    got, output, seconds = outcome(tmp_path, *actions)
+    assert got == statuses, output
+    (message,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert all(word in message for word in words), message
+    assert output.count("Traceback") == sum("raise OSError" in a or "raise Value" in a for a in actions), output
+    assert seconds < 40
+    if statuses[1] != 2:
+        assert json.loads((tmp_path / "failure.json").read_text())["rank"] == int(words[0].split()[1])
+
+
+def test_a_mistake_that_all_ranks_find_names_none(tmp_path: Path) -> None:
+    statuses, output, _ = outcome(tmp_path, *["raise UserError('seq_len is too long')"] * 3)
+    assert (statuses, output) == ([2, 2, 2], "error: seq_len is too long\n")
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_an_echo_without_a_cause_keeps_its_traceback(tmp_path: Path) -> None:
+    statuses, output, _ = outcome(tmp_path, WAIT, ECHO, WAIT)
+    assert statuses == [1, 1, 1]
+    assert "Traceback" in output
+    assert "error: rank 1 on host" in output
+
+
+def test_ranks_that_are_done_leave_one_after_another(tmp_path: Path) -> None:
+    statuses, output, _ = outcome(tmp_path, "pass", "time.sleep(3)", "time.sleep(1)")
+    assert (statuses, output) == ([0, 0, 0], "")
+
+
+def test_ranks_that_load_for_longer_than_the_limit_are_not_given_up(tmp_path: Path) -> None:
+    statuses, output, _ = outcome(tmp_path, WAIT.replace("60", "5"), "time.sleep(5)")
+    assert (statuses, output) == ([0, 0], "")
