@@ -69,7 +69,7 @@ extern "C" int mx_cpu_bias_dropout_add_backward(int dtype, int weight_dtype, con
                                                 float* workspace, int64_t partitions, float dropout, const int64_t* seed,
                                                 int64_t rows, int64_t cols, mx_parallel_for executor) {
   if (!weight_dtype_ok(dtype, weight_dtype) || !shape_ok(rows, cols) || !partitions_ok(partitions)) return MX_BAD_ARGUMENT;
-  if (!dropout_ok(dropout, seed) || (dropout > 0.f && !dx)) return MX_BAD_ARGUMENT;
+  if (!dropout_ok(dropout, seed) || (dropout > 0.f && rows > 0 && !dx)) return MX_BAD_ARGUMENT;
   return by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const ColumnSums<1> sums{workspace, partitions, rows, cols};

@@ -32,8 +32,10 @@ struct ColumnSums {
       for (int64_t p = begin; p < end; ++p) {
         std::array<float*, KINDS> sums;
         for (int kind = 0; kind < KINDS; ++kind) {
-          sums[static_cast<size_t>(kind)] = of(kind, p);
-          std::memset(of(kind, p), 0, static_cast<size_t>(cols) * sizeof(float));
+          // Without a workspace nobody asks for sums.
+          float* const sum = workspace ? of(kind, p) : nullptr;
+          if (sum) std::memset(sum, 0, static_cast<size_t>(cols) * sizeof(float));
+          sums[static_cast<size_t>(kind)] = sum;
         }
         work(first_row(p), first_row(p + 1), sums);
       }

@@ -6,10 +6,12 @@ bytes, so that what a kernel leaves out is seen), and calls a function of csrc/c
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+
+import pytest
 
 from tests.kernels.emulator.backend import emulator_backend
 from tests.kernels.interface import KernelBackend, KernelError
+from tests.kernels.library import cpu_backend, cuda_backend
 from tests.kernels.ptx.backend import ptx_backend
 
 __all__ = ["BACKENDS", "MARKS", "KernelBackend", "KernelError"]
@@ -17,6 +19,9 @@ __all__ = ["BACKENDS", "MARKS", "KernelBackend", "KernelError"]
 # Each makes its backend or raises ``CannotBuildError`` with the reason why it cannot be had here.
 BACKENDS: dict[str, Callable[[], KernelBackend]] = {
     **{f"emulator-{order}": partial(emulator_backend, order) for order in ("forward", "reverse", "random")},
+    "cpu-serial": partial(cpu_backend, threads=False),
+    "cpu-threads": partial(cpu_backend, threads=True),
+    "cuda": cuda_backend,
     **{f"ptx-{architecture}": partial(ptx_backend, architecture) for architecture in (80, 90, 100)},
 }
-MARKS: dict[str, Any] = {}
+MARKS: dict[str, pytest.MarkDecorator] = {"cuda": pytest.mark.gpu}

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from megatron_ext.ops.building.recipe import NVCC_FLAGS
 from tests.kernels.building import SOURCES, CannotBuildError, Step, make, tool, version_of
 
-FLAGS = "-std=c++17 -O3"
+# Those of the build, but for the line numbers, which change no instruction.
+FLAGS = " ".join(flag for flag in NVCC_FLAGS if flag != "-lineinfo")
 
 
 def kernel_sources(root: Path = SOURCES) -> list[Path]:
@@ -37,3 +39,11 @@ def device_code_of(sources: Sequence[Path], architecture: int) -> list[Path]:
     target = f"-gencode arch=compute_{architecture},code=sm_{architecture}"
     command = f"{tool('nvcc')} {FLAGS} -Xptxas -v {target} -cubin $in -o $out > $log 2>&1"
     return make([Step(command, (source,), ".cubin", version_of("nvcc")) for source in sources])
+
+
+def device_library(sources: Sequence[Path]) -> Path:
+    """The kernels' C interface for the devices of this machine."""
+    compile_one = f"{tool('nvcc')} {FLAGS} -arch=native -c $in -o $out"
+    objects = make([Step(compile_one, (source,), ".o", version_of("nvcc")) for source in sources])
+    link = f"{tool('nvcc')} -shared -cudart static $in -o $out"
+    return make([Step(link, tuple(objects), ".so", version_of("nvcc"))])[0]
