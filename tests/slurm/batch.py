@@ -92,7 +92,9 @@ class Batch:
             environment |= {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": str(task)}
         script = self.folder / "job.sh"
         script.write_bytes(os.fsencode(job.script()))
-        return subprocess.Popen(["bash", str(script)], env=environment, cwd="/", stdout=subprocess.PIPE)
+        return subprocess.Popen(
+            ["bash", str(script)], env=environment, cwd="/", stdout=subprocess.PIPE, start_new_session=True
+        )
 
     def run(self, job: TrainingJob, *, task: int | None = None, restart: int = 0) -> tuple[int, str]:
         """Run the job's script to its end: exit status and what it printed."""

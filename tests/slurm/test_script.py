@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,14 +137,18 @@ def test_the_signal_before_the_limit_reaches_the_ranks_and_the_script_waits_for_
 ) -> None:
     batch.plan("wait for USR1")
     process = batch.start(training_job(tmp_path, batch))
-    deadline = time.monotonic() + 30
-    while not batch.calls():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        process.send_signal(number)
-        time.sleep(0.05)
-    process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 30
+        while not batch.calls():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            process.send_signal(number)
+            time.sleep(0.05)
+        process.communicate(timeout=30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 75
     assert ["requeue", "17"] in batch.scontrol()
 
