@@ -1,0 +1,105 @@
+"""The reference's noise is Philox, the kernels draw the same mask, and random streams rule its seed."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.ops import dropout
+from megatron_ext.ops.bias_dropout_add import bias_dropout_add
+from megatron_ext.ops.kernels import Kernels
+
+_M, _W, _MASK = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox4x32-10 in Python's integers, from the paper's definition."""
+    for _ in range(10):
+        high0, low0 = divmod(_M[0] * counter[0], 2**32)
+        high1, low1 = divmod(_M[1] * counter[2], 2**32)
+        counter = (high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0)
+        key = ((key[0] + _W[0]) & _MASK, (key[1] + _W[1]) & _MASK)
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((_MASK,) * 4, (_MASK, _MASK), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_expectation_itself_gives_random123s_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    assert philox(counter, key) == expected
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), blocks=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5))
+def test_words_are_philox_of_seed_and_block(seed: int, blocks: list[int]) -> None:
+    words = dropout.philox(torch.tensor(blocks), torch.tensor([seed]))
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    assert [tuple(row) for row in words.tolist()] == [philox((b & _MASK, b >> 32, 0, 0), key) for b in blocks]
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3), rate=st.floats(0.01, 0.99), seed=st.integers(0, 2**62)
+)
+def test_an_element_is_kept_where_its_word_reaches_the_threshold(shape: list[int], rate: float, seed: int) -> None:
+    kept = dropout.kept(tuple(shape), rate, torch.tensor([seed])).flatten().tolist()
+    threshold = math.floor(torch.tensor(rate, dtype=torch.float32).double().item() * 2**32)
+    key = (seed & _MASK, seed >> 32)
+    assert kept == [philox((i // 4, 0, 0, 0), key)[i % 4] >= threshold for i in range(math.prod(shape))]
+
+
+def test_pieces_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = torch.tensor([77])
+    whole = dropout.kept((1000,), 0.5, seed)
+    monkeypatch.setattr(dropout, "_TOGETHER", 7)
+    assert torch.equal(dropout.kept((1000,), 0.5, seed), whole)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_the_share_dropped_and_the_mean_are_right(rate: float) -> None:
+    x = torch.ones(200_000)
+    result = dropout.dropped(x, rate, torch.tensor([3]))
+    assert float((result == 0).float().mean()) == pytest.approx(rate, abs=0.005)
+    assert float(result.mean()) == pytest.approx(1.0, abs=0.01)
+    assert dropout.dropped(x, 0.0, None) is x
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (1, 1025)])
+def test_fused_kernels_drop_the_same_elements(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x, zero = torch.ones(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    results = []
+    for kernels in ("fused", "reference"):
+        torch.manual_seed(5)
+        results.append(bias_dropout_add(x, None, zero, dropout=0.3, kernels=kernels))
+    assert torch.equal(*results)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+def test_the_seed_follows_the_generator(kernels: Kernels) -> None:
+    x = torch.ones(40, 8)
+
+    def draw() -> torch.Tensor:
+        return bias_dropout_add(x, None, x, dropout=0.5, kernels=kernels)
+
+    state = torch.get_rng_state()
+    first, second = draw(), draw()
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(draw(), first)
+    state = torch.get_rng_state()
+    bias_dropout_add(x, None, x, dropout=0.0, kernels=kernels)
+    assert torch.equal(torch.get_rng_state(), state), "no dropout draws nothing"
