@@ -46,8 +46,13 @@ MX_INLINE void softmax_row(T* probs, const Columns& of, const Score& score) {
   });
   const float inverse = 1.f / sum.total();
   for_first_vectors(of.length, of.cols, [&](int64_t c, auto lanes, int) {
-    if constexpr (sizeof(T) == sizeof(float)) return store(probs + c, load(probs + c, lanes) * inverse, lanes);
-    store(probs + c, keep(exp_to_zero(score(c, lanes, shift)) * inverse, Floats{}, lanes), lanes);
+    Floats e;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      e = load(probs + c, lanes);
+    } else {
+      e = exp_to_zero(score(c, lanes, shift));
+    }
+    store(probs + c, keep(e * inverse, Floats{}, lanes), lanes);
   });
   clear_rest(probs, of);
 }
