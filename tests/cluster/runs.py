@@ -15,9 +15,11 @@ from tests.train.small_run import VOCABULARY, train_records, write_config
 # Long enough for any start on a busy machine; a limit on a fault is each test's own.
 START_SECONDS = 240.0
 
+STEPS = 200
+
 
 def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
-    """Config of a run of 12 short steps without dropout, so that layouts give the same losses; its path."""
+    """Config of a run of ``STEPS`` short steps without dropout, so that layouts give the same losses; its path."""
     model = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -35,8 +37,9 @@ def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
     base: dict[str, Any] = {
         "model": model,
         "data": data,
-        "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": 12}},
-        "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 8}},
+        "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}},
+        "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 100}},
+        "learning_rate": {"peak": 3e-4, "warmup": {"steps": 5}},
         "validation": {},
         "checkpoint": {},
         "metrics": {"flush_every": 1, "tensorboard": False, "log_every": 1},

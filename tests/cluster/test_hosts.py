@@ -9,6 +9,7 @@ import pytest
 from tests.cluster.lab import Lab
 from tests.cluster.runs import (
     START_SECONDS,
+    STEPS,
     command,
     environment_of,
     errors_of,
@@ -76,10 +77,10 @@ def test_tensor_parallel_over_hosts_and_a_killed_command(
     assert "NOT_LISTED" not in there
     assert not set(ODD) - on_line & set(there)
     assert (config.parent / "small" / "checkpoints" / "latest").exists()
-    assert 2 <= len(losses(config)) < 12
+    assert 2 <= len(losses(config)) < STEPS
     with started(lab, *arguments, env=environment) as process:
         assert process.wait(START_SECONDS) == 0, output_of(config)
-    assert losses(config) == pytest.approx(on_one_host, abs=2e-5)
+    assert losses(config) == pytest.approx(on_one_host, abs=1e-4)
     assert "preflight passed" in output_of(config)
     assert "sk-do-not-show" not in output_of(config)
     assert errors_of(config) == []
@@ -96,11 +97,11 @@ def test_data_parallel_over_hosts_and_a_signal(
         assert process.wait(60) == 0, output_of(config)
         nothing_left(lab)
     done = len(losses(config))
-    assert 2 <= done < 12
+    assert 2 <= done < STEPS
     assert (tmp_path / "small" / "checkpoints" / "latest").read_text() == f"step_{done}\n"
     with started(lab, *arguments) as process:
         assert process.wait(START_SECONDS) == 0, output_of(config)
-    assert losses(config) == pytest.approx(on_one_host, abs=2e-5)
+    assert losses(config) == pytest.approx(on_one_host, abs=1e-4)
     assert not list((tmp_path / "small").glob(".launch-*"))
     assert errors_of(config) == []
 
