@@ -11,6 +11,8 @@ from megatron_ext.curriculum.sampler import SamplePlan, micro_batch_sizes, rank_
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.engine.micro_batches import cut_micro_batches
 from megatron_ext.model.gpt import build_gpt
+from megatron_ext.ops.kernels import Kernels
+from megatron_ext.ops.loading import load_operators
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
@@ -65,10 +67,14 @@ class Setup:
 
 
 def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
-    """Build everything on an initialized process group."""
+    """Build everything on an initialized process group; with fused kernels where the config says so and no "auto"."""
     layout = initialize_parallel(config.parallel.tensor, 2.0)
     streams = seed_streams(config.seed, layout, CPU.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=CPU, prefix=prefix)
+    kernels: Kernels = "fused" if config.model.kernels == "fused" else "reference"
+    if kernels == "fused":
+        load_operators("cpu")
+    model = build_gpt(config, layout, streams, kernels=kernels)
+    engine = TrainEngine(config, model, layout=layout, device=CPU, prefix=prefix)
     return Setup(config, TrainingPlan.from_config(config), layout, streams, engine)
 
 

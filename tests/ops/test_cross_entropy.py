@@ -15,11 +15,11 @@ from megatron_ext.ops.cross_entropy import Statistics, VocabSlice, cross_entropy
 pytestmark = pytest.mark.usefixtures("fused")
 
 
-class PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most bytes of storages that operations inside have made and that are alive at the same time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, int] = {}
         self.peak = 0
 
