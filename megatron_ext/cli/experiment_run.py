@@ -8,6 +8,7 @@ import typer
 
 from megatron_ext.cli.common import ExperimentPath
 from megatron_ext.cli.experiment_tables import console, plan_table, status_table
+from megatron_ext.cli.report import write_page
 from megatron_ext.cli.slurm_options import (
     Account,
     ContainerImage,
@@ -96,7 +97,7 @@ def command(
 
 
 def _run_here(experiment: Experiment, *, nproc: int | None, dry_run: bool) -> None:
-    from megatron_ext.cli.experiment_runs import done, statuses, train_all
+    from megatron_ext.cli.experiment_runs import data_of, done, statuses, train_all
 
     if dry_run:
         _announce(experiment)
@@ -105,6 +106,10 @@ def _run_here(experiment: Experiment, *, nproc: int | None, dry_run: bool) -> No
     found = statuses(experiment)
     console().print(status_table(found))
     typer.echo(done(found))
+    if finished:
+        page = Path(experiment.config.output_dir) / "report.html"
+        write_page(data_of(experiment), page, title=experiment.config.name, target_loss=None)
+        typer.echo(f"report: {page}")
     failed = any(status.state == "failed" for status in found)
     if failed or not finished:
         raise typer.Exit(1 if failed else 0)
