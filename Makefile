@@ -29,12 +29,13 @@ LOWEST_VENV ?= .venv-lowest
 # Tests start up to four processes on a machine that may have two cores: one thread each.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help venv demo test test-slow test-gpu test-lowest check format bench clean distclean
+.PHONY: help venv demo test test-cluster test-slow test-gpu test-lowest check format bench clean distclean
 
 help:
 	@echo 'demo         train a small GPT with Sequence Length Warmup on two CPU processes, then show what it learned'
 	@echo 'test         the tests that need neither a GPU nor much time'
 	@echo 'check        ruff, mypy (strict) and the architecture test'
+	@echo 'test-cluster the tests over several hosts, which are namespaces on this machine (as root)'
 	@echo 'test-slow    the long tests            test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'test-lowest  `test` with the lowest versions that pyproject.toml allows, in $(LOWEST_VENV)'
 	@echo 'bench        the benchmarks            format       rewrite the code as `check` wants it'
@@ -61,7 +62,11 @@ demo: venv
 	$(BIN)/megatron-ext demo
 
 test: venv
-	$(PYTEST) -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu and not cluster'
+
+# Skips with the reason where this user is not root, or where sshd, pdsh or SLURM are missing.
+test-cluster: venv
+	$(PYTEST) -m 'cluster and not slow' tests/cluster tests/slurm
 
 test-slow: venv
 	$(PYTEST) -m 'slow and not gpu'

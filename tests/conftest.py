@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,3 +24,10 @@ def fused() -> None:
         load_operators("cpu")
     except KernelsUnavailableError as error:
         pytest.skip(f"no fused kernels here: {error}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a private cluster: those that use one of the fixtures that start it."""
+    for item in items:
+        if {"lab", "cluster"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.cluster)

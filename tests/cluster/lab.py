@@ -31,6 +31,7 @@ _TOOLS = {
     "/usr/sbin/sshd": "openssh-server",
     "ssh": "openssh-client",
     "pdsh": "pdsh",
+    "ps": "procps",
 }
 _SLURM_TOOLS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
 

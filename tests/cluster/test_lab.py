@@ -46,6 +46,7 @@ def test_a_host_is_cut_off_and_comes_back(lab: Lab) -> None:
     assert lab.run(["ssh", "n3", "hostname"]).stdout == "n3\n"
 
 
+@pytest.mark.cluster
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_a_killed_lab_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.cluster.lab", "--hosts", "1", "--", "sleep", "4321"]
