@@ -145,7 +145,7 @@ def _is_finished(
 def situations(runs: Sequence[tuple[Path, Progress]]) -> list[Situation]:
     """What becomes of each run, from its directory, the lock in it, and one question to the queue."""
     records = [record.jobs_of(run_dir) for run_dir, _ in runs]
-    asked = [job.job for jobs in records for job in jobs if job.event != "ended"]
+    asked = [job.job for jobs in records for job in jobs if job.may_be_queued]
     queue = commands.queue(asked) if asked and commands.has_slurm() else {}
     return [_situation(run_dir, progress, jobs, queue) for (run_dir, progress), jobs in zip(runs, records, strict=True)]
 

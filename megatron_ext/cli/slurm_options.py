@@ -201,8 +201,7 @@ def live_jobs(run_dirs: Sequence[Path]) -> Mapping[Path, str]:
     """The job of each run that has one in the queue, or perhaps has: the controller may not answer."""
     from megatron_ext.slurm import commands, record
 
-    # Of a chain all but one wait for the others.
-    jobs = {run_dir: [job.job for job in record.jobs_of(run_dir) if job.event != "ended"] for run_dir in run_dirs}
+    jobs = {run_dir: [job.job for job in record.jobs_of(run_dir) if job.may_be_queued] for run_dir in run_dirs}
     found = commands.queue(job for names in jobs.values() for job in names)
     alive = {
         run_dir: next((name for name in names if not found[name].is_over), None) for run_dir, names in jobs.items()

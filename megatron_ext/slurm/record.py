@@ -6,13 +6,14 @@
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.runtime.files import replace_text
+from megatron_ext.runtime.files import replace_text, replacing
 
 FOLDER = "slurm"
 _JOBS = "jobs.jsonl"
@@ -43,6 +44,11 @@ class JobRecord:
         """Whether it ended with a failure."""
         return self.event == "ended" and self.status not in {None, 0, 75}
 
+    @property
+    def may_be_queued(self) -> bool:
+        """Whether the queue may hold it: also after its end, where SLURM itself starts it again."""
+        return self.event != "ended" or self.status != 0
+
 
 def config_file(run_dir: Path) -> Path:
     """The config that a job of the run trains."""
@@ -54,7 +60,9 @@ def prepare(run_dir: Path, *, config: Mapping[str, Any], script: str) -> None:
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(config_file(run_dir), json.dumps(config, indent=1) + "\n")
-    replace_text(folder / "job.sh", script)
+    with replacing(folder / "job.sh") as file:
+        # Paths in it are bytes to the system.
+        file.write(os.fsencode(script))
 
 
 def record_submitted(run_dir: Path, job: str) -> None:

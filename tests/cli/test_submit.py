@@ -234,6 +234,10 @@ def test_status_of_a_job(config: Path, command: Command, programs: Path) -> None
     found = told(command, str(run))
     assert found["state"] == "failed"
     assert "exit status 1" in found["note"]
+    # SLURM starts it again by itself.
+    queued(programs, ("1", "PENDING"))
+    assert told(command, str(run))["state"] == "queued"
+    assert live_jobs([run]) == {run: "1"}
 
 
 def test_status_of_what_is_no_run(tmp_path: Path, command: Command) -> None:

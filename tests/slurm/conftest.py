@@ -14,7 +14,10 @@ from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
 from tests.train.small_run import train_records, write_config, write_corpus
 
 # A node that is gone is noticed after SlurmdTimeout; the controller looks at nodes every third of it.
-_SLURM_LINES = "SlurmdTimeout=10"
+_SLURM_LINES = """SlurmdTimeout=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=urgent Nodes=n[1-3] PriorityTier=10 PreemptMode=OFF State=UP"""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,10 @@ def _last_event(run: Path) -> str:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes, n1 to n3, two CPUs each; skips where this machine cannot have them."""
+    """Three nodes, n1 to n3, each with two CPUs and two devices that pass for GPUs; skips where there can be none."""
     if reason := why_not(slurm=True):
         pytest.skip(reason)
-    with Lab(LabOptions(hosts=3, slurm=True, slurm_lines=_SLURM_LINES)) as lab:
+    with Lab(LabOptions(hosts=3, slurm=True, gpus=2, slurm_lines=_SLURM_LINES)) as lab:
         yield Cluster(lab)
 
 

@@ -9,6 +9,7 @@ from megatron_ext.slurm.record import jobs_of
 from tests.slurm.conftest import Cluster, small_config
 from tests.train.small_run import records, train_records
 
+STEPS = 400
 VARIANTS: dict[str, Any] = {
     "hurt": {"optimizer": {"eps": 1e-7}},
     "good": {},
@@ -18,7 +19,8 @@ VARIANTS: dict[str, Any] = {
 
 
 def write_experiment(folder: Path, corpus: Path, variants: dict[str, Any]) -> Path:
-    small_config(folder, corpus, training={"seq_len": 32, "batch_size": 8, "duration": {"steps": 50}})
+    training = {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}
+    small_config(folder, corpus, training=training, checkpoint={"every": {"steps": 50}, "keep_last": 2})
     content = {"name": "array", "base": "run.json", "output_dir": str(folder / "out"), "seeds": [1]}
     path = folder / "array.json"
     path.write_text(json.dumps(content | {"variants": variants}))
@@ -48,7 +50,7 @@ def test_an_array_trains_the_variants_retries_once_marks_and_reports(
     assert [item["job"] for item in found] == [f"{array}_{task}" for task in range(3)]
     assert {item["state"] for item in found} <= {"queued", "running"}
     assert "every run is finished or has a job" in cluster.cli("experiment", "run", str(file), "--slurm")
-    cluster.wait_for_step(runs["hurt"], 15)
+    cluster.wait_for_step(runs["hurt"], 55)
     kill_rank(cluster, runs["hurt"])
     watched = cluster.lab.start(
         [sys.executable, "-m", "megatron_ext", "experiment", "status", str(file), "--watch", "--every", "1"],
@@ -70,7 +72,7 @@ def test_an_array_trains_the_variants_retries_once_marks_and_reports(
         events = [record["name"] for record in records(runs[name]) if record["kind"] == "event"]
         assert events.count("start") == 1
         assert events.count("resume") == 1, "from the checkpoint"
-    assert [record["step"] for record in train_records(runs["hurt"])] == list(range(1, 51))
+    assert [record["step"] for record in train_records(runs["hurt"])] == list(range(1, STEPS + 1))
     page = tmp_path / "out" / "report.html"
     cluster.wait(page.exists, "report", runs["good"])
     more = {"hurt": VARIANTS["hurt"], "good": {}, "late": {"optimizer": {"eps": 1e-6}}}

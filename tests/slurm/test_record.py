@@ -39,3 +39,10 @@ def test_a_stop_on_request_is_no_failure() -> None:
     assert not JobRecord("5", "ended", 75).failed
     assert not JobRecord("5", "ended", 0).failed
     assert not JobRecord("5", "failed", 1).failed, "another attempt follows"
+    assert JobRecord("5", "ended", 75).may_be_queued, "SLURM may start it again"
+    assert not JobRecord("5", "ended", 0).may_be_queued
+
+
+def test_a_path_that_is_no_text_gets_into_the_script_as_it_is(tmp_path: Path) -> None:
+    prepare(tmp_path, config={}, script="cd /\udcff\n")
+    assert (tmp_path / "slurm" / "job.sh").read_bytes() == b"cd /\xff\n"

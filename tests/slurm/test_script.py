@@ -45,7 +45,7 @@ def test_a_run_is_trained_once_and_its_job_is_on_record(batch: Batch, tmp_path: 
     assert (call["MASTER_ADDR"], call["MEGATRON_EXT_REQUEUE"], call["RANK"]) == ("n1", "1", None)
     assert 20000 <= int(call["MASTER_PORT"]) < 32000
     [arguments] = batch.srun_arguments()
-    assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(arguments)
+    assert {"--kill-on-bad-exit=1", "--wait=60", "--export=ALL"} <= set(arguments)
     assert (tmp_path / "run" / "slurm" / "17" / "n1-rank0.log").read_text() == "a rank was here\n"
     assert "a rank was here" not in output
     [job] = jobs_of(tmp_path / "run")

@@ -58,7 +58,7 @@ trap 'signal=TERM' TERM # SLURM ends the job, and the ranks have got it too
 run_once() { # sets status and first: how the run ended, and which rank was the first to fail
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4099 * attempt + 977 * ${SLURM_RESTART_COUNT:-0}) % 12000))
     rm -f "$logs/ended"
-    srun --kill-on-bad-exit=1 --wait=60 --label "${srun_options[@]}" "${container[@]}" \
+    srun --kill-on-bad-exit=1 --wait=60 --export=ALL --label "${srun_options[@]}" "${container[@]}" \
         bash -c "$rank" "$logs" "${worker[@]}" "$run_dir/slurm/config.json" &
     local step=$! again=$((SECONDS + 3)) # srun needs a moment until it passes signals on
     while kill -0 "$step" 2>/dev/null; do
