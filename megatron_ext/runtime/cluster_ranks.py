@@ -100,6 +100,8 @@ def _expand_ranges(ranges: str, text: str) -> list[str]:
         if match is None:
             raise UserError(f"the node list {text!r} is not of the form NAME[FIRST-LAST,...]")
         first, last = match[1], match[2] or match[1]
+        if int(last) - int(first) >= _MAX_HOSTS:
+            raise UserError(f"the node list {text!r} names more than {_MAX_HOSTS} hosts")
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
 

@@ -23,7 +23,7 @@ from megatron_ext.runtime.host_facts import host_addresses, is_local
 
 _POLL_SECONDS = 0.2
 _LATER = 15.0
-"""Seconds that the others wait longer than rank 0, which knows why."""
+"""Seconds that the others wait longer than rank 0, which knows why, and that it waits for them to have read it."""
 
 
 class StoppedEarlyError(Exception):
@@ -227,10 +227,15 @@ def _gather(
             )
         values = [json.loads(store.get(f"{what}/{rank}")) for rank in range(len(names))]
         store.set(what, json.dumps(values))
+        # The store ends with this process, which may have nothing more to do.
+        until = time.monotonic() + _LATER
+        while store.add(f"{what}/read", 0) < len(names) - 1 and time.monotonic() < until and not stopped():
+            time.sleep(0.01)
         return values
     try:
         _wait(store, what, deadline + _LATER, stopped)
         values = json.loads(store.get(what))
+        store.add(f"{what}/read", 1)
     except (TimeoutError, dist.DistError) as error:
         raise UserError(f"rank 0 was lost while rank {info.rank} waited for it ({what}): {error}") from error
     if values is None:
