@@ -52,6 +52,12 @@ def test_a_run_is_trained_once_and_its_job_is_on_record(batch: Batch, tmp_path: 
     assert (job.job, job.event, job.status, job.nodes) == ("17", "ended", 0, "n[1-2]")
 
 
+def test_the_template_is_where_people_look_for_it() -> None:
+    root = Path(__file__).parents[2]
+    shown, used = root / "launch" / "slurm" / "train.sh", root / "megatron_ext" / "slurm" / "templates" / "train.sh"
+    assert shown.read_bytes() == used.read_bytes()
+
+
 def test_a_task_of_an_array_trains_its_own_run(batch: Batch, tmp_path: Path) -> None:
     runs = tuple(tmp_path / name for name in ("a", "b"))
     job = training_job(tmp_path, batch, run_dirs=runs, task_ids=(3, 8))
