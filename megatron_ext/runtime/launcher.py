@@ -28,6 +28,8 @@ _WORKER = "megatron_ext.worker"
 _POLL_SECONDS = 0.2
 _ENDED_BY_SIGTERM = 256 - signal.SIGTERM
 """Exit status of the launcher after a rank that SIGTERM ended: it exits with the negative number of the signal."""
+_BY_A_SIGNAL = 128
+"""Exit statuses from here on are those of programs that a signal ended, as shells and the launcher tell them."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Ranks:
         self._asked = False
 
     def poll(self) -> int | None:
-        """Exit status of the run (128 + n where signal n ended the launcher), or None while it goes on.
+        """Exit status of the run (1 where a signal ended a rank or the launcher), or None while it goes on.
 
         0 also where the ranks were asked to stop while they could not catch the signal yet, or not any more: before
         their first step, or after their last checkpoint.
@@ -91,7 +93,7 @@ class Ranks:
         status = self._process.poll()
         if self._asked and status == _ENDED_BY_SIGTERM:
             return 0
-        return status if status is None or status >= 0 else 128 - status
+        return status if status is None or 0 <= status < _BY_A_SIGNAL else 1
 
     def ask_to_stop(self) -> bool:
         """Ask every rank to finish its step, save and exit; whether there was a rank to ask."""

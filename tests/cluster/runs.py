@@ -15,7 +15,7 @@ from tests.train.small_run import VOCABULARY, train_records, write_config
 # Long enough for any start on a busy machine; a limit on a fault is each test's own.
 START_SECONDS = 240.0
 
-STEPS = 200
+STEPS = 80
 
 
 def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
@@ -38,7 +38,7 @@ def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
         "model": model,
         "data": data,
         "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}},
-        "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 100}},
+        "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 40}},
         "learning_rate": {"peak": 3e-4, "warmup": {"steps": 5}},
         "validation": {},
         "checkpoint": {},

@@ -110,16 +110,15 @@ def test_a_full_disk_on_one_host(lab: Lab, corpus: Path, tmp_path: Path) -> None
     assert "Traceback" not in output_of(config)
 
 
-def test_a_host_that_preflight_refuses(lab: Lab, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_link_that_preflight_refuses(lab: Lab, corpus: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path, corpus)
     hosts = write_hostfile(tmp_path, n2=1, n3=1)
     limits = ["--set", "cluster.preflight.min_bandwidth_gb_per_second=100000"]
-    start = time.monotonic()
     done = lab.run(command("preflight", config, "--hostfile", hosts, *limits), timeout=240)
     assert done.returncode == 2, done.stderr
     (message,) = (line for line in done.stderr.splitlines() if "error: " in line)
     assert "the slowest link is that between n2 and n3" in message
-    assert time.monotonic() - start < 240
     nothing_left(lab)
 
 
@@ -137,6 +136,7 @@ def test_a_host_whose_files_are_its_own(lab: Lab, corpus: Path, tmp_path: Path) 
     assert "n1: " not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_of_one_host(lab: Lab, corpus: Path, tmp_path: Path) -> None:
     """On one host as well: a hung rank does not keep the other, nor the launcher."""
     config = write_run(tmp_path, corpus, **endless())

@@ -28,8 +28,8 @@ def outcome(rank: int, _world_size: int, folder: str, differs: str, limits: dict
         output_dir = f"{folder}/{rank}" if differs == "files" else folder
         config = small_config(output_dir=output_dir, cluster={"preflight": limits})
         meeting = meet(rank_info(), seconds=60.0)
-        if differs == "files":  # as if each rank were on a host of its own
-            patch.setattr("megatron_ext.preflight.hosts._SHOWS_UP_SECONDS", 0.3)
+        patch.setattr("megatron_ext.preflight.hosts._SHOWS_UP_SECONDS", 0.3)
+        if differs in ("files", "links"):  # as if each rank were on a host of its own
             patch.setattr(type(meeting), "leaders", property(lambda self: list(self.members)))
         try:
             examination = Examination(meeting, config, CPU)
@@ -72,6 +72,8 @@ def test_fit_hosts_are_reported(tmp_path: Path) -> None:
         ("files", {}, "does not see what"),
         ("", {"min_free_gib": 1e9}, "less than cluster.preflight.min_free_gib 1e+09"),
         ("", {"min_bandwidth_gb_per_second": 1e9}, "less than cluster.preflight.min_bandwidth_gb_per_second 1e+09"),
+        ("links", {"min_bandwidth_gb_per_second": 1e9}, "; the slowest link is that between"),
+        ("", {"min_matmul_share": 1.0}, "multiplies matrices at"),
     ],
 )
 def test_an_unfit_host_is_named_on_every_rank(
