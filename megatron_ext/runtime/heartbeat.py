@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ext.errors import UserError
 from megatron_ext.runtime.failure import (
     RECORD,
     Failure,
@@ -264,7 +265,14 @@ class _Line:
 
     def __init__(self, meeting: Meeting, options: WatchOptions, port: int, key: str) -> None:
         self._meeting, self._options = meeting, options
-        self._socket = socket.create_connection((meeting.info.master_address, port), timeout=options.seconds)
+        place = (meeting.info.master_address, port)
+        try:
+            self._socket = socket.create_connection(place, timeout=options.seconds)
+        except OSError as error:
+            raise UserError(
+                f"{meeting.me.title} cannot connect to rank 0 at {place[0]}:{port} ({error}); the hosts of a run need "
+                "all ports between them, see also cluster.interface"
+            ) from error
         self._socket.settimeout(options.seconds / _BEATS / 2)
         self._text = b""
         self._own: Failure | None = None

@@ -30,6 +30,8 @@ _SWEEP_SECONDS = 15.0
 _ENDED_GRACE_SECONDS = 10.0
 """How long the other hosts may take to end by themselves after one of them has failed."""
 
+_ASK_AGAIN_SECONDS = 3.0
+
 _LAST_SECONDS = 20.0
 """How long the launcher may take to notice that everything it started is gone."""
 
@@ -66,6 +68,7 @@ class Guard:
         self._ended: dict[str, int] = {}
         self._failed_at: float | None = None
         self._said: set[str] = set()
+        self._stopping = False
 
     def run(self) -> int:
         """Start the launcher, see the run through, and return its exit status."""
@@ -83,13 +86,17 @@ class Guard:
         pumps = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in pairs]
         for pump in pumps:
             pump.start()
-        asked = wanted = swept = False
+        wanted = swept = False
+        asked_at = float("-inf")
         while (status := runner.poll()) is None:
             if wanted:
                 time.sleep(_POLL_SECONDS)
             wanted = wanted or self._command_wants_to_stop()
-            if wanted and not asked:
-                asked = self._sweep(signal.SIGTERM) > 0
+            if wanted and time.monotonic() - asked_at > _ASK_AGAIN_SECONDS:
+                # Again and again: a rank may have had no ears yet, or not have been there.
+                self._stopping = True
+                if self._sweep(signal.SIGTERM) > 0:
+                    asked_at = time.monotonic()
             if not swept and self._others_took_too_long():
                 self._sweep(signal.SIGKILL)
                 swept, deadline = True, time.monotonic() + _LAST_SECONDS
@@ -130,8 +137,10 @@ class Guard:
             if _NOISE.search(line):
                 continue
             if match := _HOST_ENDED.match(line):
-                self._ended[match["host"]] = int(match["status"])
-                self._failed_at = self._failed_at or time.monotonic()
+                status = int(match["status"])
+                if not (self._stopping and status in _BY_SIGTERM):
+                    self._ended[match["host"]] = status
+                    self._failed_at = self._failed_at or time.monotonic()
                 continue
             unlabeled = line.partition(": ")[2] if line.partition(": ")[0] in self._spec.hosts else line
             if unlabeled.startswith("error: "):
