@@ -16,8 +16,7 @@ from tests.train.small_run import train_records, write_config, write_corpus
 # A node that is gone is noticed after SlurmdTimeout; the controller looks at nodes every third of it.
 _SLURM_LINES = """SlurmdTimeout=10
 PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-PartitionName=urgent Nodes=n[1-3] PriorityTier=10 PreemptMode=OFF State=UP"""
+PreemptMode=REQUEUE"""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def test_a_job_that_is_preempted_saves_comes_back_and_goes_on(
     cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
 ) -> None:
     run = tmp_path / "small"
+    cluster.slurm("scontrol", "create", "PartitionName=urgent", "Nodes=n[1-3]", "PriorityTier=10", "PreemptMode=OFF")
     cluster.slurm("scontrol", "update", "PartitionName=main", "GraceTime=30")
     [job] = cluster.submit(small_config(tmp_path, corpus, **LONG))
     cluster.wait_for_step(run, 3)

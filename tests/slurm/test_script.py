@@ -102,6 +102,12 @@ def test_a_run_that_was_stopped_is_requeued(batch: Batch, tmp_path: Path, what: 
     assert events(tmp_path) == ["started", "requeued"]
 
 
+def test_a_task_requeues_itself_and_not_the_array(batch: Batch, tmp_path: Path) -> None:
+    batch.plan(75)
+    batch.run(training_job(tmp_path, batch, run_dirs=(tmp_path / "run",), task_ids=(3,)), task=3)
+    assert ["requeue", "16_3"] in batch.scontrol()
+
+
 def test_a_requeue_that_slurm_refuses_ends_the_job(batch: Batch, tmp_path: Path) -> None:
     batch.plan(75)
     (batch.folder / "refuse").touch()

@@ -16,6 +16,7 @@ requeue=@REQUEUE@   # whether a run that a signal stopped asks for another turn 
 
 # ---- where this job's traces go
 run_dir=${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
+# Never by SLURM_JOB_ID: the one of an array's last task is also that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 logs=$run_dir/slurm/$job
@@ -96,13 +97,13 @@ done
 another_turn() { # whether the run was stopped, may go on, and would not be stopped again and again before its first step
     case $requeue$status in 175 | 1143) ;; *) return 1 ;; esac
     # A job that SLURM is ending already (scancel, its own requeue, the time limit) is no more RUNNING.
-    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)" = RUNNING ] || return 1
+    [ "$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null)" = RUNNING ] || return 1
     [ "$(newest)" != "$before" ] || ((${SLURM_RESTART_COUNT:-0} < 3))
 }
 
 if another_turn; then
     note requeued "$status"
-    if scontrol requeue "$SLURM_JOB_ID"; then exit "$status"; fi
+    if scontrol requeue "$job"; then exit "$status"; fi
     echo "$(date +%T) SLURM did not requeue the job: submit the run again to go on"
 fi
 note ended "$status"
