@@ -12,9 +12,10 @@ from tests.train.small_run import records, train_records
 STEPS = 400
 VARIANTS: dict[str, Any] = {
     "hurt": {"optimizer": {"eps": 1e-7}},
-    "good": {},
     # A loss above the lowest one so far ends the run; so it does soon after its newest checkpoint.
     "failing": {"guards": {"loss_ratio": {"above": 1.0001, "steps": 1, "action": "stop"}}},
+    # The last task, whose job has the number of the array.
+    "good": {},
 }
 
 
@@ -52,6 +53,9 @@ def test_an_array_trains_the_variants_retries_once_marks_and_reports(
     assert "every run is finished or has a job" in cluster.cli("experiment", "run", str(file), "--slurm")
     cluster.wait_for_step(runs["hurt"], 55)
     kill_rank(cluster, runs["hurt"])
+    cluster.wait_for_step(runs["good"], 3)
+    cluster.slurm("scancel", "--batch", "--signal=USR1", f"{array}_2")
+    cluster.wait_for_end(runs["good"], events=("requeued",))
     watched = cluster.lab.start(
         [sys.executable, "-m", "megatron_ext", "experiment", "status", str(file), "--watch", "--every", "1"],
         env=cluster.environment,
@@ -65,14 +69,16 @@ def test_an_array_trains_the_variants_retries_once_marks_and_reports(
         "good": "finished",
         "failing": "failed",
     }
-    assert "exit status 1" in found[2]["note"]
-    for name in ("hurt", "failing"):
+    assert "exit status 1" in found[1]["note"]
+    for name, failures, restarts in (("hurt", 1, 0), ("failing", 1, 0), ("good", 0, 1)):
         text = (runs[name] / "slurm" / "jobs.jsonl").read_text()
-        assert text.count('"event": "failed"') == 1, "one further attempt"
+        assert text.count('"event": "failed"') == failures, "one further attempt"
+        assert jobs_of(runs[name])[-1].restart == restarts, "a task that is requeued leaves the others alone"
         events = [record["name"] for record in records(runs[name]) if record["kind"] == "event"]
         assert events.count("start") == 1
         assert events.count("resume") == 1, "from the checkpoint"
-    assert [record["step"] for record in train_records(runs["hurt"])] == list(range(1, STEPS + 1))
+    for name in ("hurt", "good"):
+        assert [record["step"] for record in train_records(runs[name])] == list(range(1, STEPS + 1))
     page = tmp_path / "out" / "report.html"
     cluster.wait(page.exists, "report", runs["good"])
     more = {"hurt": VARIANTS["hurt"], "good": {}, "late": {"optimizer": {"eps": 1e-6}}}
