@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from megatron_ext.runtime.process_group import Processes
 
 
+_LOCK_SECONDS = 120.0
+
+
 @dataclass(frozen=True)
 class _Rank:
     """What this process has to do."""
@@ -67,7 +70,9 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
         config = load_config(options.config, options.overrides)
         rank = _Rank(config, rank_info(), stop or StopRequest(supervisor()), options.preflight_only)
         locked = rank.info.is_main and not rank.preflight_only
-        with run_lock(config.run_dir) if locked else nullcontext():
+        # A job that was started again may find the lock in the hands of its first life on a host that is cut off.
+        patience = _LOCK_SECONDS if asks_to_requeue() else 1.0
+        with run_lock(config.run_dir, wait_seconds=patience) if locked else nullcontext():
             return _run(rank)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one message of a bad start
