@@ -1,0 +1,92 @@
+"""``experiment run --slurm`` without a cluster: which runs become tasks of an array, and what follows them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.experiment import load_experiment
+from megatron_ext.slurm.record import config_file, jobs_of
+from tests.cli.test_experiment import command as command  # noqa: PLC0414 - fixtures
+from tests.cli.test_experiment import leave_traces
+from tests.cli.test_submit import Command, queued
+from tests.cli.test_submit import config as config  # noqa: PLC0414
+from tests.cli.test_submit import corpus as corpus  # noqa: PLC0414
+from tests.cli.test_submit import programs as programs  # noqa: PLC0414
+
+VARIANTS: dict[str, Any] = {"a": {}, "b": {"optimizer": {"eps": 1e-6}}, "c": {"optimizer": {"eps": 1e-7}}}
+
+
+@pytest.fixture
+def study(config: Path, tmp_path: Path) -> Path:
+    return write(config, tmp_path, VARIANTS)
+
+
+def write(config: Path, folder: Path, variants: dict[str, Any]) -> Path:
+    path = folder / "study.json"
+    content = {"name": "study", "base": config.name, "output_dir": str(folder / "out"), "seeds": [1]}
+    path.write_text(json.dumps(content | {"variants": variants}))
+    return path
+
+
+def test_the_runs_that_are_left_become_an_array_and_a_report_follows(
+    study: Path, command: Command, programs: Path
+) -> None:
+    runs = load_experiment(study).runs
+    leave_traces(runs[1].config, step=40)
+    code, out, err = command("experiment", "run", str(study), "--slurm", "--limit", "2", "--partition", "gpu")
+    assert code == 0, err
+    assert "submitted array 1: 2 runs" in out
+    script = (programs / "script.1").read_text()
+    for line in ("#SBATCH --array=0,1%2", "#SBATCH --partition=gpu", "#SBATCH --job-name=study", "    [1]="):
+        assert line in script
+    assert "attempts=2" in script
+    for run, jobs in zip(runs, (["1_0"], [], ["1_1"]), strict=True):
+        assert [job.job for job in jobs_of(run.config.run_dir)] == jobs
+        assert config_file(run.config.run_dir).exists() == bool(jobs)
+    report = (programs / "script.2").read_text()
+    assert "#SBATCH --dependency=afterany:1" in report
+    assert "#SBATCH --partition=gpu" in report
+    assert f"-m megatron_ext experiment report {study}" in report
+    queued(programs, ("1_0", "PENDING"), ("1_1", "RUNNING"))
+    code, out, _ = command("experiment", "status", str(study), "--json")
+    assert code == 0
+    found = {item["variant"]: (item["state"], item["job"], item["job_state"]) for item in json.loads(out)}
+    assert found == {
+        "a": ("queued", "1_0", "PENDING"),
+        "b": ("finished", None, None),
+        "c": ("running", "1_1", "RUNNING"),
+    }
+    code, out, _ = command("experiment", "status", str(study))
+    assert "1_0 PENDING (Priority)" in out
+    assert "1 queued, 1 running, 1 finished" in out
+
+
+def test_a_variant_that_is_added_later_is_the_only_one_to_be_submitted(
+    study: Path, command: Command, programs: Path, config: Path, tmp_path: Path
+) -> None:
+    assert command("experiment", "run", str(study), "--slurm")[0] == 0
+    queued(programs, ("1_0", "RUNNING"), ("1_1", "PENDING"), ("1_2", "PENDING"))
+    code, out, _ = command("experiment", "run", str(study), "--slurm")
+    assert (code, out.strip()) == (0, "every run is finished or has a job in the queue")
+    write(config, tmp_path, VARIANTS | {"late": {"optimizer": {"eps": 1e-5}}})
+    code, out, _ = command("experiment", "run", str(study), "--slurm")
+    assert code == 0
+    assert "submitted array 3: 1 runs" in out
+    assert "late-seed1" in (programs / "script.3").read_text()
+    assert "a-seed1" not in (programs / "script.3").read_text()
+
+
+def test_a_dry_run_and_a_run_that_cannot_be_trained_submit_nothing(
+    study: Path, command: Command, programs: Path, tmp_path: Path
+) -> None:
+    code, out, _ = command("experiment", "run", str(study), "--slurm", "--dry-run")
+    assert code == 0
+    assert "3 runs, 120 steps" in out
+    assert "#SBATCH --array=0,1,2" in out
+    code, _, err = command("experiment", "run", str(study), "--slurm", "--nodes", "3")
+    assert code == 2
+    assert "a-seed1: a batch of 8 sequences does not divide evenly over 3" in err
+    assert not (programs / "sbatch.arguments").exists()
+    assert not (tmp_path / "out").exists()
