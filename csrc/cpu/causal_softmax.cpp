@@ -19,16 +19,17 @@ struct Shape {
   int64_t sk;
 
   bool ok() const { return batch >= 0 && sq > 0 && sk >= sq; }
-  Columns columns(int64_t row) const { return {row % sq + 1 + sk - sq, sk}; }
 
-  // work(row, noise) for every row.
+  // work(row, its columns, noise) for every row.
   template <class Work>
   void for_rows(mx_parallel_for executor, float dropout, const int64_t* seed, const Work& work) const {
     const int64_t rows = batch * sq;
     if (batch >= kManyMatrices || sq == 1) {
       parallel(executor, rows, row_grain(sk, kDearGrain), [&](int64_t begin, int64_t end) {
         Noise noise(dropout, seed);
-        for (int64_t row = begin; row < end; ++row) work(row, noise);
+        int64_t query = begin % sq;
+        for (int64_t row = begin; row < end; ++row, query = query + 1 == sq ? 0 : query + 1)
+          work(row, Columns{query + 1 + sk - sq, sk}, noise);
       });
       return;
     }
@@ -37,8 +38,8 @@ struct Shape {
       Noise noise(dropout, seed);
       for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t first = pair / pairs * sq, low = pair % pairs, high = sq - 1 - low;
-        work(first + low, noise);
-        if (high > low) work(first + high, noise);
+        work(first + low, Columns{low + 1 + sk - sq, sk}, noise);
+        if (high > low) work(first + high, Columns{high + 1 + sk - sq, sk}, noise);
       }
     });
   }
@@ -47,9 +48,8 @@ struct Shape {
 template <class T>
 void forward(const T* scores, T* probs, T* dropped, float scale, float dropout, const int64_t* seed, const Shape& shape,
              mx_parallel_for executor) {
-  shape.for_rows(executor, dropout, seed, [&](int64_t row, Noise& noise) {
+  shape.for_rows(executor, dropout, seed, [&](int64_t row, const Columns& columns, Noise& noise) {
     const int64_t first = row * shape.sk;
-    const Columns columns = shape.columns(row);
     const T* const from = scores + first;
     softmax_row(probs + first, columns,
                 [&](int64_t c, auto lanes, float shift) { return scaled(from + c, lanes, scale) - shift; });
@@ -60,9 +60,8 @@ void forward(const T* scores, T* probs, T* dropped, float scale, float dropout, 
 template <class T>
 void backward(const T* dy, const T* probs, T* dscores, float scale, float dropout, const int64_t* seed, const Shape& shape,
               mx_parallel_for executor) {
-  shape.for_rows(executor, dropout, seed, [&](int64_t row, Noise& noise) {
+  shape.for_rows(executor, dropout, seed, [&](int64_t row, const Columns& columns, Noise& noise) {
     const int64_t first = row * shape.sk;
-    const Columns columns = shape.columns(row);
     if (dropout > 0.f)
       return dropped_backward_row(dy + first, probs + first, dscores + first, columns, scale, noise, first);
     softmax_backward_row(dy + first, probs + first, dscores + first, columns, scale);

@@ -27,6 +27,7 @@ MX_INLINE RowStatistics normalize_row(const T* x, const Weights& weight, const W
   const float variance = second.total() / count - shift * shift;
   const float rstd = 1.f / __builtin_sqrtf((variance < 0.f ? 0.f : variance) + eps);
   for_vectors(cols, [&](int64_t c, auto lanes, int) {
+    prefetch(x + cols + c);
     Floats d = load(x + c, lanes) - center;
     if (twice) d -= shift;
     store(y + c, d * rstd * load_weights<T>(weight, c, lanes) + load_weights<T>(bias, c, lanes), lanes);
@@ -81,6 +82,8 @@ MX_INLINE void backward_rows(const T* dy, const T* saved, const From (&from)[R],
   for_vectors(cols, [&](int64_t c, auto lanes, int) {
     const Floats w = load_weights<T>(weight, c, lanes);
     for (int r = 0; r < R; ++r) {
+      prefetch(dy + (R + r) * cols + c);
+      prefetch(saved + (R + r) * cols + c);
       const Floats g = apart(load(dy + r * cols + c, lanes) * w), x = from[r].normalized(saved + r * cols, c, w, lanes);
       output(r, c, lanes, from[r].rstd * ((g - average_g[r]) - x * average_gx[r]));
     }

@@ -25,13 +25,32 @@ template <class T>
 MX_INLINE void clear_rest(T* row, const Columns& of) {
   const int64_t full = of.length / kLanes * kLanes;
   const int64_t begin = full == of.length ? full : (full + kLanes <= of.cols ? full + kLanes : of.length);
-  std::memset(row + begin, 0, static_cast<size_t>(of.cols - begin) * sizeof(T));
+  if (begin < of.cols) std::memset(row + begin, 0, static_cast<size_t>(of.cols - begin) * sizeof(T));
+}
+
+// A row of one vector, as at the shortest lengths: it stays in registers, and nothing is set up for more.
+template <class T, class Score, class Lanes>
+MX_INLINE void softmax_vector(T* probs, const Score& score, Lanes lanes) {
+  const Floats nothing = broadcast(-std::numeric_limits<float>::infinity());
+  const float shift = max_lanes(keep(score(0, lanes, 0.f), nothing, lanes));
+  const Floats e = keep(exp_to_zero(score(0, lanes, shift)), Floats{}, lanes);
+  store(probs, keep(e * (1.f / sum_lanes(e)), Floats{}, lanes), lanes);
 }
 
 // probs = exp(v - max v) / sum, where score(column, lanes, shift) gives scale * score - shift. exp is taken once and kept in
 // probs where these are float32; with 16 bits it is taken twice, which costs less than another row of float32.
 template <class T, class Score>
 MX_INLINE void softmax_row(T* probs, const Columns& of, const Score& score) {
+  if (of.length <= kLanes) {
+    if (of.length == kLanes) {
+      softmax_vector(probs, score, Full{});
+    } else if (of.cols >= kLanes) {
+      softmax_vector(probs, score, Inside{of.length});
+    } else {
+      softmax_vector(probs, score, Part{of.length});
+    }
+    return clear_rest(probs, of);
+  }
   const Floats nothing = broadcast(-std::numeric_limits<float>::infinity());
   Maximum highest;
   for_first_vectors(of.length, of.cols, [&](int64_t c, auto lanes, int chain) {
@@ -66,9 +85,24 @@ MX_INLINE void drop_row(const T* probs, T* dropped, const Columns& of, Noise& no
   std::memset(dropped + of.length, 0, static_cast<size_t>(of.cols - of.length) * sizeof(T));
 }
 
+template <class T, class Lanes>
+MX_INLINE void backward_vector(const T* dy, const T* probs, T* dscores, float scale, Lanes lanes) {
+  const Floats d = load(dy, lanes), p = load(probs, lanes);
+  const float total = sum_lanes(keep(d * p, Floats{}, lanes));
+  store(dscores, keep(p * scale * (d - total), Floats{}, lanes), lanes);
+}
+
 // dscores = scale * probs * (dy - sum(dy * probs)). dscores may be dy.
 template <class T>
 MX_INLINE void softmax_backward_row(const T* dy, const T* probs, T* dscores, const Columns& of, float scale) {
+  if (of.length <= kLanes && of.cols >= kLanes) {
+    if (of.length == kLanes) {
+      backward_vector(dy, probs, dscores, scale, Full{});
+    } else {
+      backward_vector(dy, probs, dscores, scale, Inside{of.length});
+    }
+    return clear_rest(dscores, of);
+  }
   Sum sum;
   for_first_vectors(of.length, of.cols, [&](int64_t c, auto lanes, int chain) {
     sum.chain[chain] += keep(load(dy + c, lanes) * load(probs + c, lanes), Floats{}, lanes);
