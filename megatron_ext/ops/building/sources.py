@@ -1,7 +1,8 @@
 """Where the kernels' sources lie, and which files make which library."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -42,15 +43,25 @@ def translation_units(folder: Path, backend: Backend) -> list[Path]:
 
 
 def digest(folder: Path, backend: Backend) -> str:
-    """SHA-256 (hex) of every file that a library is made of, headers too, by name and content."""
-    parts = ("common", "bindings", backend)
-    return _digest_of(folder, (path for part in parts for path in (folder / part).rglob("*")))
-
-
-def _digest_of(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 (hex) of every file that a library is made of, by name and content: its sources and what they include."""
     total = hashlib.sha256()
-    for path in sorted(paths):
-        if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
-            content = path.read_bytes()
-            total.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    for path in sorted(_with_included(folder, backend)):
+        content = path.read_bytes()
+        total.update(f"{os.path.relpath(path, folder)} {len(content)}\n".encode() + content)
     return total.hexdigest()
+
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', flags=re.MULTILINE)
+
+
+def _with_included(folder: Path, backend: Backend) -> set[Path]:
+    """The translation units, and the files of ours that they include on a device or a CPU (not in the emulator)."""
+    found: set[Path] = set()
+    waiting = translation_units(folder, backend)
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.parent != folder / "emulator":
+            found.add(path)
+            names = _INCLUDE.findall(path.read_text(encoding="utf-8"))
+            waiting += [Path(os.path.normpath(path.parent / name)) for name in names]
+    return found

@@ -23,10 +23,15 @@ def small_recipe(folder: Path) -> Recipe:
     """The recipe; its sources and its compiler are in ``folder`` and are made where they are not there."""
     csrc, compiler = folder / "csrc", folder / "compiler"
     if not csrc.exists():
-        for part, names in {"common": ["x.h"], "bindings": ["schema.cpp", "cpu.cpp"], "cpu": ["a.cpp"]}.items():
+        for part, names in {
+            "common": ["x.h", "other.h"],
+            "bindings": ["schema.cpp", "cpu.cpp"],
+            "cpu": ["a.cpp"],
+        }.items():
             (csrc / part).mkdir(parents=True)
             for name in names:
-                text = f'extern "C" int mx_{part}_{name[:-4]}() {{ return 42; }}\n' if name.endswith(".cpp") else ""
+                text = f'#include "../common/x.h"\nextern "C" int mx_{part}_{name[:-4]}() {{ return 42; }}\n'
+                text = text if name.endswith(".cpp") else ""
                 (csrc / part / name).write_text(text, encoding="utf-8")
         compiler.write_text(_COMPILER.format(folder=folder, real=shutil.which("g++")), encoding="utf-8")
         compiler.chmod(0o755)

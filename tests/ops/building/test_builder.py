@@ -18,6 +18,7 @@ from megatron_ext.ops.building import builder
 from megatron_ext.ops.building.builder import cached_library, fitting_library, prebuilt_library
 from megatron_ext.ops.building.problem import KernelsUnavailableError
 from megatron_ext.ops.building.recipe import Recipe
+from megatron_ext.ops.building.sources import BACKENDS, digest, source_folder, translation_units
 from tests.ops.building.small_library import build_small, compilations, small_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +121,8 @@ def test_the_key_follows_sources_tools_and_cpu(tmp_path: Path) -> None:
     ]
     assert len({recipe.key, *(variant.key for variant in variants)}) == 5
     assert replace(recipe, torch=replace(recipe.torch, version="2.99.0")).key == recipe.key
+    (recipe.folder / "common" / "other.h").write_text("// nobody includes it\n", encoding="utf-8")
+    assert small_recipe(tmp_path).key == recipe.key
     (recipe.folder / "common" / "x.h").write_text("// changed\n", encoding="utf-8")
     assert small_recipe(tmp_path).key != recipe.key
 
@@ -159,3 +162,12 @@ def test_what_the_installation_compiled_is_used_while_the_sources_are_the_same(
     assert found.path == tmp_path / "prebuilt" / "cpu" / recipe.file
     (recipe.folder / "cpu" / "a.cpp").write_text("// edited\n", encoding="utf-8")
     assert prebuilt_library("cpu") is None
+
+
+def test_a_library_is_made_of_what_its_sources_include() -> None:
+    folder = source_folder()
+    assert digest(folder, "cpu") != digest(folder, "cuda")
+    for backend in BACKENDS:
+        units = translation_units(folder, backend)
+        assert all(unit.is_file() for unit in units)
+        assert len(units) > 5
