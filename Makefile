@@ -61,7 +61,9 @@ venv: $(STAMP) $(DEMO_STAMP)
 demo: venv
 	$(BIN)/megatron-ext demo
 
+# The kernels before the tests, so that no test with a time limit waits for a compiler; without one they are skipped.
 test: venv
+	-$(BIN)/python -m megatron_ext kernels build --cpu
 	$(PYTEST) -m 'not slow and not gpu and not cluster'
 
 # Skips with the reason where this user is not root, or where sshd, pdsh or SLURM are missing.
