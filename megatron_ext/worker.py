@@ -126,14 +126,12 @@ def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch
                     print(f"error: {stopped}", file=sys.stderr)  # noqa: T201
                 processes.barrier()
                 return 1
-            except UserError:
-                if watching is not None or processes.first_to("user error"):
-                    raise
-                return 2
             except Exception as error:
                 # Said before the group is left, which may wait for ranks that wait for this one.
                 if watching is not None:
                     watching.leave_with(failure_of(error, info.rank))
+                if isinstance(error, UserError) and not processes.first_to("user error"):
+                    return 2
                 raise
     except (Exception, SystemExit) as error:
         if watching is None:

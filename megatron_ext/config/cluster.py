@@ -64,7 +64,7 @@ class ClusterConfig(Section):
     rendezvous_seconds: PositiveFloat = 300.0
     """How long ranks wait for each other when the run starts."""
 
-    heartbeat_seconds: NonNegativeFloat = 25.0
+    heartbeat_seconds: NonNegativeFloat = 20.0
     """A rank that gives no sign of life for this long (hung, stopped, cut off) ends the run on all hosts; 0: nobody
     watches, and a lost rank shows when a collective runs into ``parallel.timeout_minutes``."""
 

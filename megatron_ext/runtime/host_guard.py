@@ -27,7 +27,7 @@ from megatron_ext.runtime.remote import ask_hosts
 
 _POLL_SECONDS = 0.2
 _SWEEP_SECONDS = 15.0
-_ENDED_GRACE_SECONDS = 10.0
+_ENDED_GRACE_SECONDS = 8.0
 """How long the other hosts may take to end by themselves after one of them has failed."""
 
 _ASK_AGAIN_SECONDS = 3.0
