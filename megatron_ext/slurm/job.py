@@ -144,6 +144,7 @@ class TrainingJob:
             RUN_DIRS="\n".join(self._run_dirs()),
             ATTEMPTS=str(self.attempts),
             REQUEUE=str(int(self.requeue)),
+            ARRAY=str(int(bool(self.task_ids))),
         )
 
     def command_script(self, arguments: Sequence[str], *, name: str, dependency: str) -> str:

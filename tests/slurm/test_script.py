@@ -67,6 +67,12 @@ def test_a_task_of_an_array_trains_its_own_run(batch: Batch, tmp_path: Path) -> 
     assert not jobs_of(tmp_path / "a")
 
 
+def test_a_job_that_was_submitted_from_an_array_is_none(batch: Batch, tmp_path: Path) -> None:
+    batch.run(training_job(tmp_path, batch), task=5)
+    assert batch.calls()[0]["arguments"][-1] == str(tmp_path / "run" / "slurm" / "config.json")
+    assert [job.job for job in jobs_of(tmp_path / "run")] == ["17"]
+
+
 def test_a_run_that_fails_is_tried_again_and_then_marked(batch: Batch, tmp_path: Path) -> None:
     batch.plan(1, 1, 0)
     status, output = batch.run(training_job(tmp_path, batch, attempts=2))

@@ -12,7 +12,9 @@ worker=(@PYTHON@ -m megatron_ext.worker)
 srun_options=(@SRUN_OPTIONS@)
 container=(@CONTAINER@)
 attempts=@ATTEMPTS@ # of a run that fails, each from its newest checkpoint
-requeue=@REQUEUE@   # whether a run that a signal stopped asks for another turn (in a chain the next job is that)
+requeue=@REQUEUE@  # whether a run that a signal stopped asks for another turn (in a chain the next job is that)
+array=@ARRAY@    # whether this is a task of an array; the variables may come from a job in which this one was submitted
+[ "$array" = 1 ] || unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
 
 # ---- where this job's traces go
 run_dir=${run_dirs[${SLURM_ARRAY_TASK_ID:-0}]}
