@@ -27,3 +27,28 @@ def test_end_of_the_supervisor_is_a_request() -> None:
     finally:
         supervisor.kill()
         supervisor.communicate()
+
+
+WORKER_LIKE = """
+import os, signal, sys, time
+from megatron_ext.runtime.signals import catch_stop_signals, ignore_stop_signals
+stop = catch_stop_signals()
+os.kill(os.getpid(), signal.SIGUSR1)  # while it loads
+assert stop.signal_name == "SIGUSR1"
+os.kill(os.getpid(), signal.SIGTERM)
+ignore_stop_signals()
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGUSR1)  # while the interpreter shuts down
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.write(1, b"late")
+
+kept = Late()
+sys.modules["late"] = kept
+"""
+
+
+def test_a_signal_while_a_rank_loads_or_ends_does_not_kill_it() -> None:
+    done = subprocess.run([sys.executable, "-c", WORKER_LIKE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "late", "")
