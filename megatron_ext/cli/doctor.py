@@ -177,11 +177,13 @@ def _compilers() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
+    from megatron_ext.ops.building.sources import CPU, CUDA
+
     try:
         from megatron_ext.runtime.device import gpu_names
     except (ImportError, OSError):
         return []  # torch was found wanting already
-    return [_library("cpu"), _library("cuda") if gpu_names() else Finding("cuda kernels", "not needed: no GPU here")]
+    return [_library(CPU), _library(CUDA) if gpu_names() else Finding("cuda kernels", "not needed: no GPU here")]
 
 
 def _library(backend: "Backend") -> Finding:

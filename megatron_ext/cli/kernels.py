@@ -33,15 +33,16 @@ def build(
     Example: megatron-ext kernels build --cuda --force
     """
     from megatron_ext.ops.building.problem import KernelsUnavailableError
+    from megatron_ext.ops.building.sources import CPU, CUDA
 
     everything = not (cpu or cuda)
     if cpu or everything:
-        typer.echo(_built("cpu", force=force))
+        typer.echo(_built(CPU, force=force))
     if cuda:
-        typer.echo(_built("cuda", force=force))
+        typer.echo(_built(CUDA, force=force))
     elif everything:
         try:
-            typer.echo(_built("cuda", force=force))
+            typer.echo(_built(CUDA, force=force))
         except KernelsUnavailableError as error:
             typer.echo(f"cuda: not built: {error}")
 
@@ -50,10 +51,11 @@ def _built(backend: "Backend", *, force: bool) -> str:
     """Build one library; a line about it."""
     from megatron_ext.ops.building.builder import build_library, cached_library
     from megatron_ext.ops.building.recipe import recipe_for
+    from megatron_ext.ops.building.sources import CUDA
     from megatron_ext.runtime.kernel_environment import kernel_environment
 
     devices = []
-    if backend == "cuda":
+    if backend == CUDA:
         from megatron_ext.runtime.device import compute_capabilities
 
         devices = compute_capabilities()
@@ -96,6 +98,7 @@ def bench(
     from megatron_ext.ops.bench.results import as_json as to_json
     from megatron_ext.ops.bench.results import figures, table
     from megatron_ext.ops.bench.traffic import OPERATIONS, cases
+    from megatron_ext.ops.building.sources import CPU, CUDA
     from megatron_ext.ops.loading import load_operators
     from megatron_ext.runtime.device import gpu_names, select_device
 
@@ -103,7 +106,7 @@ def bench(
     if unknown:
         raise UserError(f"--op {unknown[0]} is none of {', '.join(OPERATIONS)}")
     device = select_device(0)
-    load_operators("cuda" if device.is_gpu else "cpu")
+    load_operators(CUDA if device.is_gpu else CPU)
     effort = Effort(rounds=rounds, seconds=seconds, compiled=compiled, cold_bytes=2**20 if sizes == "small" else 2**29)
     rate = copy_rate(device, effort)
     measured, rows = [], []

@@ -13,29 +13,33 @@ pytestmark = pytest.mark.usefixtures("fused")
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
-def curve_of(kernels: str, *, precision: str = "fp32", tensor: int = 1, recompute: str = "none", **model: Any) -> Curve:
+def curve_of(
+    kernels: str, *, precision: str = "fp32", ranks: int = 1, parallel: dict[str, Any] | None = None, **model: Any
+) -> Curve:
     config = small_config(
         model={"kernels": kernels} | model,
         training={"seq_len": 32, "batch_size": 8, "duration": {"steps": 50}, "precision": precision},
         curriculum={"pacing": "linear", "start": 8, "duration": {"steps": 40}},
         learning_rate={"peak": 3e-3, "warmup": {"steps": 5}},
-        parallel={"micro_batch_tokens": 64, "tensor": tensor, "activation_checkpointing": recompute},
+        parallel={"micro_batch_tokens": 64} | (parallel or {}),
     )
-    curves: list[Curve] = run_ranks(train_rank, tensor, config.model_dump_json())
+    curves: list[Curve] = run_ranks(train_rank, ranks, config.model_dump_json())
     return curves[0]
 
 
 @pytest.mark.parametrize(
-    ("settings", "model"),
+    ("ranks", "parallel", "model"),
     [
-        ({}, {}),
-        ({"recompute": "full"}, DROPOUT | {"attention": "fused_softmax"}),
-        ({"tensor": 2}, DROPOUT | {"attention": "fused_softmax", "activation": "gelu_erf"}),
+        (1, {"zero_stage": 0}, {}),
+        (2, {"activation_checkpointing": "full", "zero_stage": 3}, DROPOUT | {"attention": "fused_softmax"}),
+        (2, {"tensor": 2}, DROPOUT | {"attention": "fused_softmax", "activation": "gelu_erf"}),
     ],
-    ids=lambda value: ", ".join(map(str, value.values())) or "plain",
+    ids=["one rank", "ZeRO 3, recomputed", "two tensor ranks"],
 )
-def test_fused_and_reference_give_the_same_curve(settings: dict[str, Any], model: dict[str, Any]) -> None:
-    fused, reference = (curve_of(kernels, **settings, **model) for kernels in ("fused", "reference"))
+def test_fused_and_reference_give_the_same_curve(ranks: int, parallel: dict[str, Any], model: dict[str, Any]) -> None:
+    fused, reference = (
+        curve_of(kernels, ranks=ranks, parallel=parallel, **model) for kernels in ("fused", "reference")
+    )
     assert sorted(set(fused.seq_lens)) == [8, 16, 24, 32]
     assert fused.losses != reference.losses, "the same kernels ran twice"
     np.testing.assert_allclose(fused.losses, reference.losses, rtol=1e-5)

@@ -10,7 +10,9 @@ import megatron_ext
 from megatron_ext.ops.building.problem import KernelsUnavailableError
 
 Backend = Literal["cpu", "cuda"]
-BACKENDS: tuple[Backend, ...] = ("cpu", "cuda")
+CPU: Backend = "cpu"
+CUDA: Backend = "cuda"
+BACKENDS = (CPU, CUDA)
 
 _PACKAGE = Path(megatron_ext.__file__).parent
 
