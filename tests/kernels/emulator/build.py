@@ -12,7 +12,7 @@ from types import ModuleType
 from tests.kernels.building import SOURCES, CannotBuildError, Step, make, python_flags, tool, version_of
 
 MODULE = "mx_emulator"
-COMMON_FLAGS = "-std=c++17 -O2 -g1 -fPIC -Wall -Wextra -march=native"
+COMMON_FLAGS = "-std=c++17 -O2 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -march=native"
 # The calls before each access, whose answers are csrc/emulator/shadow.cpp's and not those of the sanitizer's runtime.
 INSTRUMENTED = "-fsanitize=thread"
 SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -25,8 +25,13 @@ def functions_of(sources: Sequence[Path]) -> list[str]:
     return sorted(name for source in sources for name in _C_FUNCTION.findall(source.read_text(encoding="utf-8")))
 
 
-def emulator_module(sources: Sequence[Path], root: Path = SOURCES, *, sanitized: bool = False) -> Path:
-    """Builds the module of ``sources`` with the emulator below ``root`` (the folder csrc, or a copy of it)."""
+def emulator_module(
+    sources: Sequence[Path], root: Path = SOURCES, *, sanitized: bool = False, declarations: str = ""
+) -> Path:
+    """Builds the module of ``sources`` with the emulator below ``root`` (the folder csrc, or a copy of it).
+
+    ``declarations`` are those of the sources' functions that csrc/common/abi.h does not have.
+    """
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         raise CannotBuildError("the emulator's fibers are written for Linux on x86-64")
     compiler, version = tool("g++"), version_of("g++")
@@ -34,7 +39,7 @@ def emulator_module(sources: Sequence[Path], root: Path = SOURCES, *, sanitized:
     kernel = f"{compiler} -x c++ {flags} {'' if sanitized else INSTRUMENTED} -c $in -o $out"
     steps = [Step(kernel, (source,), ".o", version) for source in sources]
     for name in ("machine", "shadow", "fiber", "module"):
-        extra = _module_flags(sources) if name == "module" else ""
+        extra = _module_flags(sources, declarations) if name == "module" else ""
         steps.append(
             Step(f"{compiler} {flags} {extra} -c $in -o $out", (root / f"emulator/{name}.cpp",), ".o", version)
         )
@@ -42,9 +47,10 @@ def emulator_module(sources: Sequence[Path], root: Path = SOURCES, *, sanitized:
     return make([Step(link, tuple(make(steps)), ".so", version)])[0]
 
 
-def _module_flags(sources: Sequence[Path]) -> str:
+def _module_flags(sources: Sequence[Path], declarations: str) -> str:
     defined = " ".join(f"MX_DEFINE({name});" for name in functions_of(sources))
-    return f"{python_flags()} -DMX_MODULE_NAME={MODULE} '-DMX_FUNCTIONS={defined}' -fvisibility=hidden"
+    declared = f"'-DMX_DECLARATIONS={declarations}'" if declarations else ""
+    return f"{python_flags()} -DMX_MODULE_NAME={MODULE} {declared} '-DMX_FUNCTIONS={defined}' -fvisibility=hidden"
 
 
 def load(path: Path) -> ModuleType:
