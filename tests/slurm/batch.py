@@ -31,6 +31,10 @@ case $1 in show) echo n1; echo n2 ;; requeue) [ ! -e "$here/refuse" ] || exit 1 
 _SQUEUE = """#!/bin/bash
 cat "$(dirname "$0")/state"
 """
+_SINFO = """#!/bin/bash
+echo allocated
+echo "$(cat "$(dirname "$0")/second.node")"
+"""
 _SLEEP = """#!/bin/bash
 exec /bin/sleep 0.02
 """
@@ -68,9 +72,16 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL), ("squeue", _SQUEUE), ("sleep", _SLEEP)):
+        for name, text in (
+            ("srun", _SRUN),
+            ("scontrol", _SCONTROL),
+            ("squeue", _SQUEUE),
+            ("sinfo", _SINFO),
+            ("sleep", _SLEEP),
+        ):
             self.program(name, text)
         (self.folder / "state").write_text("RUNNING\n")
+        (self.folder / "second.node").write_text("allocated\n")
         self.plan(0)
 
     def plan(self, *what: int | str) -> None:

@@ -13,10 +13,12 @@ import pytest
 from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
 from tests.train.small_run import train_records, write_config, write_corpus
 
-# A node that is gone is noticed after SlurmdTimeout; the controller looks at nodes every third of it.
-_SLURM_LINES = """SlurmdTimeout=10
-PreemptType=preempt/partition_prio
+_SLURM_LINES = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE"""
+
+# Long enough that a command reaches the run between its first steps and its end, also on a busy machine.
+STEPS = 150
+LONG: dict[str, Any] = {"training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}}
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,14 @@ def small_config(folder: Path, corpus: Path, **sections: Any) -> Path:
     tree["model"]["kernels"] = "reference"
     path.write_text(json.dumps(tree))
     return path
+
+
+@pytest.fixture(scope="session")
+def straight(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Records of the same run on two ranks of one host, through the deepspeed launcher."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = small_config(folder, corpus, **LONG)
+    command = [sys.executable, "-m", "megatron_ext", "train", str(config), "--nproc", "2"]
+    done = cluster.lab.run(command, env=cluster.environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return train_records(folder / "small")

@@ -6,24 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.conftest import Cluster, small_config
+from tests.slurm.conftest import LONG, STEPS, Cluster, small_config
 from tests.train.small_run import records, train_records
 
-# Long enough that a command reaches the run between its first steps and its end, also on a busy machine.
-STEPS = 150
 COMMENT = 'it\'s a "$HOME" #x'
 LONG = {"training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}}
-
-
-@pytest.fixture(scope="module")
-def straight(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Records of the same run on two ranks of one host, through the deepspeed launcher."""
-    folder = tmp_path_factory.mktemp("straight")
-    config = small_config(folder, corpus, **LONG)
-    command = [sys.executable, "-m", "megatron_ext", "train", str(config), "--nproc", "2"]
-    done = cluster.lab.run(command, env=cluster.environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return train_records(folder / "small")
 
 
 def test_a_job_on_two_nodes_trains_to_the_end_as_one_host_does(
@@ -104,23 +91,6 @@ def test_a_chain_goes_on_after_a_link_that_was_stopped_and_ends_with_the_run(
     assert train_records(run) == straight
     cluster.wait(lambda: cluster.state(third) == "CANCELLED", "end of the third job", run)
     assert cluster.status(run)["state"] == "finished"
-
-
-def test_after_the_failure_of_a_node_the_run_goes_on_on_the_others(
-    cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
-) -> None:
-    run = tmp_path / "small"
-    cluster.submit(small_config(tmp_path, corpus, **LONG))
-    cluster.wait_for_step(run, 3)
-    cluster.lab.power_off("n2")
-    try:
-        cluster.wait(lambda: cluster.status(run)["restarts"] == 1, "second life of the job", run)
-        cluster.wait_for_end(run)
-        assert train_records(run) == straight
-        told = cluster.status(run)
-        assert (told["state"], told["nodes"]) == ("finished", "n[1,3]")
-    finally:
-        cluster.lab.boot("n2")
 
 
 @pytest.mark.slow

@@ -114,6 +114,27 @@ def test_a_task_requeues_itself_and_not_the_array(batch: Batch, tmp_path: Path) 
     assert ["requeue", "16_3"] in batch.scontrol()
 
 
+@pytest.mark.parametrize(
+    ("cause", "node", "comes_back"),
+    [
+        ("no sign of life", "allocated*", True),
+        ("no sign of life", "down", True),
+        ("out of memory", "allocated*", False),
+    ],
+)
+def test_a_run_that_lost_a_node_comes_back(
+    batch: Batch, tmp_path: Path, cause: str, node: str, comes_back: bool
+) -> None:
+    batch.plan(1)
+    job = training_job(tmp_path, batch)
+    (batch.folder / "second.node").write_text(node)
+    python, failure = Path(job.python), tmp_path / "run" / "failure.json"
+    say = f"stop = []\ntime.sleep(0.05); Path({str(failure)!r}).write_text({cause!r})"
+    python.write_text(python.read_text().replace("stop = []", say))
+    assert batch.run(job)[0] == 1
+    assert (["requeue", "17"] in batch.scontrol()) == comes_back
+
+
 def test_a_requeue_that_slurm_refuses_ends_the_job(batch: Batch, tmp_path: Path) -> None:
     batch.plan(75)
     (batch.folder / "refuse").touch()

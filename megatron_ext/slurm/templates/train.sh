@@ -61,6 +61,7 @@ trap 'signal=TERM' TERM # SLURM ends the job, and the ranks have got it too
 run_once() { # sets status and first: how the run ended, and which rank was the first to fail
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4099 * attempt + 977 * ${SLURM_RESTART_COUNT:-0}) % 12000))
     rm -f "$logs/ended"
+    : >"$logs/began"
     srun --kill-on-bad-exit=1 --wait=60 --export=ALL --label "${srun_options[@]}" "${container[@]}" \
         bash -c "$rank" "$logs" "${worker[@]}" "$run_dir/slurm/config.json" &
     local step=$! again=$((SECONDS + 3)) # srun needs a moment until it passes signals on
@@ -96,8 +97,20 @@ for ((attempt = 1; ; attempt++)); do
     note failed "$status"
 done
 
-another_turn() { # whether the run was stopped, may go on, and would not be stopped again and again before its first step
-    case $requeue$status in 175 | 1143) ;; *) return 1 ;; esac
+node_lost() { # whether ranks of a node fell silent and SLURM, which asks nodes less often, hears nothing from it either
+    local until=$((SECONDS + 150))
+    [ "$run_dir/failure.json" -nt "$logs/began" ] || return 1
+    grep -q 'no sign of life' "$run_dir/failure.json" || return 1
+    while ((SECONDS < until)); do
+        if sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%T | grep -q '[*]\|down'; then return 0; fi
+        sleep 2
+    done
+    return 1
+}
+
+another_turn() { # whether the run was stopped, or lost a node, and would not end so again and again before its first step
+    [ "$requeue" = 1 ] || return 1
+    case $status in 75 | 143) ;; 0 | 2) return 1 ;; *) node_lost || return 1 ;; esac
     # A job that SLURM is ending already (scancel, its own requeue, the time limit) is no more RUNNING.
     [ "$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null)" = RUNNING ] || return 1
     [ "$(newest)" != "$before" ] || ((${SLURM_RESTART_COUNT:-0} < 3))
