@@ -10,7 +10,6 @@ from tests.slurm.conftest import LONG, STEPS, Cluster, small_config
 from tests.train.small_run import records, train_records
 
 COMMENT = 'it\'s a "$HOME" #x'
-LONG = {"training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}}
 
 
 def test_a_job_on_two_nodes_trains_to_the_end_as_one_host_does(
