@@ -9,6 +9,8 @@ from tests.cluster.lab import Lab, LabOptions, why_not
 from tests.slurm.conftest import LONG, Cluster, small_config
 from tests.train.small_run import train_records
 
+pytestmark = pytest.mark.cluster
+
 
 def test_the_run_goes_on_on_the_other_nodes(corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]) -> None:
     """As on clusters with the usual settings, the ranks notice before SLURM does, which asks nodes less often."""
