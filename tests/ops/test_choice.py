@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_ext.errors import UserError
 from megatron_ext.ops import choice, loading
+from megatron_ext.ops.building.builder import Library
 from megatron_ext.ops.building.problem import KernelsUnavailableError
 from megatron_ext.ops.choice import Wanted, choose_kernels
 from megatron_ext.runtime.environment import rank_info
@@ -83,7 +84,7 @@ def test_one_rank_without_them_decides_for_all() -> None:
 def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "libmegatron_ext_cpu.so"
     path.write_text("not a library", encoding="utf-8")
-    library = loading.Library("cpu", path, 1.0, False, ())
+    library = Library("cpu", path, 1.0, False, ())
     monkeypatch.setattr(loading, "find_library", lambda _backend: library)
     with pytest.raises(KernelsUnavailableError, match=r"does not load .* kernels build --cpu --force"):
         loading.load_operators.__wrapped__("cpu")
