@@ -2,7 +2,7 @@
 //
 //   tanh form   gelu(v) = v * s(z),     s = logistic function, z = 2 sqrt(2 / pi) (v + 0.044715 v^3)
 //               gelu'(v) = s + v * s * (1 - s) * dz/dv
-//   exact       gelu(v) = v * Phi(v),   Phi = cumulative normal distribution
+//   exact       gelu(v) = v * Phi(v) = max(v, 0) - |v| * Phi(-|v|),   Phi = cumulative normal distribution
 //               gelu'(v) = Phi + v * density(v)
 //
 // (0.5 v (1 + tanh(z / 2)) is v * s(z), which does not cancel where v is negative.) Layout: [rows, cols], row by row. Saved:
@@ -22,17 +22,14 @@ MX_INLINE Floats within(Floats v) { return maximum(broadcast(-20.f), minimum(bro
 
 template <bool EXACT>
 MX_INLINE Floats gelu(Floats v) {
-  if constexpr (EXACT) return v * normal(v).cumulative;
+  if constexpr (EXACT) return maximum(v, Floats{}) - normal_tail_times(absolute(v));
   const Floats inner = within(v);
   return v * logistic(kSlope * (inner + kCubic * (inner * inner * inner))).value;
 }
 
 template <bool EXACT>
 MX_INLINE Floats gelu_slope(Floats v) {
-  if constexpr (EXACT) {
-    const Normal of = normal(v);
-    return of.cumulative + v * of.density;
-  }
+  if constexpr (EXACT) return normal_slope(v);
   const Floats inner = within(v), square = inner * inner;
   const Logistic of = logistic(kSlope * (inner + kCubic * (square * inner)));
   return of.value + inner * (of.value * of.complement) * (kSlope + 3.f * kSlope * kCubic * square);

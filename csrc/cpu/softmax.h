@@ -28,7 +28,21 @@ MX_INLINE void clear_rest(T* row, const Columns& of) {
   if (begin < of.cols) std::memset(row + begin, 0, static_cast<size_t>(of.cols - begin) * sizeof(T));
 }
 
-// A row of one vector, as at the shortest lengths: it stays in registers, and nothing is set up for more.
+// Rows of one vector, as at the shortest lengths, stay in registers, and nothing is set up for more: work(lanes) for those
+// columns, and true; or false where there are more.
+template <class Work>
+MX_INLINE bool in_one_vector(const Columns& of, Work work) {
+  if (of.length > kLanes) return false;
+  if (of.length == kLanes) {
+    work(Full{});
+  } else if (of.cols >= kLanes) {
+    work(Inside{of.length});
+  } else {
+    work(Part{of.length});
+  }
+  return true;
+}
+
 template <class T, class Score, class Lanes>
 MX_INLINE void softmax_vector(T* probs, const Score& score, Lanes lanes) {
   const Floats nothing = broadcast(-std::numeric_limits<float>::infinity());
@@ -41,16 +55,7 @@ MX_INLINE void softmax_vector(T* probs, const Score& score, Lanes lanes) {
 // probs where these are float32; with 16 bits it is taken twice, which costs less than another row of float32.
 template <class T, class Score>
 MX_INLINE void softmax_row(T* probs, const Columns& of, const Score& score) {
-  if (of.length <= kLanes) {
-    if (of.length == kLanes) {
-      softmax_vector(probs, score, Full{});
-    } else if (of.cols >= kLanes) {
-      softmax_vector(probs, score, Inside{of.length});
-    } else {
-      softmax_vector(probs, score, Part{of.length});
-    }
-    return clear_rest(probs, of);
-  }
+  if (in_one_vector(of, [&](auto lanes) { softmax_vector(probs, score, lanes); })) return clear_rest(probs, of);
   const Floats nothing = broadcast(-std::numeric_limits<float>::infinity());
   Maximum highest;
   for_first_vectors(of.length, of.cols, [&](int64_t c, auto lanes, int chain) {
@@ -79,6 +84,11 @@ MX_INLINE void softmax_row(T* probs, const Columns& of, const Score& score) {
 // dropped = dropout(probs), of the row that begins at element `first`.
 template <class T>
 MX_INLINE void drop_row(const T* probs, T* dropped, const Columns& of, Noise& noise, int64_t first) {
+  const auto one = [&](auto lanes) {
+    const Floats factor = load(noise.factors(first, std::min(of.cols, kLanes)), lanes);
+    store(dropped, keep(load(probs, lanes) * factor, Floats{}, lanes), lanes);
+  };
+  if (in_one_vector(of, one)) return clear_rest(dropped, of);
   for_dropped(noise, first, of.length, [&](int64_t c, auto lanes, Floats factor) {
     store(dropped + c, load(probs + c, lanes) * factor, lanes);
   });
@@ -86,8 +96,8 @@ MX_INLINE void drop_row(const T* probs, T* dropped, const Columns& of, Noise& no
 }
 
 template <class T, class Lanes>
-MX_INLINE void backward_vector(const T* dy, const T* probs, T* dscores, float scale, Lanes lanes) {
-  const Floats d = load(dy, lanes), p = load(probs, lanes);
+MX_INLINE void backward_vector(Floats d, const T* probs, T* dscores, float scale, Lanes lanes) {
+  const Floats p = load(probs, lanes);
   const float total = sum_lanes(keep(d * p, Floats{}, lanes));
   store(dscores, keep(p * scale * (d - total), Floats{}, lanes), lanes);
 }
@@ -95,14 +105,8 @@ MX_INLINE void backward_vector(const T* dy, const T* probs, T* dscores, float sc
 // dscores = scale * probs * (dy - sum(dy * probs)). dscores may be dy.
 template <class T>
 MX_INLINE void softmax_backward_row(const T* dy, const T* probs, T* dscores, const Columns& of, float scale) {
-  if (of.length <= kLanes && of.cols >= kLanes) {
-    if (of.length == kLanes) {
-      backward_vector(dy, probs, dscores, scale, Full{});
-    } else {
-      backward_vector(dy, probs, dscores, scale, Inside{of.length});
-    }
-    return clear_rest(dscores, of);
-  }
+  const auto one = [&](auto lanes) { backward_vector(load(dy, lanes), probs, dscores, scale, lanes); };
+  if (in_one_vector(of, one)) return clear_rest(dscores, of);
   Sum sum;
   for_first_vectors(of.length, of.cols, [&](int64_t c, auto lanes, int chain) {
     sum.chain[chain] += keep(load(dy + c, lanes) * load(probs + c, lanes), Floats{}, lanes);
@@ -121,6 +125,11 @@ MX_INLINE void softmax_backward_row(const T* dy, const T* probs, T* dscores, con
 template <class T>
 MX_INLINE void dropped_backward_row(const T* dy, const T* probs, T* dscores, const Columns& of, float scale, Noise& noise,
                                     int64_t first) {
+  const auto one = [&](auto lanes) {
+    const Floats factor = load(noise.factors(first, std::min(of.cols, kLanes)), lanes);
+    backward_vector(apart(load(dy, lanes) * factor), probs, dscores, scale, lanes);
+  };
+  if (in_one_vector(of, one)) return clear_rest(dscores, of);
   Floats sum = {};
   for_dropped(noise, first, of.length, [&](int64_t c, auto lanes, Floats factor) {
     sum += apart(load(dy + c, lanes) * factor) * load(probs + c, lanes);
