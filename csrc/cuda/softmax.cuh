@@ -11,7 +11,8 @@
 // Threads to data: a row belongs to threadIdx.x of its block, blockDim.y rows to a block: rows of up to a warp have a
 // power of two of lanes, so that a warp has 32 rows of 8 columns or one of 256; longer rows have whole warps. Lane l
 // holds vectors l, l + lanes, ... of 16 bytes, or, where rows do not begin at a multiple of 16 bytes, single elements
-// in the same way (N = 1). The row is in registers from its one read to its one write.
+// in the same way (N = 1). The row is in registers from its one read to its one write, but for the backward pass over
+// long rows of single elements.
 #pragma once
 #include "dispatch.h"
 
@@ -183,6 +184,42 @@ __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
   }
 }
 
+// Long rows of single elements: what a lane holds of them, with its addresses and the noise, is more than the registers
+// of 1024 threads, so the row is read, and its noise drawn, a second time. dy and dscores may be one tensor here too.
+template <class T>
+__global__ void __launch_bounds__(softmax_threads(per_lane(1, false)), 1)
+    softmax_backward_twice_kernel(const T* dy, const T* __restrict__ probs, T* dscores, float scale, Dropout dropout,
+                                  const int64_t* seed_from, AttentionRows shape) {
+  MX_SHARED(float, scratch, [kMaxWarps]);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, start = row * shape.sk;
+  const int lanes = static_cast<int>(blockDim.x);
+  const int length = visible_columns(shape, row);
+  const uint64_t seed = read_seed(dropout, seed_from);
+
+  float product[1] = {0.f};
+  for (int column = static_cast<int>(threadIdx.x); column < length; column += lanes) {
+    float p[1], g[1];
+    load<T, 1>(probs + start + column, p);
+    load<T, 1>(dy + start + column, g);
+    if (dropout.threshold) apply_dropout<1>(dropout, seed, start + column, g);
+    product[0] += p[0] * g[0];
+  }
+  reduce_row<Sum>(product, scratch);
+  if (row >= shape.rows) return;
+
+  for (int column = static_cast<int>(threadIdx.x); column < shape.sk; column += lanes) {
+    float g[1] = {0.f};
+    if (column < length) {
+      float p[1];
+      load<T, 1>(probs + start + column, p);
+      load<T, 1>(dy + start + column, g);
+      if (dropout.threshold) apply_dropout<1>(dropout, seed, start + column, g);
+      g[0] = scale * p[0] * (g[0] - product[0]);
+    }
+    store<T, 1>(dscores + start + column, g);
+  }
+}
+
 struct SoftmaxGrid {
   RowShape block;
   int64_t blocks;
@@ -226,6 +263,9 @@ int launch_softmax_backward(const void* dy, const void* probs, void* dscores, fl
   if (shape.sk <= kShortRow) {
     MX_LAUNCH((softmax_backward_kernel<T, N, per_lane(N, true)>), grid, block, 0, stream, dy_in, p_in, out, scale,
               dropout, seed, shape);
+  } else if constexpr (N == 1) {
+    MX_LAUNCH((softmax_backward_twice_kernel<T>), grid, block, 0, stream, dy_in, p_in, out, scale, dropout, seed,
+              shape);
   } else {
     MX_LAUNCH((softmax_backward_kernel<T, N, per_lane(N, false)>), grid, block, 0, stream, dy_in, p_in, out, scale,
               dropout, seed, shape);
