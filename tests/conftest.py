@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import pytest
 from hypothesis import settings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

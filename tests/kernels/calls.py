@@ -52,12 +52,12 @@ def layer_norm_backward(
     weight: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
-    rstd: torch.Tensor,
+    statistics: tuple[torch.Tensor | None, torch.Tensor],
     partitions: int,
 ) -> dict[str, torch.Tensor]:
-    """dx, dweight, dbias; ``saved`` is the output where ``mean`` is None."""
+    """dx, dweight, dbias; ``statistics``: mean and rstd; ``saved`` is the output where there is no mean."""
     rows, cols = dy.shape
+    mean, rstd = statistics
     dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
     dx = backend.empty(rows, cols, dtype=dy.dtype)
     dweight, dbias = (backend.empty(cols, dtype=weight.dtype) for _ in range(2))
@@ -92,17 +92,19 @@ def add_layer_norm_forward(
 
 def add_layer_norm_backward(
     backend: KernelBackend,
-    dy: torch.Tensor,
-    dsum: torch.Tensor | None,
-    total: torch.Tensor,
+    gradients: tuple[torch.Tensor, torch.Tensor | None],
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     weight: torch.Tensor,
     *,
-    statistics: tuple[torch.Tensor, torch.Tensor],
     with_x_bias: bool,
     partitions: int,
     noise: Noise = QUIET,
 ) -> dict[str, torch.Tensor]:
-    """dresidual, dx (with dropout), dweight, dbias, dx_bias (``with_x_bias``); ``statistics``: mean and rstd."""
+    """dresidual, dx (with dropout), dweight, dbias, dx_bias (``with_x_bias``).
+
+    ``gradients``: dy and dsum; ``saved``: sum, mean and rstd.
+    """
+    (dy, dsum), (total, *statistics) = gradients, saved
     rows, cols = dy.shape
     dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
     dresidual = backend.empty(rows, cols, dtype=dy.dtype)

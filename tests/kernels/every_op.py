@@ -18,7 +18,7 @@ def _layer_norm(backend: KernelBackend, cols: int) -> Results:
     weight, bias = normal((cols,), torch.float32, seed=3), normal((cols,), torch.float32, seed=4)
     forward = calls.layer_norm_forward(backend, x, weight, bias)
     mean, rstd = forward["mean"].cpu(), forward["rstd"].cpu()
-    return forward | calls.layer_norm_backward(backend, dy, x, weight, mean=mean, rstd=rstd, partitions=PARTITIONS)
+    return forward | calls.layer_norm_backward(backend, dy, x, weight, statistics=(mean, rstd), partitions=PARTITIONS)
 
 
 def _add_layer_norm(backend: KernelBackend, cols: int) -> Results:
@@ -27,8 +27,8 @@ def _add_layer_norm(backend: KernelBackend, cols: int) -> Results:
     forward = calls.add_layer_norm_forward(backend, x, bias, residual, (weight, bias), noise=NOISE)
     statistics = forward["mean"].cpu(), forward["rstd"].cpu()
     return forward | calls.add_layer_norm_backward(
-        backend, dy, dsum, forward["sum"].cpu(), weight,
-        statistics=statistics, with_x_bias=True, partitions=PARTITIONS, noise=NOISE,
+        backend, (dy, dsum), (forward["sum"].cpu(), *statistics), weight,
+        with_x_bias=True, partitions=PARTITIONS, noise=NOISE,
     )  # fmt: skip
 
 

@@ -75,11 +75,9 @@ def _check_backward(
     rstd = (total.double().var(-1, unbiased=False) + EPS).rsqrt().float()
     got = add_layer_norm_backward(
         backend,
-        dy,
-        dsum,
-        total,
+        (dy, dsum),
+        (total, mean, rstd),
         weight,
-        statistics=(mean, rstd),
         with_x_bias=dsum is not None,
         partitions=PARTITIONS,
         noise=noise,
@@ -134,8 +132,8 @@ def test_dropped_gradient_is_zero_where_the_forward_pass_dropped(backend: Kernel
         affine = given["weight"], given["bias"]
         forward = add_layer_norm_forward(backend, zero + 1, None, zero, affine, noise=NOISE)
         backward = add_layer_norm_backward(
-            backend, given["dy"], given["dsum"], given["x"], given["weight"],
-            statistics=(zero[:, 0], zero[:, 0] + 1), with_x_bias=True, partitions=PARTITIONS, noise=NOISE,
+            backend, (given["dy"], given["dsum"]), (given["x"], zero[:, 0], zero[:, 0] + 1), given["weight"],
+            with_x_bias=True, partitions=PARTITIONS, noise=NOISE,
         )  # fmt: skip
         kept = dropout_factors(shape, NOISE.probability, NOISE.seed) != 0
         assert torch.equal(cpu(forward["sum"]) != 0, kept)
@@ -152,8 +150,8 @@ def test_without_what_is_added_it_is_layer_norm(backend: KernelBackend) -> None:
         same_bits("y", forward["y"], alone["y"])
         mean, rstd = cpu(alone["mean"]), cpu(alone["rstd"])
         got = add_layer_norm_backward(
-            backend, dy, None, x, weight, statistics=(mean, rstd), with_x_bias=False, partitions=PARTITIONS
+            backend, (dy, None), (x, mean, rstd), weight, with_x_bias=False, partitions=PARTITIONS
         )
-        reference = layer_norm_backward(backend, dy, x, weight, mean=mean, rstd=rstd, partitions=PARTITIONS)
+        reference = layer_norm_backward(backend, dy, x, weight, statistics=(mean, rstd), partitions=PARTITIONS)
         check("dx", got["dresidual"], cpu(reference["dx"]).double(), cpu(reference["dx"]))
         check("dweight", got["dweight"], cpu(reference["dweight"]).double(), cpu(reference["dweight"]))

@@ -69,11 +69,11 @@ def _check_backward(
     mean, rstd = statistics["mean"].float(), statistics["rstd"].float()
     if from_output:
         saved = statistics["y"].to(x.dtype)
-        got = layer_norm_backward(backend, dy, saved, weight, bias=bias, rstd=rstd, partitions=partitions)
+        got = layer_norm_backward(backend, dy, saved, weight, bias=bias, statistics=(None, rstd), partitions=partitions)
         exact_normalized = (saved.double() - bias.double()) / weight.double()
         own_normalized = (saved - bias.to(x.dtype)) / weight.to(x.dtype)
     else:
-        got = layer_norm_backward(backend, dy, x, weight, mean=mean, rstd=rstd, partitions=partitions)
+        got = layer_norm_backward(backend, dy, x, weight, statistics=(mean, rstd), partitions=partitions)
         exact_normalized = (x.double() - mean.double().unsqueeze(-1)) * rstd.double().unsqueeze(-1)
         own_normalized = ((x.float() - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).to(x.dtype)
     exact = _gradients(dy.double(), exact_normalized, weight.double(), rstd.double())
@@ -149,6 +149,6 @@ def test_any_number_of_partitions(backend: KernelBackend, partitions: int) -> No
 def test_no_rows(backend: KernelBackend) -> None:
     x, weight, bias, dy = _inputs((0, 24), torch.float32, torch.float32)
     layer_norm_forward(backend, x, weight, bias, EPS)
-    got = layer_norm_backward(backend, dy, x, weight, mean=dy.sum(-1), rstd=dy.sum(-1), partitions=2)
+    got = layer_norm_backward(backend, dy, x, weight, statistics=(dy.sum(-1), dy.sum(-1)), partitions=2)
     assert (cpu(got["dweight"]) == 0).all()
     assert (cpu(got["dbias"]) == 0).all()
