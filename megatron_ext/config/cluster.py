@@ -20,6 +20,7 @@ ALWAYS_FORWARDED: Final = (
     "GLOO_*",
     "TORCH_*",
     "PYTORCH_*",
+    "MEGATRON_EXT_KERNEL_*",
 )
 """Variables that change how a run computes or communicates: they travel to every host without being listed."""
 

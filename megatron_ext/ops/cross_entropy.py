@@ -80,7 +80,8 @@ class _Fused(torch.autograd.Function):
         whole = own if vocab.combine is None else vocab.combine(own)
         ctx.first, ctx.real = vocab.first, vocab.real
         ctx.save_for_backward(logits, ids, whole.maximum, whole.total)
-        return (whole.total.log() + whole.maximum - whole.target).view(labels.shape)
+        # The difference first: maximum and label are close where logits are large, and the logarithm would lose its bits.
+        return (whole.total.log() + (whole.maximum - whole.target)).view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:

@@ -15,8 +15,9 @@ from megatron_ext.config.cluster import ALWAYS_FORWARDED
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|(^|_)(API_?)?KEY(_|$|S$)", re.IGNORECASE)
 _QUOTED_BY_DEEPSPEED = re.compile(r"[^\w@%+=:,./-]")
-_OWN = "MEGATRON_EXT_*"
-"""What this program says to its own processes is never taken from the caller's environment."""
+_OWN = re.compile(r"MEGATRON_EXT_(?!KERNEL_)")
+"""What this program says to its own processes is never taken from the caller's environment; where kernels are kept is
+the user's word."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def choose_variables(environment: Mapping[str, str], allowed: Iterable[str]) -> 
     chosen = {
         name: value
         for name, value in environment.items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns) and not fnmatchcase(name, _OWN)
+        if any(fnmatchcase(name, pattern) for pattern in patterns) and not _OWN.match(name)
     }
     private = {name for name, value in chosen.items() if looks_secret(name) or not _fits_a_line(value)}
     return Forwarded(

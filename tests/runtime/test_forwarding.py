@@ -67,9 +67,11 @@ def test_a_list_decides_what_travels() -> None:
         "NCCL_DEBUG": "INFO",
         "HOME": "/root",
         "MEGATRON_EXT_SUPERVISOR": "1",
+        "MEGATRON_EXT_KERNEL_CACHE": "/shared/kernels",
     }
     forwarded = choose_variables(environment, ["HF_HOME", "WANDB_*", "MEGATRON_*"])
-    assert forwarded.on_command_line == {"HF_HOME": "/hf", "WANDB_MODE": "offline", "NCCL_DEBUG": "INFO"}
+    kernels = {"MEGATRON_EXT_KERNEL_CACHE": "/shared/kernels"}
+    assert forwarded.on_command_line == {"HF_HOME": "/hf", "WANDB_MODE": "offline", "NCCL_DEBUG": "INFO"} | kernels
     assert forwarded.in_private_file == {}
 
 
