@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(512) layer_norm_backward_kernel(LayerNormBackw
 }
 
 template <class T, int MODE>
-__global__ void __launch_bounds__(kBackwardBlock) layer_norm_backward_loop_kernel(LayerNormBackward<T> a) {
+__global__ void __launch_bounds__(kBackwardBlock, 1) layer_norm_backward_loop_kernel(LayerNormBackward<T> a) {
   MX_SHARED(float, scratch, [2 * 2 * kMaxWarps]);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t plane = static_cast<int64_t>(gridDim.x) * a.cols;

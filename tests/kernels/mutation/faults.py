@@ -4,7 +4,8 @@ from tests.kernels.mutation.fault import Fault
 
 DEVICE, PHILOX = "common/device.h", "common/philox.h"
 FORWARD, BACKWARD = "cuda/layer_norm_forward.cuh", "cuda/layer_norm_backward.cuh"
-SOFTMAX, TILE, GELU = "cuda/softmax.cuh", "cuda/bias_tile.cuh", "cuda/bias_gelu.cuh"
+SOFTMAX, ROWS, LOOP = "cuda/softmax.cuh", "cuda/softmax_rows.cuh", "cuda/softmax_loop.cuh"
+TILE, GELU = "cuda/bias_tile.cuh", "cuda/bias_gelu.cuh"
 DROPOUT, ENTROPY, ADAM = "cuda/bias_dropout_add.cuh", "cuda/cross_entropy.cuh", "cuda/adam_variance.cuh"
 SUMS = "cuda/column_sums.cu"
 NORM, SOFT = ("layer_norm",), ("softmax",)
@@ -150,8 +151,29 @@ ATTENTION = (
         "",
         SOFT,
     ),
-    Fault("one mask for every batch", SOFTMAX, "mask.shared ? 0 :", "!mask.shared ? 0 :", SOFT),
+    Fault("one mask for every batch", ROWS, "mask.shared ? 0 :", "!mask.shared ? 0 :", SOFT),
     Fault("a row that sees nothing", SOFTMAX, "if constexpr (MASKED) empty = top[1] == 0.f;", "", SOFT),
+    Fault(
+        "long rows: noise forgotten going back",
+        LOOP,
+        "if (dropout.threshold) apply_dropout<1>(dropout, seed, start + column, g);\n    product",
+        "product",
+        SOFT,
+    ),
+    Fault(
+        "long rows: the sum of every column",
+        LOOP,
+        "  for (int column = static_cast<int>(threadIdx.x); column < length; column += lanes) {\n    float p[1]",
+        "  for (int column = static_cast<int>(threadIdx.x); column < shape.sk; column += lanes) {\n    float p[1]",
+        SOFT,
+    ),
+    Fault(
+        "long rows: scratch used twice without a barrier",
+        LOOP,
+        "reduce_row<Sum>(total, scratch + 2 * kMaxWarps);",
+        "reduce_row<Sum>(total, scratch);",
+        SOFT,
+    ),
     Fault("maximum left out", SOFTMAX, "__expf(value[v][k] - top[0])", "__expf(value[v][k])", SOFT),
 )
 
