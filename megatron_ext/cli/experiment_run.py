@@ -141,7 +141,7 @@ def _submit(experiment: Experiment, job: "TrainingJob", *, dry_run: bool) -> Non
         task_ids=tuple(range(len(left))),
         output=output,
     )
-    check_runs(configs, job.resources)
+    check_runs(configs, job.resources, dry_run=dry_run)
     if dry_run:
         _announce(experiment)
         typer.echo(job.script(), nl=False)

@@ -123,8 +123,10 @@ def training_job(
     )
 
 
-def check_runs(configs: Sequence["RunConfig"], resources: "Resources") -> None:
+def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_run: bool) -> None:
     """Find at submission what the ranks would find: data, plans, batches that do not divide, checkpoints of others.
+
+    In a dry run, which may be made where the data is not (or not yet), what is wrong with data is only said.
 
     Raises:
         UserError: one of the runs cannot be trained; it is named where there are several.
@@ -132,17 +134,17 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources") -> None:
     checked: set[str] = set()
     for config in configs:
         try:
-            _check_run(config, resources, checked)
+            _check_run(config, resources)
+            _check_data(config, checked, dry_run=dry_run)
         except UserError as error:
             raise UserError(f"{config.name}: {error}" if len(configs) > 1 else str(error)) from None
 
 
-def _check_run(config: "RunConfig", resources: "Resources", checked: set[str]) -> None:
+def _check_run(config: "RunConfig", resources: "Resources") -> None:
     from megatron_ext.checkpoint.manifest import check_resumable, read_manifest
     from megatron_ext.checkpoint.store import newest_checkpoint
     from megatron_ext.curriculum.plan import possible_plans
     from megatron_ext.curriculum.sampler import check_batches_divide
-    from megatron_ext.data.parts import check_data
 
     tensor, ranks = config.parallel.tensor, resources.ranks
     if ranks % tensor:
@@ -152,14 +154,25 @@ def _check_run(config: "RunConfig", resources: "Resources", checked: set[str]) -
         )
     for plan in possible_plans(config).values():
         check_batches_divide(plan, ranks // tensor)
-    data = json.dumps([config.data.model_dump(mode="json"), config.model.vocab_size, config.training.seq_len])
-    if data not in checked:
-        check_data(config)
-        checked.add(data)
     newest = newest_checkpoint(config.run_dir / "checkpoints")
     if newest is not None:
         layout = {"world_size": ranks, "tensor": tensor, "zero_stage": config.parallel.zero_stage}
         check_resumable(read_manifest(newest), config, layout=layout, where=newest)
+
+
+def _check_data(config: "RunConfig", checked: set[str], *, dry_run: bool) -> None:
+    from megatron_ext.data.parts import check_data
+
+    data = json.dumps([config.data.model_dump(mode="json"), config.model.vocab_size, config.training.seq_len])
+    if data in checked:
+        return
+    checked.add(data)
+    try:
+        check_data(config)
+    except UserError as error:
+        if not dry_run:
+            raise
+        typer.echo(f"without --dry-run this would be refused: {error}", err=True)
 
 
 def submit_job(

@@ -113,7 +113,7 @@ def command(
         attempts=retries + 1,
         requeue=chain == 1,
     )
-    check_runs(configs, resources)
+    check_runs(configs, resources, dry_run=dry_run)
     if dry_run:
         typer.echo(job.script(), nl=False)
     else:

@@ -80,7 +80,7 @@ class _Fused(torch.autograd.Function):
         whole = own if vocab.combine is None else vocab.combine(own)
         ctx.first, ctx.real = vocab.first, vocab.real
         ctx.save_for_backward(logits, ids, whole.maximum, whole.total)
-        # The difference first: maximum and label are close where logits are large, and the logarithm would lose its bits.
+        # The difference first: where logits are large, the logarithm would lose its bits in the maximum.
         return (whole.total.log() + (whole.maximum - whole.target)).view(labels.shape)
 
     @staticmethod

@@ -81,6 +81,14 @@ def test_a_dry_run_prints_the_script_and_makes_nothing(config: Path, command: Co
     assert not (config.parent / "small").exists()
 
 
+def test_a_dry_run_needs_no_data(config: Path, command: Command) -> None:
+    code, out, err = command("submit", str(config), "--set", "data.tokenizer=nowhere.json", "--dry-run")
+    assert code == 0
+    assert out.startswith("#!/bin/bash")
+    assert "would be refused" in err
+    assert "nowhere.json" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
