@@ -11,6 +11,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -127,6 +128,8 @@ Fiber FiberPool::start(int index, void (*body)()) {
   char* stack = memory_ + static_cast<size_t>(index) * (kStack + kPage) + kPage;
   void** top = reinterpret_cast<void**>(stack + kStack);
 #if defined(__SANITIZE_ADDRESS__)
+  // A fiber that has ended never returned from its frames, whose red zones are still marked.
+  ASAN_UNPOISON_MEMORY_REGION(stack, kStack);
   started_body = body;
   body = announced_body;
 #endif

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -69,4 +70,5 @@ def kernels(root: Path = SOURCES) -> ModuleType:
     sources = sorted((root / "cuda").glob("*.cu"))
     if not sources:
         raise CannotBuildError("there are no kernels in csrc/cuda")
-    return load(emulator_module(sources, root))
+    # The slow test under sanitizers runs the same tests on another build.
+    return load(emulator_module(sources, root, sanitized="KERNEL_TEST_SANITIZED" in os.environ))
