@@ -20,7 +20,7 @@ EPS = 1e-5
 PARTITIONS = 2
 NOISE = Noise(probability=0.3, seed=987654321987)
 # (rows, cols), as in test_layer_norm.
-SHAPES = [(9, 7), (1100, 8), (21, 768), (17, 1024), (9, 1025), (5, 8200), (2, 16384)]
+SHAPES = [(9, 7), (9, 18), (1100, 8), (21, 768), (17, 1024), (9, 1025), (5, 8200), (2, 16384)]
 
 EVERYWHERE: Everywhere = {
     "test_with_bias_and_dropout": {"shape": [(9, 7), (17, 1024), (5, 8200)], "dtype": [torch.bfloat16]}

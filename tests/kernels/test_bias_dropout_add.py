@@ -11,7 +11,7 @@ from tests.kernels.thinning import Everywhere
 PARTITIONS = 2
 NOISE = Noise(probability=0.1, seed=-(2**40) - 3)
 # (rows, cols): as in test_bias_gelu.
-SHAPES = [(3, 1), (150, 7), (150, 8), (9, 31), (70, 264), (9, 1025), (2, 16384)]
+SHAPES = [(3, 1), (150, 7), (150, 8), (9, 18), (9, 31), (70, 264), (9, 1025), (2, 16384)]
 
 EVERYWHERE: Everywhere = {"test_with_dropout": {"shape": [(150, 7), (70, 264)], "dtype": [torch.float16]}}
 

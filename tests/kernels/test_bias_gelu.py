@@ -14,7 +14,7 @@ from tests.kernels.thinning import Everywhere
 PARTITIONS = 2
 # (rows, cols): one thread, several tiles across, more rows than two partitions take at once (2 x 8 x 4), vectors and
 # single elements.
-SHAPES = [(3, 1), (150, 7), (150, 8), (9, 31), (70, 264), (9, 1023), (5, 1024), (9, 1025), (2, 16384)]
+SHAPES = [(3, 1), (150, 7), (150, 8), (9, 18), (9, 31), (70, 264), (9, 1023), (5, 1024), (9, 1025), (2, 16384)]
 
 EVERYWHERE: Everywhere = {"test_both_ways": {"shape": [(150, 7), (70, 264)], "dtype": [torch.float16]}}
 

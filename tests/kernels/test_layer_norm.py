@@ -14,8 +14,20 @@ from tests.kernels.thinning import Everywhere
 EPS = 1e-5
 # (rows, cols). With two partitions, rows are more than what the blocks of a backward pass take at once, twice over, so
 # that whatever is used again for the next row shows; widths are those of every path: a few lanes, a warp, warps,
-# registers and shared memory for column sums, and what vectors do not fit.
-SHAPES = [(5, 1), (9, 7), (1100, 8), (300, 16), (9, 31), (45, 264), (21, 768), (9, 1023), (17, 1024), (9, 1025)]
+# registers and shared memory for column sums, and what vectors do not fit, odd and even.
+SHAPES = [
+    (5, 1),
+    (9, 7),
+    (1100, 8),
+    (300, 16),
+    (9, 18),
+    (9, 31),
+    (45, 264),
+    (21, 768),
+    (9, 1023),
+    (17, 1024),
+    (9, 1025),
+]
 WIDE = [(7, 6000), (5, 8200), (3, 16384), (3, 16392)]
 PARTITIONS = 2
 

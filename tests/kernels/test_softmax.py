@@ -21,7 +21,7 @@ SCALE = 0.3
 NAN, INF = float("nan"), float("inf")
 # (batch, sq, sk): the short lengths that Sequence Length Warmup starts with, with more rows than a block of each kind
 # has; a row of few lanes, a warp, and warps; what 16-byte vectors do not fit; and rows longer than columns before them.
-SHORT = [(3, 1, 1), (5, 7, 7), (40, 8, 8), (20, 16, 16), (9, 24, 24), (5, 31, 31), (70, 2, 8), (3, 5, 64)]
+SHORT = [(3, 1, 1), (5, 7, 7), (40, 8, 8), (20, 16, 16), (5, 18, 18), (9, 24, 24), (5, 31, 31), (70, 2, 8), (3, 5, 64)]
 LONG = [
     (1, 33, 264),
     (2, 5, 1023),

@@ -60,7 +60,7 @@ def _noticed(fault: Fault, machine: str, planted: Path) -> str | None:
     if done.returncode < 0:
         return f"the process died of signal {-done.returncode}"
     found = _NOTICED.search(done.stdout)
-    if done.returncode == NO_TESTS or found is None or "error:" in found[1]:
+    if done.returncode == NO_TESTS or found is None or "error:" in found[1] or "has no attribute" in found[1]:
         raise RuntimeError(f"{fault.name}: the tests cannot be run\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
     return found[1]
 
