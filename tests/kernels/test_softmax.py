@@ -78,13 +78,20 @@ def _check_backward(got: torch.Tensor, dy: torch.Tensor, probs: torch.Tensor, no
     check("dscores", got, exact, own, terms=terms)
 
 
+def _planted(scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """``scores`` with NaN, which a maximum may drop, and infinity, which it may not, in turn where nothing may look."""
+    filled = scores.masked_fill(hidden, NAN)
+    filled[..., ::2] = scores[..., ::2].masked_fill(hidden[..., ::2], INF)
+    return filled
+
+
 def _check_causal(
     backend: KernelBackend, shape: tuple[int, int, int], dtype: torch.dtype, noise: Noise, *, in_place: bool = False
 ) -> None:
-    """NaN is planted beyond the diagonal in everything that is read."""
+    """NaN, or infinity, is planted beyond the diagonal in everything that is read."""
     beyond = _beyond(*shape[1:])
     scores = normal(shape, dtype, seed=1, scale=4)
-    got = causal_softmax_forward(backend, scores.masked_fill(beyond, NAN), SCALE, noise=noise)
+    got = causal_softmax_forward(backend, _planted(scores, beyond), SCALE, noise=noise)
     _check_forward(got, scores, beyond, noise)
     probs = _softmax(scores.double(), beyond).to(dtype)
     dy = normal(shape, dtype, seed=2).masked_fill(beyond, NAN)
@@ -119,7 +126,7 @@ def _check_masked(
     """NaN is planted in the scores that are hidden."""
     mask = _mask(shape, mask_batch)
     scores = normal(shape, dtype, seed=3, scale=4)
-    got = masked_softmax_forward(backend, scores.masked_fill(mask, NAN), mask, SCALE, noise=noise)
+    got = masked_softmax_forward(backend, _planted(scores, mask), mask, SCALE, noise=noise)
     _check_forward(got, scores, mask, noise)
     probs = _softmax(scores.double(), mask).to(dtype)
     dy = normal(shape, dtype, seed=4)
