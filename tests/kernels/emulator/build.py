@@ -1,5 +1,6 @@
 """Compiles CUDA sources for the emulator, into a Python module."""
 
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
@@ -12,7 +13,6 @@ from types import ModuleType
 
 from tests.kernels.building import SOURCES, CannotBuildError, Step, make, python_flags, tool, version_of
 
-MODULE = "mx_emulator"
 COMMON_FLAGS = "-std=c++17 -O2 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -march=native"
 # The calls before each access, whose answers are csrc/emulator/shadow.cpp's and not those of the sanitizer's runtime.
 INSTRUMENTED = "-fsanitize=thread"
@@ -24,6 +24,11 @@ _C_FUNCTION = re.compile(r"^(?:extern \"C\" )?int(?:64_t)? mx_cuda_(\w+)\(", fla
 def functions_of(sources: Sequence[Path]) -> list[str]:
     """Names, without mx_cuda_, of the C functions that the sources define."""
     return sorted(name for source in sources for name in _C_FUNCTION.findall(source.read_text(encoding="utf-8")))
+
+
+def module_name(sources: Sequence[Path]) -> str:
+    """Name of the module of ``sources``: pybind11 gives a process one module of a name, whatever its file."""
+    return f"mx_emulator_{hashlib.sha256(' '.join(functions_of(sources)).encode()).hexdigest()[:8]}"
 
 
 def emulator_module(
@@ -51,13 +56,15 @@ def emulator_module(
 def _module_flags(sources: Sequence[Path], declarations: str) -> str:
     defined = " ".join(f"MX_DEFINE({name});" for name in functions_of(sources))
     declared = f"'-DMX_DECLARATIONS={declarations}'" if declarations else ""
-    return f"{python_flags()} -DMX_MODULE_NAME={MODULE} {declared} '-DMX_FUNCTIONS={defined}' -fvisibility=hidden"
+    named = f"-DMX_MODULE_NAME={module_name(sources)}"
+    return f"{python_flags()} {named} {declared} '-DMX_FUNCTIONS={defined}' -fvisibility=hidden"
 
 
-def load(path: Path) -> ModuleType:
-    """Imports a built module."""
-    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
-    spec = importlib.util.spec_from_loader(MODULE, loader)
+def load(path: Path, sources: Sequence[Path]) -> ModuleType:
+    """Imports the module that was built of ``sources``."""
+    name = module_name(sources)
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
@@ -71,4 +78,4 @@ def kernels(root: Path = SOURCES) -> ModuleType:
     if not sources:
         raise CannotBuildError("there are no kernels in csrc/cuda")
     # The slow test under sanitizers runs the same tests on another build.
-    return load(emulator_module(sources, root, sanitized="KERNEL_TEST_SANITIZED" in os.environ))
+    return load(emulator_module(sources, root, sanitized="KERNEL_TEST_SANITIZED" in os.environ), sources)

@@ -61,7 +61,7 @@ def _tensors(rows: int) -> tuple[GuardedMemory, torch.Tensor, torch.Tensor]:
 
 
 def _emulated(case: str, order: str, rows: int) -> torch.Tensor:
-    module = load(emulator_module([SOURCE], declarations=DECLARATION))
+    module = load(emulator_module([SOURCE], declarations=DECLARATION), [SOURCE])
     memory, value, result = _tensors(rows)
     module.configure(order, 3)
     module.watch(sorted({memory.region(value), memory.region(result)}))
@@ -71,7 +71,7 @@ def _emulated(case: str, order: str, rows: int) -> torch.Tensor:
 
 
 def _interpreted(case: str, architecture: int, rows: int) -> torch.Tensor:
-    module = load(emulator_module([SOURCE], declarations=DECLARATION))
+    module = load(emulator_module([SOURCE], declarations=DECLARATION), [SOURCE])
     memory, value, result = _tensors(rows)
     module.configure("record", 0)
     assert module.faulty(value.data_ptr(), result.data_ptr(), CASES.index(case), rows, 0) == 0
@@ -127,7 +127,7 @@ def test_an_access_to_nobodys_memory_is_reported_and_survived() -> None:
 
 def _load() -> ModuleType:
     try:
-        return load(emulator_module([SOURCE], declarations=DECLARATION))
+        return load(emulator_module([SOURCE], declarations=DECLARATION), [SOURCE])
     except CannotBuildError as missing:
         pytest.skip(str(missing))
 
