@@ -46,6 +46,7 @@ def test_a_job_that_is_signaled_before_its_limit_saves_comes_back_and_goes_on(
     assert names.index("preemption") < names.index("resume")
 
 
+@pytest.mark.slow
 def test_a_job_that_is_preempted_saves_comes_back_and_goes_on(
     cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster: Cluster, 
     assert told["checkpoint"] is not None
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_after_a_link_that_was_stopped_and_ends_with_the_run(
     cluster: Cluster, corpus: Path, tmp_path: Path, straight: list[dict[str, Any]]
 ) -> None:
