@@ -20,6 +20,7 @@ from megatron_ext.cli.progress import Progress, Situation, State, read_progress,
 from megatron_ext.config.experiment import Experiment, ExperimentRun
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.files import replace_text
 from megatron_ext.slurm.commands import QueuedJob
 
 if TYPE_CHECKING:
@@ -281,9 +282,7 @@ class Ledger:
         return content if isinstance(content, dict) else {}
 
     def _write(self, entries: dict[str, Any]) -> None:
-        aside = self._path.with_suffix(".partial")
-        aside.write_text(json.dumps(entries, indent=1) + "\n")
-        aside.replace(self._path)
+        replace_text(self._path, json.dumps(entries, indent=1) + "\n")
 
 
 def _finite(value: float | None) -> float | None:
