@@ -5,27 +5,26 @@ torch.distributed (its own code builds on rank 0 and lets the others fail where 
 part of a sample that a step uses is read alone, without the masks and positions that this project does not use.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.data.index_cache import Arrays, IndexCache
+from megatron_ext.data.index_cache import IndexCache
 from megatron_ext.data.parts import Part, index_cache, open_parts
+from megatron_ext.data.sample_index import INDEX_ARRAYS, IndexRequest, build_blend, build_index, gpt_config
 
 # Validation samples are the same ones whatever the run's seed, so that runs with different seeds compare.
 _VALIDATION_SEED = 1234
-_INDEX_ARRAYS = ("documents", "samples", "shuffle")
 
 
 class Samples(Protocol):
@@ -56,20 +55,11 @@ class Datasets:
     """``validation.samples`` samples, or fewer where the validation documents hold fewer without repetition."""
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What GPTDataset asks of a tokenizer. It has no padding token: whole samples are never padded."""
-
-    vocab_size: int
-    eod: int = 0  # read for masks alone, of which there are none
-    unique_identifiers: str = ""
-
-
 class GPTSamples(GPTDataset):  # type: ignore[misc]
     """megatron-core's GPTDataset with its index in an :class:`IndexCache`."""
 
     def __init__(self, part: Part, *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> None:
-        self._source = part.source
+        self._part, self._source = part, part.source
         # A plain array over the mapping: numpy's memmap class makes every slice slow.
         self._tokens = np.asarray(np.memmap(f"{part.source.prefix}.bin", dtype=part.source.dtype, mode="r"))
         self._cache = cache
@@ -91,7 +81,7 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
             np.arange(part.first, part.end, dtype=np.int32),
             samples,
             Split[part.use],
-            _gpt_config(seq_len, seed),
+            gpt_config(seq_len, seed),
         )
         assert len(self.shuffle_index) >= samples
 
@@ -129,19 +119,20 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
             document, offset = document + 1, max(0, offset - length)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[npt.NDArray[Any], ...]:
-        arrays = self._cache.get(self._key, self._build_index)
-        return tuple(arrays[name] for name in _INDEX_ARRAYS)
-
-    def _build_index(self) -> Arrays:
-        # It warns that it was given no place to save the index; the cache is the place.
-        logger = logging.getLogger(GPTDataset.__module__)
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            index = super()._build_document_sample_shuffle_indices()
-        finally:
-            logger.setLevel(level)
-        return dict(zip(_INDEX_ARRAYS, index, strict=True))
+        part, seq_len = self._part, self.seq_len
+        request = IndexRequest(
+            prefix=part.source.prefix,
+            first=part.first,
+            end=part.end,
+            use=part.use,
+            samples=len(self),
+            seq_len=seq_len,
+            seed=int(self.config.random_seed),
+        )
+        passes = -(-len(self) * seq_len // part.tokens)
+        elements = passes * (part.end - part.first) + 3 * len(self)
+        arrays = self._cache.get(self._key, partial(build_index, request), elements=elements)
+        return tuple(arrays[name] for name in INDEX_ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -218,12 +209,9 @@ def _build(parts: Sequence[Part], *, samples: int, seq_len: int, seed: int, cach
         return GPTSamples(parts[0], samples=samples, seq_len=seq_len, seed=seed, cache=cache)
     weights = np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
 
-    def blend() -> Arrays:
-        part_of, index_of = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
-        helpers.build_blending_indices(part_of, index_of, weights.tolist(), len(parts), samples, False)
-        return {"part_of": part_of, "index_of": index_of}
-
-    arrays = cache.get({"kind": "blend", "weights": weights.tolist(), "samples": samples}, blend)
+    key = {"kind": "blend", "weights": weights.tolist(), "samples": samples}
+    # A look at every corpus for every sample.
+    arrays = cache.get(key, partial(build_blend, weights.tolist(), samples), elements=samples * len(parts))
     counts = np.bincount(arrays["part_of"], minlength=len(parts))
     members = tuple(
         # A corpus of tiny weight may have no turn; its dataset still needs one sample to exist.
@@ -231,18 +219,3 @@ def _build(parts: Sequence[Part], *, samples: int, seq_len: int, seed: int, cach
         for part, count in zip(parts, counts, strict=True)
     )
     return Blend(parts=members, part_of=arrays["part_of"], index_of=arrays["index_of"])
-
-
-def _gpt_config(seq_len: int, seed: int) -> Any:
-    return GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_len,
-        split="1,0,0",
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        drop_last_partial_validation_sequence=True,
-        add_extra_token_to_sequence=True,
-        tokenizer=_Vocabulary(vocab_size=0),
-    )

@@ -5,6 +5,10 @@ is whole or absent, whoever is killed when. Nodes with disks of their own each b
 processes that start together wait for the first of them. It is the kernel's lock on an open file, which ends with its
 holder, so a killed builder stops nobody; where the file system has no locks, or the holder hangs, a process builds its
 own copy, and whoever comes second to the rename throws its copy away.
+
+A builder may keep Python's lock from its beginning to its end, as megatron-core's do: 11 s for the order of 10^8
+documents were measured. No other thread runs meanwhile, also not the one that gives the other ranks a sign of life
+(runtime/heartbeat.py). So a large entry is built by a process of its own.
 """
 
 import contextlib
@@ -12,12 +16,15 @@ import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,12 +34,16 @@ import numpy.typing as npt
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import sync
+from megatron_ext.runtime.signals import stop_signals_blocked
 
 Arrays = dict[str, npt.NDArray[Any]]
+Build = Callable[[], Arrays]
 
 _MANIFEST = "manifest.json"
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 600.0
+_LARGE = 20_000_000
+"""Elements from which on an entry is built by a process of its own, which takes seconds to start: about as long."""
 _ABANDONED_SECONDS = 24 * 3600.0
 _TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
 _EXISTS = frozenset({errno.EEXIST, errno.ENOTEMPTY})
@@ -48,13 +59,18 @@ class IndexCache:
     patience_seconds: float = _PATIENCE_SECONDS
     """How long to wait for another process that builds the same entry before building a copy beside it."""
 
-    def get(self, key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
+    def get(self, key: Mapping[str, Any], build: Build, *, elements: int = 0) -> Arrays:
         """The entry of ``key`` (JSON values), memory-mapped and read-only; ``build`` makes it where it is missing.
 
         A damaged entry (files missing or cut off) is put aside and built again.
 
+        Args:
+            key: what the entry follows from.
+            build: makes it; a large one in another process, so it has to be picklable if it may be large.
+            elements: how many numbers it will hold, about.
+
         Raises:
-            UserError: the directory cannot be written.
+            UserError: the directory cannot be written, or the process that builds was killed.
         """
         text = json.dumps(key, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -67,7 +83,7 @@ class IndexCache:
                 if (arrays := _load(entry)) is not None:
                     return arrays
                 self._remove_abandoned(name)
-                self._write(entry, text, build())
+                self._write(entry, text, build, large=elements >= _LARGE)
             arrays = _load(entry)
         except OSError as error:
             raise UserError(
@@ -77,16 +93,11 @@ class IndexCache:
         assert arrays is not None, f"{entry} was written and cannot be read"
         return arrays
 
-    def _write(self, entry: Path, key: str, arrays: Arrays) -> None:
+    def _write(self, entry: Path, key: str, build: Build, *, large: bool) -> None:
         partial = self.directory / f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         partial.mkdir()
         try:
-            sizes = {}
-            for name, array in arrays.items():
-                with (partial / f"{name}.npy").open("wb") as file:
-                    np.save(file, array, allow_pickle=False)
-                    _sync(file)
-                    sizes[name] = file.tell()
+            sizes = _save_apart(build, partial) if large else _save(build, partial)
             with (partial / _MANIFEST).open("w", encoding="utf-8") as text:
                 json.dump({"key": json.loads(key), "bytes": sizes}, text, indent=2)
                 _sync(text)
@@ -102,6 +113,31 @@ class IndexCache:
             with contextlib.suppress(OSError):
                 if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
                     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save(build: Build, folder: Path) -> dict[str, int]:
+    """Build the arrays and write them into a folder; the size of each file in bytes."""
+    sizes = {}
+    for name, array in build().items():
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            _sync(file)
+            sizes[name] = file.tell()
+    return sizes
+
+
+def _save_apart(build: Build, folder: Path) -> dict[str, int]:
+    """``_save`` by another process, which a signal to stop the run does not reach: the run stops when it is done."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with stop_signals_blocked():  # inherited by the new process
+            saved = pool.submit(_save, build, folder)
+        try:
+            return saved.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"index cache {folder.parent}: the process that built an entry was killed; the usual cause is too "
+                "little memory on this host"
+            ) from error
 
 
 def _load(entry: Path) -> Arrays | None:

@@ -72,3 +72,13 @@ def ignore_stop_signals() -> None:
     """
     for number in _ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Block in this thread what asks to stop; a process that is started meanwhile has it blocked for good."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASK_TO_STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

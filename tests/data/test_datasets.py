@@ -15,15 +15,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.data import datasets, index_cache
 from megatron_ext.data.datasets import (
     Blend,
     Datasets,
     GPTSamples,
     Samples,
-    _Vocabulary,
     build_datasets,
     build_validation,
 )
+from megatron_ext.data.sample_index import _Vocabulary
 from megatron_ext.errors import UserError
 from tests.data.corpora import SEPARATOR, documents, run_config, whole, write_tokens
 from tests.ranks import run_ranks
@@ -174,6 +175,14 @@ def test_blend_has_the_order_of_megatron(tmp_path: Path) -> None:
     np.testing.assert_array_equal(theirs.dataset_sample_index, train.index_of)
 
 
+def test_large_index_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _blend_config(tmp_path, (3.0, 1.0))
+    here = _build(config).train
+    monkeypatch.setattr(index_cache, "_LARGE", 300)  # the blend, and the larger of the two indexes
+    apart = _build(run_config(config.model_dump()["data"] | {"index_cache": str(tmp_path / "apart")})).train
+    np.testing.assert_array_equal(_all(apart), _all(here))
+
+
 def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path)
     before = _all(_build(config).train)
@@ -186,9 +195,13 @@ def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.Mon
         "split": [90, 10, 0],
         "index_cache": str(tmp_path / "index_cache"),
     }
-    monkeypatch.setattr(GPTSamples, "_build_index", None)  # building would fail
+
+    def no_building(_request: object) -> None:
+        raise RuntimeError("built again")
+
+    monkeypatch.setattr(datasets, "build_index", no_building)
     np.testing.assert_array_equal(_all(_build(run_config(data)).train), before)
-    with pytest.raises(TypeError):
+    with pytest.raises(RuntimeError, match="built again"):
         _build(run_config(data, seed=99))
 
 

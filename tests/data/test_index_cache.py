@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ext.data import index_cache
 from megatron_ext.data.index_cache import Arrays, IndexCache
 from megatron_ext.errors import UserError
 
@@ -23,6 +24,20 @@ SPAWN = multiprocessing.get_context("spawn")
 
 def _arrays() -> Arrays:
     return {"a": np.arange(1000, dtype=np.int64), "b": np.ones((3, 2), dtype=np.int32)}
+
+
+def _who_builds() -> Arrays:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return {"process": np.array([os.getpid()]), "blocked": np.array(sorted(blocked))}
+
+
+def _end_killed() -> Arrays:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def _find_disk_full() -> Arrays:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _entries(directory: Path) -> list[Path]:
@@ -214,3 +229,22 @@ def test_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"index cache .*file/cache: cannot be written.*data\.index_cache"):
         IndexCache(tmp_path / "file" / "cache").get(KEY, _arrays)
+
+
+def test_large_entry_is_built_by_another_process_that_signals_do_not_stop(tmp_path: Path) -> None:
+    cache = IndexCache(tmp_path)
+    arrays = cache.get(KEY, _who_builds, elements=index_cache._LARGE)
+    assert arrays["process"][0] != os.getpid()
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} <= set(arrays["blocked"].tolist())
+    small = cache.get(KEY | {"seed": 2}, _who_builds, elements=index_cache._LARGE - 1)
+    assert small["process"][0] == os.getpid()
+    assert signal.SIGTERM not in small["blocked"].tolist()
+
+
+def test_large_entry_whose_builder_fails(tmp_path: Path) -> None:
+    cache = IndexCache(tmp_path)
+    with pytest.raises(UserError, match=r"index cache .*: the process that built an entry was killed; .* memory"):
+        cache.get(KEY, _end_killed, elements=index_cache._LARGE)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        cache.get(KEY, _find_disk_full, elements=index_cache._LARGE)
+    assert _entries(tmp_path) == []
