@@ -20,7 +20,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.runtime.environment import (
     RankInfo,
     asks_to_requeue,
-    prepare_deepspeed,
+    prepare_libraries,
     rank_info,
     supervisor,
     take_private_variables,
@@ -87,7 +87,7 @@ def _run(rank: _Rank) -> int:
     from megatron_ext.runtime.device import select_device
 
     device = select_device(info.local_rank)
-    prepare_deepspeed(info, device.accelerator)
+    prepare_libraries(info, device.accelerator)
 
     from megatron_ext.runtime.heartbeat import WatchOptions, watch
     from megatron_ext.runtime.meeting import StoppedEarlyError, meet

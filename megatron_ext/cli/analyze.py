@@ -112,12 +112,12 @@ def _by_length(
     asked = None if lengths is None else _numbers(lengths)
     # Imports DeepSpeed (to read its files), which asks for the accelerator at once.
     from megatron_ext.runtime.device import select_device
-    from megatron_ext.runtime.environment import prepare_deepspeed, rank_info
+    from megatron_ext.runtime.environment import prepare_libraries, rank_info
     from megatron_ext.runtime.log import configure_logging
 
     configure_logging(0)
     device = select_device(0)
-    prepare_deepspeed(rank_info(), device.accelerator)
+    prepare_libraries(rank_info(), device.accelerator)
 
     from megatron_ext.checkpoint.weights import load_model
     from megatron_ext.data.datasets import build_training

@@ -67,8 +67,12 @@ def supervisor() -> int | None:
     return _number(SUPERVISOR, _text(SUPERVISOR)) if SUPERVISOR in os.environ else None
 
 
-def prepare_deepspeed(info: RankInfo, accelerator: str) -> None:
-    """Set what DeepSpeed reads from the environment; call before anything imports it.
+def prepare_libraries(info: RankInfo, accelerator: str) -> None:
+    """Set what DeepSpeed and torch read from the environment; call before anything imports DeepSpeed or megatron-core.
+
+    megatron-core decorates its fused functions with ``torch.compile`` when it is imported, which loads the compiler: two
+    of the eight seconds in which a rank starts. This package calls none of them and compiles nothing, so the decorator
+    is told to do nothing; ``TORCHDYNAMO_DISABLE=0`` in the environment leaves it on.
 
     Args:
         info: Place of this process, for one that no launcher started.
@@ -76,6 +80,7 @@ def prepare_deepspeed(info: RankInfo, accelerator: str) -> None:
             ways that differ between releases. A choice that the user made in the environment stays.
     """
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("LOCAL_RANK", str(info.local_rank))
     if info.world_size > 1:
         # Where one of these is missing, as under srun, DeepSpeed asks MPI.

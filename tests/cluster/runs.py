@@ -15,7 +15,9 @@ from tests.train.small_run import VOCABULARY, train_records, write_config
 # Long enough for any start on a busy machine; a limit on a fault is each test's own.
 START_SECONDS = 240.0
 
-STEPS = 80
+STEPS = 40
+
+_OF_A_RUN = ("megatron_ext", "deepspeed", "pdsh")
 
 
 def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
@@ -38,7 +40,7 @@ def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
         "model": model,
         "data": data,
         "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}},
-        "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 40}},
+        "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 20}},
         "learning_rate": {"peak": 3e-4, "warmup": {"steps": 5}},
         "validation": {},
         "checkpoint": {},
@@ -54,7 +56,7 @@ def endless(**cluster: Any) -> dict[str, Any]:
         "training": {"seq_len": 16, "batch_size": 4, "duration": {"steps": 1_000_000}},
         "curriculum": {"pacing": "constant"},
         "metrics": {"flush_every": 1, "tensorboard": False, "log_every": 1000, "adam_variance_every": 0},
-        "cluster": {"heartbeat_seconds": 8.0, **cluster},
+        "cluster": {"heartbeat_seconds": 5.0, **cluster},
     }
 
 
@@ -108,7 +110,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, describe: Callable
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, f"not within {seconds:.0f} s: {describe()}"
-        time.sleep(0.1)
+        time.sleep(0.2)
     return time.monotonic() - start
 
 
@@ -126,8 +128,9 @@ def nothing_left(lab: Lab, *hosts: str, seconds: float = 15.0) -> None:
     def none() -> bool:
         left.clear()
         for host in (*(hosts or lab.hosts), None):
-            found = [line for word in ("python", "pdsh", "Z") for line in lab.processes(host, word)]
-            if found := [line for line in found if "megatron_ext" in line or "deepspeed" in line or "pdsh" in line]:
+            listed = lab.processes(host, word="")
+            # A zombie has no command line any more.
+            if found := [line for line in listed if line.startswith("Z") or any(part in line for part in _OF_A_RUN)]:
                 left[host or "login"] = found
         return not left
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.slurm.record import jobs_of
 from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
 from tests.train.small_run import train_records, write_config, write_corpus
 
@@ -17,7 +18,7 @@ _SLURM_LINES = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE"""
 
 # Long enough that a command reaches the run between its first steps and its end, also on a busy machine.
-STEPS = 150
+STEPS = 100
 LONG: dict[str, Any] = {"training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}}
 
 
@@ -67,6 +68,10 @@ class Cluster:
         """Return when the last thing that a job of the run wrote down is one of ``events``."""
         self.wait(lambda: _last_event(run) in events, f"end of the run, not {_last_event(run)}", run)
 
+    def wait_for_restart(self, run: Path) -> None:
+        """Return when the second life of the run's job has begun."""
+        self.wait(lambda: jobs_of(run)[-1].restart == 1, "second life of the job", run)
+
     def wait(self, there: Callable[[], bool], what: str, run: Path, *, timeout: float = 240.0) -> None:
         """Return when it is so; AssertionError with the job's output when time runs out."""
         deadline = time.monotonic() + timeout
@@ -76,7 +81,7 @@ class Cluster:
                     f"\n--- {path}\n{path.read_text()[-3000:]}" for path in sorted(run.rglob("slurm/**/*.*"))
                 )
                 raise AssertionError(f"no {what} in {timeout:.0f} s: {self.slurm('squeue')}{texts}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
 
 def _last_event(run: Path) -> str:

@@ -57,7 +57,7 @@ def test_a_job_that_is_preempted_saves_comes_back_and_goes_on(
     cluster.wait_for_step(run, 3)
     # Takes every core of every node.
     cluster.slurm("srun", "--partition=urgent", "--nodes=3", "--ntasks-per-node=2", "true")
-    cluster.wait(lambda: cluster.status(run)["restarts"] == 1, "second life of the job", run)
+    cluster.wait_for_restart(run)
     cluster.wait_for_end(run)
     assert train_records(run) == straight
     assert cluster.status(run)["job"] == job
@@ -102,7 +102,7 @@ def test_the_time_limit_of_slurm_stops_a_run_that_then_goes_on(cluster: Cluster,
     # The last --time counts: a limit of a minute, and the signal half a minute before it.
     [job] = cluster.submit(config, "--time", "1", "--signal-seconds", "20")
     cluster.wait_for_end(run, events=("requeued",))
-    cluster.wait(lambda: cluster.status(run)["restarts"] == 1, "second life of the job", run)
+    cluster.wait_for_restart(run)
     cluster.wait_for_end(run, events=("requeued",))
     names = [record["name"] for record in records(run) if record["kind"] == "event"]
     assert "resume" in names

@@ -9,7 +9,7 @@ from megatron_ext.slurm.record import jobs_of
 from tests.slurm.conftest import Cluster, small_config
 from tests.train.small_run import records, train_records
 
-STEPS = 400
+STEPS = 120
 VARIANTS: dict[str, Any] = {
     "hurt": {"optimizer": {"eps": 1e-7}},
     # A loss above the lowest one so far ends the run; so it does soon after its newest checkpoint.
@@ -21,7 +21,7 @@ VARIANTS: dict[str, Any] = {
 
 def write_experiment(folder: Path, corpus: Path, variants: dict[str, Any]) -> Path:
     training = {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}}
-    small_config(folder, corpus, training=training, checkpoint={"every": {"steps": 50}, "keep_last": 2})
+    small_config(folder, corpus, training=training, checkpoint={"every": {"steps": 30}, "keep_last": 2})
     content = {"name": "array", "base": "run.json", "output_dir": str(folder / "out"), "seeds": [1]}
     path = folder / "array.json"
     path.write_text(json.dumps(content | {"variants": variants}))
@@ -51,7 +51,7 @@ def test_an_array_trains_the_variants_retries_once_marks_and_reports(
     assert [item["job"] for item in found] == [f"{array}_{task}" for task in range(3)]
     assert {item["state"] for item in found} <= {"queued", "running"}
     assert "every run is finished or has a job" in cluster.cli("experiment", "run", str(file), "--slurm")
-    cluster.wait_for_step(runs["hurt"], 55)
+    cluster.wait_for_step(runs["hurt"], 35)
     kill_rank(cluster, runs["hurt"])
     cluster.wait_for_step(runs["good"], 3)
     cluster.slurm("scancel", "--batch", "--signal=USR1", f"{array}_2")

@@ -16,13 +16,13 @@ def test_the_run_goes_on_on_the_other_nodes(corpus: Path, tmp_path: Path, straig
     """As on clusters with the usual settings, the ranks notice before SLURM does, which asks nodes less often."""
     if reason := why_not(slurm=True):
         pytest.skip(reason)
-    with Lab(LabOptions(hosts=3, slurm=True, slurm_lines="SlurmdTimeout=45")) as lab:
+    with Lab(LabOptions(hosts=3, slurm=True, slurm_lines="SlurmdTimeout=20")) as lab:
         cluster, run = Cluster(lab), tmp_path / "small"
         cluster.submit(small_config(tmp_path, corpus, cluster={"heartbeat_seconds": 5.0}, **LONG))
         cluster.wait_for_step(run, 3)
         lab.power_off("n2")
         cluster.wait_for_end(run, events=("requeued", "ended"))
-        cluster.wait(lambda: cluster.status(run)["restarts"] == 1, "second life of the job", run)
+        cluster.wait_for_restart(run)
         cluster.wait_for_end(run)
         assert train_records(run) == straight
         told = cluster.status(run)
