@@ -29,7 +29,7 @@ LOWEST_VENV ?= .venv-lowest
 # Tests start up to four processes on a machine that may have two cores: one thread each.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help venv demo test test-cluster test-slow test-gpu test-lowest check format bench clean distclean
+.PHONY: help venv demo test test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu test-lowest check format bench clean distclean
 
 help:
 	@echo 'demo         train a small GPT with Sequence Length Warmup on two CPU processes, then show what it learned'
@@ -67,9 +67,16 @@ test: venv
 	-$(BIN)/python -m megatron_ext kernels build --cpu
 	$(PYTEST) -m 'not slow and not gpu and not cluster'
 
-# Skips with the reason where this user is not root, or where sshd, pdsh or SLURM are missing.
+# Skips with the reason where this user is not root, or where sshd, pdsh or SLURM are missing. Two labs at a time: their
+# tests wait for limits and for one process that loads, more than for the cores. Each prints when it is done.
 test-cluster: venv
-	$(PYTEST) -m 'cluster and not slow' tests/cluster tests/slurm
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-cluster-hosts test-cluster-slurm
+
+test-cluster-hosts:
+	$(PYTEST) -m 'cluster and not slow' tests/cluster
+
+test-cluster-slurm:
+	$(PYTEST) -m 'cluster and not slow' tests/slurm
 
 test-slow: venv
 	$(PYTEST) -m 'slow and not gpu'

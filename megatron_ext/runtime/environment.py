@@ -70,9 +70,9 @@ def supervisor() -> int | None:
 def prepare_libraries(info: RankInfo, accelerator: str) -> None:
     """Set what DeepSpeed and torch read from the environment; call before anything imports DeepSpeed or megatron-core.
 
-    megatron-core decorates its fused functions with ``torch.compile`` when it is imported, which loads the compiler: two
-    of the eight seconds in which a rank starts. This package calls none of them and compiles nothing, so the decorator
-    is told to do nothing; ``TORCHDYNAMO_DISABLE=0`` in the environment leaves it on.
+    megatron-core decorates its fused functions with ``torch.compile`` when it is imported, which loads the compiler:
+    two of the eight seconds in which a rank starts. This package calls none of them and compiles nothing, so the
+    decorator is told to do nothing; ``TORCHDYNAMO_DISABLE=0`` in the environment leaves it on.
 
     Args:
         info: Place of this process, for one that no launcher started.

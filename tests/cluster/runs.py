@@ -15,7 +15,9 @@ from tests.train.small_run import VOCABULARY, train_records, write_config
 # Long enough for any start on a busy machine; a limit on a fault is each test's own.
 START_SECONDS = 240.0
 
-STEPS = 40
+# More than a run does before a signal reaches it; what it computes is compared over the first COMPARED ones.
+STEPS = 400
+COMPARED = 60
 
 _OF_A_RUN = ("megatron_ext", "deepspeed", "pdsh")
 
