@@ -1,6 +1,6 @@
 """Which machines run which tests in `make test`: all of them would take many minutes.
 
-The emulator in forward order, the CPU and a device run everything. The emulator's other orders and the PTX of sm_90 run
+The emulator in forward order, the PTX of sm_90, the CPU and a device run everything. The emulator's other orders run
 what a module names in ``EVERYWHERE``: for each of its tests, the values that parameters may have, so that every kernel
 is run on every machine once. The rest, and all of the PTX of sm_80 and sm_100, is marked slow.
 """
@@ -11,7 +11,7 @@ import pytest
 
 Everywhere = Mapping[str, Mapping[str, Collection[object]]]
 
-SOME = frozenset({"emulator-reverse", "emulator-random", "ptx-90"})
+SOME = frozenset({"emulator-reverse", "emulator-random"})
 NONE = frozenset({"ptx-80", "ptx-100"})
 
 
