@@ -7,6 +7,7 @@ of torch does. What lies between is filled with NaN bytes and must not change.
 import ctypes
 import mmap
 import weakref
+from dataclasses import dataclass
 
 import torch
 
@@ -71,3 +72,19 @@ class GuardedMemory:
         before = ctypes.string_at(begin + PAGE, data - begin - PAGE)
         behind = ctypes.string_at(data_end, end - PAGE - data_end)
         return before.count(POISON) != len(before) or behind.count(POISON) != len(behind)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What the backends share that work in this process's memory."""
+
+    name: str
+    memory: GuardedMemory
+
+    def tensor(self, value: torch.Tensor, *, alignment: int = 16) -> torch.Tensor:
+        """A copy of ``value`` in guarded memory."""
+        return self.memory.copy(value, alignment=alignment)
+
+    def empty(self, *shape: int, dtype: torch.dtype, alignment: int = 16) -> torch.Tensor:
+        """The same, filled with NaN bytes."""
+        return self.memory.empty(*shape, dtype=dtype, alignment=alignment)

@@ -13,7 +13,7 @@ from megatron_ext.ops.building.recipe import KERNEL_FLAGS
 from tests.kernels.abi import Parameter, addresses, functions
 from tests.kernels.building import SOURCES, CannotBuildError, Step, make, tool, version_of
 from tests.kernels.executors import SERIAL, THREADED
-from tests.kernels.guarded import GuardedMemory
+from tests.kernels.guarded import Guarded, GuardedMemory
 from tests.kernels.interface import Argument, KernelError, check_canaries
 from tests.kernels.nvcc import device_library, kernel_sources
 
@@ -56,19 +56,11 @@ class Library:
 
 
 @dataclass(frozen=True)
-class CpuBackend:
+class CpuBackend(Guarded):
     """The kernels of csrc/cpu, on one thread or several."""
 
-    name: str
     library: Library
     executor: Any
-    memory: GuardedMemory
-
-    def tensor(self, value: torch.Tensor, *, alignment: int = 16) -> torch.Tensor:
-        return self.memory.copy(value, alignment=alignment)
-
-    def empty(self, *shape: int, dtype: torch.dtype, alignment: int = 16) -> torch.Tensor:
-        return self.memory.empty(*shape, dtype=dtype, alignment=alignment)
 
     def call(self, function: str, *arguments: Argument) -> None:
         status = self.library.call(function, arguments, self.executor)
@@ -131,7 +123,7 @@ def _cpu(root: Path) -> Library:
 def cpu_backend(*, threads: bool, root: Path = SOURCES) -> CpuBackend:
     """The CPU, with every function called for all work at once, or in small pieces on several threads."""
     return CpuBackend(
-        "cpu-threads" if threads else "cpu-serial", _cpu(root), THREADED if threads else SERIAL, GuardedMemory()
+        "cpu-threads" if threads else "cpu-serial", GuardedMemory(), _cpu(root), THREADED if threads else SERIAL
     )
 
 

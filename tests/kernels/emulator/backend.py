@@ -7,25 +7,17 @@ import torch
 
 from tests.kernels.abi import addresses
 from tests.kernels.emulator.build import kernels
-from tests.kernels.guarded import GuardedMemory
+from tests.kernels.guarded import Guarded, GuardedMemory
 from tests.kernels.interface import STREAM, Argument, KernelError, check_canaries
 
 
 @dataclass(frozen=True)
-class EmulatorBackend:
+class EmulatorBackend(Guarded):
     """The CUDA kernels, compiled by g++ and run by csrc/emulator, in one order of threads and blocks."""
 
-    name: str
     order: str
     seed: int
     module: ModuleType
-    memory: GuardedMemory
-
-    def tensor(self, value: torch.Tensor, *, alignment: int = 16) -> torch.Tensor:
-        return self.memory.copy(value, alignment=alignment)
-
-    def empty(self, *shape: int, dtype: torch.dtype, alignment: int = 16) -> torch.Tensor:
-        return self.memory.empty(*shape, dtype=dtype, alignment=alignment)
 
     def call(self, function: str, *arguments: Argument) -> None:
         values = addresses(function, arguments)
@@ -46,4 +38,4 @@ class EmulatorBackend:
 
 def emulator_backend(order: str) -> EmulatorBackend:
     """The emulator in one order."""
-    return EmulatorBackend(f"emulator-{order}", order, 1, kernels(), GuardedMemory())
+    return EmulatorBackend(f"emulator-{order}", GuardedMemory(), order, 1, kernels())

@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.abi import addresses
 from tests.kernels.emulator.build import kernels
-from tests.kernels.guarded import GuardedMemory
+from tests.kernels.guarded import Guarded, GuardedMemory
 from tests.kernels.interface import STREAM, Argument, KernelError, check_canaries
 from tests.kernels.nvcc import kernel_sources, ptx_of
 from tests.kernels.ptx.batch import Dimensions, Launch
@@ -61,19 +61,11 @@ def parameter_space(kernel: Kernel, arguments: list[bytes]) -> Array:
 
 
 @dataclass(frozen=True)
-class PtxBackend:
+class PtxBackend(Guarded):
     """nvcc's PTX for one architecture, interpreted."""
 
-    name: str
     host: ModuleType
     ptx: PtxModule
-    memory: GuardedMemory
-
-    def tensor(self, value: torch.Tensor, *, alignment: int = 16) -> torch.Tensor:
-        return self.memory.copy(value, alignment=alignment)
-
-    def empty(self, *shape: int, dtype: torch.dtype, alignment: int = 16) -> torch.Tensor:
-        return self.memory.empty(*shape, dtype=dtype, alignment=alignment)
 
     def call(self, function: str, *arguments: Argument) -> None:
         values = addresses(function, arguments)
@@ -98,4 +90,4 @@ class PtxBackend:
 def ptx_backend(architecture: int) -> PtxBackend:
     """The kernels for ``compute_ARCHITECTURE``."""
     files = ptx_of(kernel_sources(), architecture)
-    return PtxBackend(f"ptx-{architecture}", kernels(), PtxModule.of_files(files), GuardedMemory())
+    return PtxBackend(f"ptx-{architecture}", GuardedMemory(), kernels(), PtxModule.of_files(files))
