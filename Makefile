@@ -72,10 +72,10 @@ test: venv
 test-cluster: venv
 	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-cluster-hosts test-cluster-slurm
 
-test-cluster-hosts:
+test-cluster-hosts: venv
 	$(PYTEST) -m 'cluster and not slow' tests/cluster
 
-test-cluster-slurm:
+test-cluster-slurm: venv
 	$(PYTEST) -m 'cluster and not slow' tests/slurm
 
 test-slow: venv

@@ -129,9 +129,10 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
             seq_len=seq_len,
             seed=int(self.config.random_seed),
         )
-        passes = -(-len(self) * seq_len // part.tokens)
-        elements = passes * (part.end - part.first) + 3 * len(self)
-        arrays = self._cache.get(self._key, partial(build_index, request), elements=elements)
+        # Turns by the mean length of a document, and three numbers a sample; counting the part's tokens would read all
+        # of its lengths, also where the index is there.
+        turns = max(part.end - part.first, len(self) * seq_len * part.source.documents // part.source.tokens)
+        arrays = self._cache.get(self._key, partial(build_index, request), elements=turns + 3 * len(self))
         return tuple(arrays[name] for name in INDEX_ARRAYS)
 
 
