@@ -160,7 +160,7 @@ def _work(rank: _Rank, device: "Device", processes: "Processes", examination: "E
             LOGGER.info(line)
     if rank.preflight_only:
         return 0
-    from megatron_ext.train import train
+    from megatron_ext.trainer import train
 
     finished = train(rank.config, device=device, processes=processes, stop=rank.stop)
     return 0 if finished or not asks_to_requeue() else os.EX_TEMPFAIL

@@ -109,6 +109,19 @@ class CheckpointConfig(Section):
     there is one."""
 
 
+class ProfileConfig(Section):
+    """A trace of some steps by torch.profiler, into ``profile/`` of the run directory."""
+
+    step: PositiveInt
+    """First step of the trace, counted from 1; take one after the first few, which warm up."""
+
+    steps: PositiveInt = 3
+    """Steps of the trace; its file grows by some megabytes with each."""
+
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""
+
+
 class MetricsConfig(Section):
     """What is measured and where it goes; metrics.jsonl is always written."""
 
@@ -133,6 +146,9 @@ class MetricsConfig(Section):
 
     adam_variance_detail: bool = False
     """Also record the gradient variance of each layer and of each kind of parameter."""
+
+    profile: ProfileConfig | None = None
+    """Trace some steps with torch.profiler; None: no trace."""
 
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""
