@@ -67,7 +67,8 @@ def dry_run(config: RunConfig, plan: TrainingPlan, *, device: Device, processes:
         streams = seed_streams(config.seed, layout, device.torch_device)
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
         engine = build_engine(config, layout, streams, device=device, kernels=kernels)
-        seconds, sizes = 0.0, (0,)
+        seconds = 0.0
+        sizes: tuple[int, ...] = ()
         for _ in range(2):
             start = mark(device)
             batch = loader.batch(planned)  # tokens, labels [sequences, seq_len]

@@ -26,7 +26,6 @@ LAYERS: Mapping[str, int] = {
     "launch": 11,
     "analysis": 11,
     "worker": 12,
-    "tuning": 12,
     "experiments": 12,
     "cli": 13,
     "__main__": 14,

@@ -22,8 +22,9 @@ _PROGRAM = """
 import json, sys
 from megatron_ext.worker import main
 status = main(sys.argv[1:])
-files = [getattr(module, "__file__", None) for name, module in sys.modules.items() if name.split(".")[0] == "megatron_ext"]
-print(json.dumps({"status": status, "files": [file for file in files if file]}))
+modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "megatron_ext"]
+files = [module.__file__ for module in modules if getattr(module, "__file__", None)]
+print(json.dumps({"status": status, "files": files}))
 """
 
 

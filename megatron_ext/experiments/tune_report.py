@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from megatron_ext.errors import UserError
-from megatron_ext.tuning.problem import ProbeSettings
-from megatron_ext.tuning.search import Candidate
-from megatron_ext.tuning.state import ProbeResult
+from megatron_ext.experiments.tune import ProbeResult
+from megatron_ext.experiments.tune_search import Candidate
+from megatron_ext.experiments.tune_space import ProbeSettings
 
 MARKDOWN, PICTURE = "report.md", "report.png"
 _STABLE, _FLUCTUATING, _LIMIT = "#0072B2", "#D55E00", "0.4"

@@ -12,7 +12,7 @@ from megatron_ext.config.merging import Tree
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
-from megatron_ext.tuning.search import Candidate, Grid
+from megatron_ext.experiments.tune_search import Candidate, Grid
 
 _MULTIPLE = 8
 
@@ -35,7 +35,7 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class Problem:
+class TuneRun:
     """A run whose curriculum is to be found."""
 
     layers: tuple[Layer, ...]
@@ -151,59 +151,59 @@ def default_starts(config: RunConfig, *, parameters: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Notches:
-    """The ladder of T."""
+class DurationSpacing:
+    """How the T to choose among are spaced."""
 
     unit: int
     """Steps of the learning rate's warmup."""
 
     ratio: float
-    """Each notch over the one before."""
+    """Each T over the one before."""
 
     first: int
     """T with which start lengths are compared, in units."""
 
     given: tuple[int, ...] | None = None
-    """The notches themselves, in steps, instead."""
+    """The durations themselves, in steps, instead."""
 
 
-def grid_of(problem: Problem, starts: Sequence[int], notches: Notches, *, beginning: int) -> Grid:
-    """What is searched: for each start the notches that fit into the run.
+def grid_of(tune_run: TuneRun, starts: Sequence[int], spacing: DurationSpacing, *, beginning: int) -> Grid:
+    """What is searched: for each start the durations that fit into the run.
 
     Raises:
         UserError: a start length, or the T with which starts are compared, does not suit the run.
     """
     if list(starts) != sorted(set(starts)):
         raise UserError(f"--starts {','.join(map(str, starts))}: write different lengths, rising")
-    if notches.given is None:
-        first = notches.first * notches.unit
+    if spacing.given is None:
+        first = spacing.first * spacing.unit
     else:
-        if list(notches.given) != sorted(set(notches.given)):
+        if list(spacing.given) != sorted(set(spacing.given)):
             raise UserError(
-                f"--durations {','.join(map(str, notches.given))}: write different numbers of steps, rising"
+                f"--durations {','.join(map(str, spacing.given))}: write different numbers of steps, rising"
             )
-        first = min(notches.given, key=lambda steps: abs(steps - notches.first * notches.unit))
-    ladders = {start: _ladder(problem, start, notches, first=first) for start in starts}
-    return Grid(ladders=ladders, first=first, beginning=beginning)
+        first = min(spacing.given, key=lambda steps: abs(steps - spacing.first * spacing.unit))
+    durations = {start: _durations_of(tune_run, start, spacing, first=first) for start in starts}
+    return Grid(durations=durations, first=first, beginning=beginning)
 
 
-def _ladder(problem: Problem, start: int, notches: Notches, *, first: int) -> tuple[int, ...]:
+def _durations_of(tune_run: TuneRun, start: int, spacing: DurationSpacing, *, first: int) -> tuple[int, ...]:
     # The first T has to fit: what is wrong with the start or the run is told here.
-    problem.plan(Candidate(start, first))
-    if notches.given is not None:
-        return tuple(steps for steps in notches.given if steps <= first or _fits(problem, Candidate(start, steps)))
-    ladder = [first]
-    while (lower := round(ladder[0] / notches.ratio)) >= notches.unit and lower < ladder[0]:
-        ladder.insert(0, lower)
-    while _fits(problem, Candidate(start, upper := max(ladder[-1] + 1, round(ladder[-1] * notches.ratio)))):
-        ladder.append(upper)
-    return tuple(ladder)
+    tune_run.plan(Candidate(start, first))
+    if spacing.given is not None:
+        return tuple(steps for steps in spacing.given if steps <= first or _fits(tune_run, Candidate(start, steps)))
+    durations = [first]
+    while (lower := round(durations[0] / spacing.ratio)) >= spacing.unit and lower < durations[0]:
+        durations.insert(0, lower)
+    while _fits(tune_run, Candidate(start, upper := max(durations[-1] + 1, round(durations[-1] * spacing.ratio)))):
+        durations.append(upper)
+    return tuple(durations)
 
 
-def _fits(problem: Problem, candidate: Candidate) -> bool:
+def _fits(tune_run: TuneRun, candidate: Candidate) -> bool:
     """Whether the length reaches its end within the run."""
     try:
-        problem.plan(candidate)
+        tune_run.plan(candidate)
     except UserError:
         return False
     return True
