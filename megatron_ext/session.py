@@ -24,7 +24,7 @@ from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import Measures, StepLog
 from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
-from megatron_ext.ops.choice import choose_kernels
+from megatron_ext.ops.kernels import choose_kernels
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device
