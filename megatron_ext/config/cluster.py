@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from megatron_ext.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 _NAME_OR_GLOB = r"^[A-Za-z_*?][A-Za-z0-9_*?]*$"
 _INTERFACE = r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$"

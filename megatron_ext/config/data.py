@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+from megatron_ext.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 
 
 class DataSource(Section):

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_ext.config.base import PositiveInt, Section, Seed
+from megatron_ext.base import PositiveInt, Section, Seed
 from megatron_ext.config.explain import ConfigError, explain
 from megatron_ext.config.files import Layer, read_layers
 from megatron_ext.config.loading import parse_layers

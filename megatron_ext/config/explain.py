@@ -7,7 +7,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_ext.config.base import Section
+from megatron_ext.base import Section
 from megatron_ext.config.deepspeed_passthrough import replacement
 from megatron_ext.config.files import Layer
 from megatron_ext.config.keys import field_at, suggest

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from megatron_ext.base import Section
 from megatron_ext.config.aliases import hint_for, key_for
-from megatron_ext.config.base import Section
 from megatron_ext.config.merging import KeyPath, Tree, dotted, lookup
 
 Model = type[Section]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megatron_ext.config.base import PositiveFloat, PositiveInt, Section
+from megatron_ext.base import PositiveFloat, PositiveInt, Section
 
 
 class ParallelConfig(Section):

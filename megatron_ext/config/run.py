@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from megatron_ext.config.base import Section, Seed
+from megatron_ext.base import Section, Seed
 from megatron_ext.config.checks import check_run
 from megatron_ext.config.cluster import ClusterConfig
 from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, CurriculumConfig

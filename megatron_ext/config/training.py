@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import (
+from megatron_ext.base import (
     Duration,
     NonNegativeFloat,
     NonNegativeInt,

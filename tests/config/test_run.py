@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from tests.config.builders import small_config
 
 
