@@ -1,17 +1,22 @@
-"""Bytes that an operation cannot avoid to move: every input read once, every result written once. Imports no torch.
+"""The operations that are measured, the bytes each cannot avoid to move, and the figures that follow. Imports no torch.
 
-A rate computed from them is at most the memory's, unless the caches hold what is read.
+Every input is read once and every result written once: a rate computed from these bytes is at most the memory's,
+unless the caches hold what is read.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from types import MappingProxyType
+from typing import Any
+
+FUSED = "fused"
+GPT2_VOCABULARY = 50304
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on one size of problem. ``shape`` is that of its largest input."""
+    """An operation on inputs of one size. ``shape`` is that of the largest."""
 
     op: str
     shape: tuple[int, ...]
@@ -74,11 +79,6 @@ def _causal_softmax(case: Case) -> Traffic:
     return Traffic(seen + case.bytes, 2 * seen + case.bytes)
 
 
-def _masked_softmax(case: Case) -> Traffic:
-    batch, _, queries, keys = case.shape
-    return Traffic(2 * case.bytes + batch * queries * keys, 3 * case.bytes)
-
-
 def _bias_gelu(case: Case) -> Traffic:
     return Traffic(2 * case.bytes + case.cols * case.width, 3 * case.bytes + 2 * case.cols * case.width)
 
@@ -102,7 +102,6 @@ _TRAFFIC: Mapping[str, Callable[[Case], Traffic]] = MappingProxyType(
         "layer_norm": _layer_norm,
         "add_layer_norm": _add_layer_norm,
         "causal_softmax": _causal_softmax,
-        "masked_softmax": _masked_softmax,
         "bias_gelu": _bias_gelu,
         "bias_dropout_add": _bias_dropout_add,
         "cross_entropy": _cross_entropy,
@@ -110,8 +109,6 @@ _TRAFFIC: Mapping[str, Callable[[Case], Traffic]] = MappingProxyType(
     }
 )
 OPERATIONS = tuple(_TRAFFIC)
-
-GPT2_VOCABULARY = 50304
 
 
 def cases(sizes: str, dtype: str) -> list[Case]:
@@ -132,9 +129,83 @@ def cases(sizes: str, dtype: str) -> list[Case]:
         Case("layer_norm", (tokens, hidden), dtype),
         Case("add_layer_norm", (tokens, hidden), dtype),
         Case("causal_softmax", (batch, heads, length, length), dtype),
-        Case("masked_softmax", (batch, heads, length, length), dtype),
         Case("bias_gelu", (tokens, 4 * hidden), dtype),
         Case("bias_dropout_add", (tokens, hidden), dtype),
         Case("cross_entropy", (tokens, vocabulary), dtype),
         Case("adam_variance", (parameters,), "float32"),
     ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median seconds of each implementation, "fused" among them, and why others could not run."""
+
+    case: Case
+    forward: Mapping[str, float]
+    both: Mapping[str, float]
+    """Forward and backward; empty where there is no backward."""
+
+    failures: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of one case and direction ("forward", "backward"), of the fused kernel."""
+
+    case: Case
+    direction: str
+    microseconds: float
+    gigabytes_per_second: float
+    share_of_copy: float
+    """Of the rate at which the device copies."""
+
+    ratios: Mapping[str, float]
+    """How many times as long each other implementation took; for the backward, forward and backward together."""
+
+
+def figures(measured: Measured, *, copy_bytes_per_second: float) -> list[Figures]:
+    """The figures of both directions.
+
+    The backward's time is what forward and backward take together less what the forward takes.
+    """
+    moved = traffic(measured.case)
+    rows = [("forward", measured.forward, measured.forward[FUSED], moved.forward)]
+    if measured.both:
+        rows.append(("backward", measured.both, measured.both[FUSED] - measured.forward[FUSED], moved.backward))
+    found = []
+    for direction, seconds, taken, moved_bytes in rows:
+        rate = moved_bytes / taken if taken > 0 else float("nan")
+        ratios = {name: value / seconds[FUSED] for name, value in seconds.items() if name != FUSED}
+        share = rate / copy_bytes_per_second
+        found.append(Figures(measured.case, direction, 1e6 * taken, rate / 1e9, share, ratios))
+    return found
+
+
+def table(rows: Sequence[Figures]) -> str:
+    """The figures as lines of text, aligned."""
+    names = list(dict.fromkeys(name for row in rows for name in row.ratios))
+    lines = [["operation", "direction", "us", "GB/s", "of copy", *(f"/ {name}" for name in names)]]
+    for row in rows:
+        ratios = [f"{row.ratios[name]:.2f}x" if name in row.ratios else "-" for name in names]
+        numbers = [f"{row.microseconds:.1f}", f"{row.gigabytes_per_second:.1f}", f"{100 * row.share_of_copy:.0f}%"]
+        lines.append([str(row.case), row.direction, *numbers, *ratios])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def as_json(
+    measured: Sequence[Measured], rows: Sequence[Figures], *, copy_bytes_per_second: float, device: str
+) -> dict[str, Any]:
+    """Everything, as JSON values."""
+    return {
+        "device": device,
+        "copy_gigabytes_per_second": copy_bytes_per_second / 1e9,
+        "figures": [asdict(row) for row in rows],
+        "measured": [asdict(one) for one in measured],
+    }

@@ -1,5 +1,5 @@
-// CUDA's language and the device functions that kernels use, for g++ (`g++ -x c++ kernel.cu`): common/device.h includes
-// this where nvcc does not compile. Kernels run on the machine of machine.h.
+// CUDA's language and the device functions that kernels use, for g++ (`g++ -x c++ -include cuda_emulator.h kernel.cu`).
+// Kernels run on the machine of machine.h.
 //
 // threadIdx and the like are macros for what the running fiber has; collectives carry their place in the source, which is
 // how divergent ones are told apart (a return address is not: g++ copies a call into two branches).

@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "../common/abi.h"
+#include "../../../csrc/common/abi.h"
 #include "machine.h"
 #include "shadow.h"
 

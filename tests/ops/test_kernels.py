@@ -9,10 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ext.errors import UserError
-from megatron_ext.ops import choice, loading
+from megatron_ext.ops import loading
 from megatron_ext.ops.building.builder import Library
-from megatron_ext.ops.building.problem import KernelsUnavailableError
-from megatron_ext.ops.choice import Wanted, choose_kernels
+from megatron_ext.ops.building.toolchain import KernelsUnavailableError
+from megatron_ext.ops.kernels import Wanted, choose_kernels
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
@@ -40,7 +40,7 @@ def broken(_backend: str) -> None:
 
 
 def test_reference_loads_nothing(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "load_operators", broken)
+    monkeypatch.setattr(loading, "load_operators", broken)
     assert choose_kernels("reference", device=CPU, processes=processes()) == "reference"
     assert [record.getMessage() for record in log.records if "kernels" in record.getMessage()] == [
         "kernels: reference (PyTorch's own operations), as model.kernels says"
@@ -58,7 +58,7 @@ def test_fused_where_they_can_be_had(log: pytest.LogCaptureFixture, wanted: Want
 def test_auto_falls_back_and_says_why_and_fused_ends_the_run(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "load_operators", broken)
+    monkeypatch.setattr(loading, "load_operators", broken)
     assert choose_kernels("auto", device=CPU, processes=processes()) == "reference"
     (line,) = [record.getMessage() for record in log.records if "kernels" in record.getMessage()]
     assert line == f"kernels: reference (PyTorch's own operations): {NO_COMPILER} (rank 0)"
@@ -67,7 +67,8 @@ def test_auto_falls_back_and_says_why_and_fused_ends_the_run(
 
 
 def _choose(rank: int, _world: int, wanted: Wanted) -> str:
-    with patch.object(choice, "load_operators", broken if rank == 1 else lambda _backend: None):
+    library = Library("cpu", Path("library.so"), 1.0, False, ())
+    with patch.object(loading, "load_operators", broken if rank == 1 else lambda _backend: library):
         try:
             return choose_kernels(wanted, device=CPU, processes=processes())
         except UserError as error:
