@@ -64,7 +64,8 @@ def measure(name: str) -> None:
     run = config(*SIZES[name])
     layout = initialize_parallel(1, 5.0)
     streams = seed_streams(run.seed, layout, CPU.torch_device)
-    engine = TrainEngine(run, build_gpt(run, layout, streams), layout=layout, device=CPU)
+    model = build_gpt(run.model, layout=layout, positions=run.max_positions, seed=run.seed, streams=streams)
+    engine = TrainEngine(run, model, layout=layout, device=CPU)
     variance = AdamVariance(engine, run.metrics, CPU.torch_device)
     length = run.training.seq_len
     tokens = torch.randint(0, 4096, (1, length + 1))

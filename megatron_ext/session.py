@@ -78,7 +78,16 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
         streams = seed_streams(config.seed, layout, device.torch_device)
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
-        model, prefix = build_gpt(config, layout, streams, kernels=kernels), prefix_length(config, plan)
+        model = build_gpt(
+            config.model,
+            layout=layout,
+            positions=config.max_positions,
+            seed=config.seed,
+            activation_checkpointing=config.parallel.activation_checkpointing,
+            streams=streams,
+            kernels=kernels,
+        )
+        prefix = prefix_length(config, plan)
         engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
         checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
         if not config.checkpoint.resume:

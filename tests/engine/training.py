@@ -73,7 +73,15 @@ def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
     kernels: Kernels = "fused" if config.model.kernels == "fused" else "reference"
     if kernels == "fused":
         load_operators("cpu")
-    model = build_gpt(config, layout, streams, kernels=kernels)
+    model = build_gpt(
+        config.model,
+        layout=layout,
+        positions=config.max_positions,
+        seed=config.seed,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+        streams=streams,
+        kernels=kernels,
+    )
     engine = TrainEngine(config, model, layout=layout, device=CPU, prefix=prefix)
     return Setup(config, TrainingPlan.from_config(config), layout, streams, engine)
 
