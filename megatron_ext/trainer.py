@@ -338,7 +338,15 @@ def build_engine(
     prefix: int = 0,
 ) -> DeepSpeedEngine:
     """The model of a run under its engine, with initial weights."""
-    model = build_gpt(config, layout, streams, kernels=kernels)
+    model = build_gpt(
+        config.model,
+        layout=layout,
+        positions=config.max_positions,
+        seed=config.seed,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+        streams=streams,
+        kernels=kernels,
+    )
     settings = EngineSettings(
         optimizer=config.optimizer,
         parallel=config.parallel,

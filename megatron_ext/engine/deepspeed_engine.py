@@ -14,8 +14,7 @@ from megatron_ext.engine.second_moments import SecondMoment, own_second_moments
 from megatron_ext.engine.update_gate import GradientNorm, UpdateGate, invalid_to_nan, weights_finite
 from megatron_ext.errors import UserError
 from megatron_ext.model.parameters import parameter_groups
-from megatron_ext.parallel.groups import Layout
-from megatron_ext.parallel.mpu import Mpu
+from megatron_ext.parallel.groups import Layout, Mpu
 from megatron_ext.runtime.device import Device
 
 

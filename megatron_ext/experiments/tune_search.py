@@ -183,7 +183,7 @@ def _longest(
     notes: list[str] = []
     if found > 0 and not (yield Candidate(start, durations[found - 1])).stable:
         notes.append(
-            f"T = {durations[found]:,} did not fluctuate although the smaller {durations[found - 1]:,} did: its verdict "
+            f"T = {durations[found]:,} did not fluctuate although the smaller {durations[found - 1]:,} did: this "
             "was taken for chance and the search went on below; a longer probe or more validation samples tell more"
         )
         found = yield from _bisect(start, durations, low=lowest, high=found - 1)

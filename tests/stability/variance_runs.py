@@ -44,7 +44,8 @@ def norms(v: torch.Tensor) -> tuple[float, float]:
 
 def torch_reference(config: RunConfig, layout: Layout) -> Norms:
     """The run with torch's AdamW on one rank: no DeepSpeed, no micro-batches, gradients clipped by torch."""
-    model = build_gpt(config, layout, seed_streams(config.seed, layout, CPU.torch_device))
+    streams = seed_streams(config.seed, layout, CPU.torch_device)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed, streams=streams)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model.named_parameters(), settings.weight_decay),
@@ -204,8 +205,7 @@ def _spoil_padding(engine: DeepSpeedEngine, moments: list[SecondMoment]) -> int:
 
 
 def _whole_model(config: RunConfig) -> list[torch.nn.Parameter]:
-    layout = Layout(0, 1, 0, 1, dist.group.WORLD, dist.group.WORLD)  # type: ignore[arg-type]
-    single = config.model_copy(update={"parallel": config.parallel.model_copy(update={"tensor": 1})})
     destroy_parallel()
-    initialize_parallel(1, 2.0)
-    return list(build_gpt(single, layout).parameters())
+    layout = initialize_parallel(1, 2.0)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed)
+    return list(model.parameters())

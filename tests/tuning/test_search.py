@@ -30,8 +30,8 @@ def test_where_verdicts_are_monotone_the_answer_is_that_of_exhaustive_search(dat
     assert not any("chance" in note for note in outcome.notes)
 
 
-# Where only the longest start works, every other pair ends early and costs nothing. Then both search one range of T, and
-# 17 answers (16 T or none) take at least 5 of its 16 probes to tell apart.
+# Where only the longest start works, every other pair ends early and costs nothing. Then both search one range of T,
+# and 17 answers (16 T or none) take at least 5 of its 16 probes to tell apart.
 @pytest.mark.parametrize(("shortest", "share"), [(8, 0.25), (16, 0.25), (32, 0.25), (64, 0.25), (128, 0.42)])
 def test_a_quarter_of_the_exhaustive_cost_is_enough(shortest: int, share: float) -> None:
     over = grid(16)
