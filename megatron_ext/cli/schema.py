@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_ext.config.json_schema import run_schema
+from megatron_ext.config.schema import run_schema
 
 
 def command(

@@ -1,5 +1,6 @@
 """Sections that say how much and how to train: budget, optimizer, learning rate, validation, checkpoints, metrics."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -136,3 +137,11 @@ class MetricsConfig(Section):
 
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""
+
+    def problems(self, *, seq_len: int) -> Iterator[str]:
+        """What contradicts ``training.seq_len``."""
+        if (self.prefix or 0) > seq_len:
+            yield (
+                f"metrics.prefix is {self.prefix}, more than training.seq_len {seq_len}: write at most {seq_len}, or "
+                "null for the first length of the run"
+            )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_ext.cli.schema import command
-from megatron_ext.config.json_schema import run_schema
+from megatron_ext.config.schema import run_schema
 
 
 @pytest.mark.parametrize("partial", [False, True])

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.files import parse_json
-from megatron_ext.config.json_schema import run_schema
+from megatron_ext.config.loading import parse_json
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.schema import run_schema
 from tests.config.test_recipes import CONFIGS, RUN_CONFIGS
 
 
