@@ -87,7 +87,7 @@ class ValidationConfig(Section):
     """Loss at full length, whatever the training length is."""
 
     every: Duration | None = None
-    """Validate each time this many steps or tokens have passed, and after the last step; None: after the last only."""
+    """Validate each time this many steps or tokens have passed, and after the last step; null: after the last only."""
 
     samples: PositiveInt = 256
     """Full-length sequences per validation, the same ones each time."""
@@ -100,7 +100,7 @@ class CheckpointConfig(Section):
     """What is kept on disk."""
 
     every: Duration | None = None
-    """Save each time this many steps or tokens have passed, and after the last step; None: after the last only."""
+    """Save each time this many steps or tokens have passed, and after the last step; null: after the last only."""
 
     keep_last: PositiveInt = 3
     """Complete checkpoints to keep; older ones are removed after a newer one is complete."""
@@ -127,7 +127,7 @@ class MetricsConfig(Section):
 
     prefix: NonNegativeInt | None = None
     """Also record the training loss over the first this many tokens of every sequence, so that steps of different
-    lengths compare; None takes the run's first length, 0 turns it off."""
+    lengths compare; null takes the run's first length, 0 turns it off."""
 
     adam_variance_every: NonNegativeInt = 10
     """Steps between measurements of the gradient variance in Adam's second moment; 0: never."""
