@@ -54,9 +54,7 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def measure(name: str) -> None:
     """Print one line."""
-    from megatron_ext.engine.micro_batches import MicroBatch
-
-    from megatron_ext.engine.engine import TrainEngine
+    from megatron_ext.engine.engine import MicroBatch, TrainEngine
     from megatron_ext.model.gpt import build_gpt
     from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_ext.parallel.rng import seed_streams

@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from megatron_ext.engine.micro_batches import MicroBatch
 
 from megatron_ext.config.guards import GuardsConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.engine import MicroBatch, TrainEngine
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams

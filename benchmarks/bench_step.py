@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron_ext.engine.micro_batches import cut_micro_batches
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.engine import TrainEngine, cut_micro_batches
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel

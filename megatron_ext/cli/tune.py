@@ -101,9 +101,8 @@ def command(
 
     Example: megatron-ext tune configs/gpt2/1.5b_slw.json --starts 64,96,128 --nproc 8
     """
-    from megatron_ext.config.files import Layer, read_layers
-    from megatron_ext.config.loading import parse_layers
-    from megatron_ext.config.merging import parse_overrides
+    from megatron_ext.config.loading import parse_layers, parse_overrides, read_layers
+    from megatron_ext.config.merging import Layer
     from megatron_ext.experiments.tune import Tuning
     from megatron_ext.experiments.tune_space import (
         DurationSpacing,

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.merging import merge
+from megatron_ext.config.model import ParallelConfig
 from megatron_ext.config.training import OptimizerConfig
 
 
@@ -43,7 +44,7 @@ def deepspeed_config(settings: EngineSettings, *, data_size: int) -> dict[str, A
         "zero_optimization": _zero(settings.parallel),
         **_precision(settings),
     }
-    return _merged(result, settings.deepspeed)
+    return merge(result, dict(settings.deepspeed))
 
 
 def clips_outside_engine(settings: EngineSettings) -> bool:
@@ -94,12 +95,4 @@ def _precision(settings: EngineSettings) -> dict[str, Any]:
     if settings.parallel.zero_stage > 0:
         # Sums over many micro-batches lose bits in half precision. Without ZeRO DeepSpeed has no such option.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result
-
-
-def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in extra.items():
-        inner = result.get(key)
-        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return result

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ext.config.curriculum import LinearPacing, RootPacing
-from megatron_ext.config.files import Layer
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Tree
+from megatron_ext.config.merging import Layer, Tree
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError

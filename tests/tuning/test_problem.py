@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.curriculum import LinearPacing, RootPacing
-from megatron_ext.config.files import Layer
 from megatron_ext.config.loading import parse_layers
+from megatron_ext.config.merging import Layer
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_search import Candidate
 from megatron_ext.experiments.tune_space import (

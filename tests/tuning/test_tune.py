@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import megatron_ext.experiments.tune
-from megatron_ext.config.files import Layer
 from megatron_ext.config.loading import parse_layers
+from megatron_ext.config.merging import Layer
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError

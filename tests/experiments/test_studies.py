@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.experiments.config import Experiment, load_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments"
 GPT2_TOKENS, GPT3_TOKENS = 157_286_400_000, 300_000_000_000

@@ -1,14 +1,14 @@
 """Foreign names lead to keys that exist."""
 
-from megatron_ext.config.aliases import all_aliases, hint_for, key_for
-from megatron_ext.config.keys import all_keys
+from megatron_ext.config.foreign import ALIASES, hint_for, key_for
 from megatron_ext.config.merging import dotted
+from megatron_ext.config.messages import all_keys
 from megatron_ext.config.run import RunConfig
 
 
 def test_every_alias_leads_to_a_key_and_is_none_itself() -> None:
     keys = {dotted(path) for path in all_keys(RunConfig)}
-    for alias, key in all_aliases().items():
+    for alias, key in ALIASES.items():
         assert key in keys, f"{alias} -> {key}"
         assert alias not in keys
         assert alias == alias.lower()

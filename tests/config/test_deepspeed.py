@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config.deepspeed_curriculum import translate_data_efficiency, translate_legacy
-from megatron_ext.config.deepspeed_passthrough import passthrough_problems
-from megatron_ext.config.merging import merge
-from tests.config.builders import small_config
+from megatron_ext.config.foreign import translate_data_efficiency, translate_legacy
+from megatron_ext.config.loading import parse_layers
+from megatron_ext.config.merging import Layer
+from megatron_ext.config.messages import ConfigError
+from tests.config.builders import small_config, small_tree
 
 # The configuration file of DeepSpeed's curriculum learning tutorial, section 1.
 TUTORIAL = {
@@ -56,7 +57,11 @@ def data_efficiency(**metrics: Any) -> dict[str, Any]:
 
 
 def problems(block: dict[str, Any], **sections: Any) -> list[str]:
-    return list(passthrough_problems(block, small_config(**sections)))
+    try:
+        parse_layers([Layer("run.json", small_tree(deepspeed=block, **sections))])
+    except ConfigError as error:
+        return [problem.removeprefix("run.json: ") for problem in error.problems]
+    return []
 
 
 def test_the_tutorials_file_is_answered_key_by_key() -> None:
@@ -252,7 +257,7 @@ def test_overlapped_communication_passes_where_deepspeed_allows_it() -> None:
 
 
 def test_offload_details_pass_with_offload() -> None:
-    block = merge({}, {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}})
+    block = {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}
     assert problems(block, parallel={"offload_optimizer": "cpu"}) == []
 
 

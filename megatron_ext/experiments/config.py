@@ -24,10 +24,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_ext.base import PositiveInt, Section, Seed
-from megatron_ext.config.explain import ConfigError, explain
-from megatron_ext.config.files import Layer, read_layers
-from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Tree, merge
+from megatron_ext.config.loading import parse_layers, read_layers
+from megatron_ext.config.merging import Layer, Tree, merge
+from megatron_ext.config.messages import ConfigError, explain
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 

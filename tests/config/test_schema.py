@@ -1,14 +1,15 @@
 """The JSON Schema says what loading accepts."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ext.config.files import parse_json
-from megatron_ext.config.json_schema import run_schema
+from megatron_ext.config.loading import parse_json
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.schema import reference, run_schema
 from tests.config.test_recipes import CONFIGS, RUN_CONFIGS
 
 
@@ -71,3 +72,25 @@ def test_keys_of_the_recipes_are_in_the_schema(path: Path) -> None:
         return schema["$defs"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
 
     check(parse_json(path.read_text(encoding="utf-8"), source=str(path)), schema)
+
+
+PAGE = CONFIGS.parent / "docs" / "config.md"
+
+
+def test_the_page_of_all_keys_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), (
+        "docs/config.md is not what the sections say: run `megatron-ext schema --markdown > docs/config.md`"
+    )
+
+
+def test_the_page_has_every_key_with_its_description_and_every_link_a_heading() -> None:
+    page = reference()
+    for section in objects(RunConfig.model_json_schema()):
+        for key, schema in section["properties"].items():
+            if section["title"] != "Duration":
+                assert f"| `{key}` | " in page
+                assert " ".join(schema["description"].replace("``", "`").replace("|", "\\|").split()) in page
+    headings = re.findall(r"^#+ (.*)$", page, flags=re.MULTILINE)
+    assert len(set(headings)) == len(headings)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]*)\)", page)) <= anchors

@@ -1,21 +1,21 @@
-"""Validation errors in our own words: the key, the value found, what is expected, the file."""
+"""Validation errors in our own words: the key, the value found, what is expected or meant, the file."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Final, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megatron_ext.base import Section
-from megatron_ext.config.deepspeed_passthrough import replacement
-from megatron_ext.config.files import Layer
-from megatron_ext.config.keys import field_at, suggest
-from megatron_ext.config.merging import KeyPath, Tree, dotted, lookup
+from megatron_ext.config.deepspeed import refusal, refused_keys
+from megatron_ext.config.foreign import hint_for, key_for, refused_setting, replacement
+from megatron_ext.config.merging import KeyPath, Layer, Tree, dotted, lookup
 from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
-_PACINGS: Final = '"constant", "linear", "root", "discrete", "mixed", "adaptive"'
 _SHOWN: Final = 80
 
 
@@ -79,11 +79,10 @@ def _describe(detail: ErrorDetails, *, path: KeyPath, root: type[Section], tree:
     kind, key = detail["type"], dotted(path)
     if kind == "value_error":
         message = str(detail["ctx"]["error"])
-        found = lookup(tree, path)[1]
-        return [f"{key} is {show(found)}: {message}"] if path else message.splitlines()
+        return [f"{key} is {show(lookup(tree, path)[1])}: {message}"] if path else _contradictions(message, tree)
     if kind == "extra_forbidden":
         # A DeepSpeed config pasted at the top level instead of into its section.
-        advice = replacement(str(path[0]), detail["input"]) if len(path) == 1 else None
+        advice = replacement([str(path[0])], detail["input"]) if len(path) == 1 else None
         if advice is not None:
             return [f"{key}: unknown key; {advice}"]
         return [f"{key}: unknown key; {suggest(root, path, tree)}"]
@@ -97,16 +96,22 @@ def _describe(detail: ErrorDetails, *, path: KeyPath, root: type[Section], tree:
     return [f"{key} is {show(value)}: expected {expected}{_fix(kind, value, source=source, key=key)}"]
 
 
+def _contradictions(message: str, tree: Tree) -> list[str]:
+    """The lines of what sections say against each other; after a refused key of DeepSpeed's, what to write instead."""
+    block = tree.get("deepspeed", {})
+    advice = {refusal(path): refused_setting(path, lookup(block, path)[1]) for path in refused_keys(block)}
+    return [f"{line}: {advice[line]}" if line in advice else line for line in message.split("\n")]
+
+
 def _expected(detail: ErrorDetails, *, path: KeyPath, root: type[Section], tree: Tree) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "missing":
         field = field_at(root, path, tree)
         meaning = " ".join((field.description or "").replace("``", "").split()) if field else ""
         return f"it has no default. {meaning}".strip() if field else "the list is too short"
-    if kind == "union_tag_not_found":
-        return f"write one of {_PACINGS}"
-    if kind == "union_tag_invalid":
-        return f"one of {_PACINGS}"
+    if kind.startswith("union_tag"):
+        pacings = ", ".join(_pacings_of(models_at(root, path[:-1], {})))
+        return f"one of {pacings}" if kind == "union_tag_invalid" else f"write one of {pacings}"
     words = _EXPECTED.get(kind)
     if words is None:
         return "another kind of value; see the JSON Schema that `megatron-ext schema` prints"
@@ -163,3 +168,95 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+Model = type[Section]
+
+
+def sections_in(annotation: Any) -> list[Model]:
+    """The section classes that a field's annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in sections_in(argument)]
+
+
+def models_at(root: Model, path: Sequence[str | int], tree: Tree) -> list[Model]:
+    """Section classes that may stand at ``path``; of several pacings, the one that ``tree`` chose."""
+    models = [root]
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            continue
+        models = [found for field in _fields_named(models, part) for found in sections_in(field.annotation)]
+        value = lookup(tree, path[: depth + 1])[1]
+        pacing = value.get("pacing") if isinstance(value, dict) else None
+        models = [model for model in models if _fits(model, pacing)] or models
+    return models
+
+
+def field_at(root: Model, path: Sequence[str | int], tree: Tree) -> FieldInfo | None:
+    """The field at ``path``, or None where the path ends in a list item or an unknown key."""
+    if not path or isinstance(path[-1], int):
+        return None
+    fields = _fields_named(models_at(root, path[:-1], tree), path[-1])
+    return fields[0] if fields else None
+
+
+def _fields_named(models: Sequence[Model], name: str) -> list[FieldInfo]:
+    return [model.model_fields[name] for model in models if name in model.model_fields]
+
+
+def _fits(model: Model, pacing: Any) -> bool:
+    field = model.model_fields.get("pacing")
+    return pacing is None or field is None or pacing in get_args(field.annotation)
+
+
+def _pacings_of(models: Sequence[Model]) -> list[str]:
+    return [f'"{name}"' for model in models for name in get_args(model.model_fields["pacing"].annotation)]
+
+
+def field_names(models: Sequence[Model]) -> list[str]:
+    """All keys of the given sections, without repetition."""
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def all_keys(root: Model, prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every key below ``root`` outside of lists, sections included."""
+    for name, field in root.model_fields.items():
+        yield (*prefix, name)
+        for model in sections_in(field.annotation):
+            yield from all_keys(model, (*prefix, name))
+
+
+def suggest(root: Model, path: KeyPath, tree: Tree) -> str:
+    """What to write instead of the unknown key at ``path``: a key of this section, or one of another section."""
+    *parents, last = path
+    name, section = str(last), dotted(parents)
+    siblings = field_names(models_at(root, parents, tree))
+    close = get_close_matches(name.lower(), siblings, n=1, cutoff=0.75)
+    alias = key_for(name)
+    if alias and not (close and section):
+        return f"write {alias} instead{hint_for(alias)}"
+    if close:
+        return f"did you mean {dotted((*parents, close[0]))}?"
+    other_pacings = [model for model in models_at(root, parents, {}) if name in model.model_fields]
+    if other_pacings:
+        return f"only pacing {' or '.join(_pacings_of(other_pacings))} has this key"
+    elsewhere = [key for key in all_keys(root) if key[-1] == name and "duration" not in key[:-1]]
+    if elsewhere:
+        return f"did you mean {dotted(elsewhere[0])}?"
+    if alias:
+        return f"write {alias} instead{hint_for(alias)}"
+    return _nearest(root, name=name, siblings=siblings, section=section)
+
+
+def _nearest(root: Model, *, name: str, siblings: Sequence[str], section: str) -> str:
+    close = get_close_matches(name.lower(), siblings, n=1, cutoff=0.55)
+    if close:
+        return f"did you mean {dotted((section, close[0])) if section else close[0]}?"
+    everywhere: dict[str, str] = {}
+    for key in all_keys(root):
+        everywhere.setdefault(str(key[-1]), dotted(key))
+    close = get_close_matches(name.lower(), list(everywhere), n=1, cutoff=0.8)
+    if close:
+        return f"did you mean {everywhere[close[0]]}?"
+    return f"the keys of {section or 'a run config'} are {', '.join(siblings)}"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.experiment import Experiment, load_experiment, variants_of
-from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
+from megatron_ext.config.messages import ConfigError
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, load_experiment, variants_of
 from tests.config.test_recipes import EXPERIMENTS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
