@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer
-from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.adaptive import open_course
 from megatron_ext.curriculum.course import Course

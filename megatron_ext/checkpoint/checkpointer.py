@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.checkpoint.manifest import Manifest, check_resumable, read_manifest, write_manifest
 from megatron_ext.checkpoint.store import (
+    Manifest,
     begin,
+    check_resumable,
     checkpoint_name,
     complete_checkpoints,
     drop_after,
     partial_name,
     prune,
     publish,
+    read_manifest,
     step_of,
+    write_manifest,
 )
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.engine import TrainEngine

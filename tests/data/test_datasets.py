@@ -21,10 +21,10 @@ from megatron_ext.data.datasets import (
     Datasets,
     GPTSamples,
     Samples,
+    _Vocabulary,
     build_datasets,
     build_validation,
 )
-from megatron_ext.data.sample_index import _Vocabulary
 from megatron_ext.errors import UserError
 from tests.data.corpora import SEPARATOR, documents, run_config, whole, write_tokens
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ import traceback
 
 import pytest
 
-from megatron_ext.data.prefetch import Prefetcher
+from megatron_ext.data.loader import Prefetcher
 
 
 def _wait_until(condition: object, seconds: float = 10.0) -> None:
