@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ext.checkpoint.checkpointer import Checkpointer
+from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.adaptive import open_course
@@ -72,7 +72,14 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
     plan = course.plan
     layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
     try:
-        datasets = build_datasets(config, plan)
+        datasets = build_datasets(
+            config.data,
+            seq_len=config.training.seq_len,
+            vocab_size=config.model.vocab_size,
+            samples=plan.samples,
+            valid_samples=config.validation.samples,
+            seed=config.seed,
+        )
         place = {"data_rank": layout.data_rank, "data_size": layout.data_size}
         loader = TrainLoader(datasets.train, plan, prefetch=config.data.prefetch, pin_memory=device.pin_memory, **place)
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
@@ -80,7 +87,14 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
         model, prefix = build_gpt(config, layout, streams, kernels=kernels), prefix_length(config, plan)
         engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
-        checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
+        checkpointer = Checkpointer(
+            config.run_dir / "checkpoints",
+            engine,
+            streams=streams,
+            processes=processes,
+            identity=_identity(config, world_size=processes.info.world_size),
+            keep_last=config.checkpoint.keep_last,
+        )
         if not config.checkpoint.resume:
             checkpointer.check_new()
         resumed = checkpointer.resume()
@@ -121,6 +135,14 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
             log.flush()
     finally:
         destroy_parallel()
+
+
+def _identity(config: RunConfig, *, world_size: int) -> RunIdentity:
+    return RunIdentity(
+        config=config.model_dump(mode="json"),
+        determining=config.determining_values(),
+        layout={"world_size": world_size, "tensor": config.parallel.tensor, "zero_stage": config.parallel.zero_stage},
+    )
 
 
 def _open_recorder(config: RunConfig, course: Course, *, resumed: Manifest | None, processes: Processes) -> Recorder:

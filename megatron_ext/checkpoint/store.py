@@ -5,6 +5,7 @@ newest one and is replaced last. A process killed at any moment leaves complete 
 that the next save removes.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -12,17 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.files import replace_text, sync
+from megatron_ext.runtime.files import publish_directory, replace_text
 
 FORMAT = 1
 _FILE = "checkpoint.json"
+_NAME = re.compile(r"step_(\d+)")
+_PARTIAL = ".partial"
+_LATEST = "latest"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Position in the plan, the config, the layout, and small host state."""
+    """checkpoint.json: position in the plan, the config, the layout, and small host state."""
 
     step: int
     """Finished steps; the next step to run has this number."""
@@ -64,7 +67,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read checkpoint.json.
 
     Raises:
-        UserError: no checkpoint is there, or it was written by another format.
+        UserError: no checkpoint is there, the file is damaged, or it was written by another format.
     """
     path = checkpoint / _FILE
     try:
@@ -73,28 +76,34 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise UserError(
             f"{checkpoint} is no checkpoint: it has no {_FILE}; give a directory checkpoints/step_N"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); continue from an older checkpoint") from error
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}, this version reads format {FORMAT}")
-    return Manifest(**content)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, this version reads format {FORMAT}")
+    try:
+        return Manifest(**content)
+    except TypeError as error:
+        raise UserError(f"{path} has other keys than format {FORMAT} ({error}); use an older checkpoint") from error
 
 
-def check_resumable(manifest: Manifest, config: RunConfig, *, layout: dict[str, int], where: Path) -> None:
-    """Raise UserError where the run in ``config`` cannot continue from the checkpoint bit for bit.
+def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: dict[str, int], where: Path) -> None:
+    """Raise UserError where a run cannot continue from the checkpoint bit for bit.
 
     Args:
         manifest: Of the checkpoint.
-        config: The run that is starting.
+        determining: What determines weights and data order in the run that is starting.
         layout: world_size, tensor, zero_stage of the ranks that are starting.
         where: The checkpoint, for the message.
     """
-    way_out = "give the run another name, or restore those values"
     # Guards are there to be changed after they have stopped a run; what they did is on record.
-    there, here = ({**values, "guards": None} for values in (manifest.determining, config.determining_values()))
+    there, here = ({**values, "guards": None} for values in (manifest.determining, determining))
     if there != here:
         changes = "; ".join(_differences(there, here))
-        raise UserError(f"{where} belongs to another run: {changes}. To train this one, {way_out}")
+        raise UserError(
+            f"{where} belongs to another run: {changes}. To train this one, give the run another name, or restore "
+            "those values"
+        )
     if manifest.layout != layout:
         changes = "; ".join(_differences(manifest.layout, layout))
         raise UserError(f"{where} was written by another layout: {changes}. To continue it, start the layout it has")
@@ -111,11 +120,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         else:
             result.append(f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(now)} here")
     return result
-
-
-_NAME = re.compile(r"step_(\d+)")
-_PARTIAL = ".partial"
-_LATEST = "latest"
 
 
 def checkpoint_name(step: int) -> str:
@@ -164,13 +168,14 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def publish(directory: Path, step: int) -> Path:
-    """Force the partial checkpoint to disk, give it its final name, then point ``latest`` at it."""
-    partial, final = directory / partial_name(step), directory / checkpoint_name(step)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(partial)
-    partial.rename(final)
+    """Force the partial checkpoint to disk, give it its final name, then point ``latest`` at it.
+
+    Raises:
+        OSError: it cannot be written, or there is a checkpoint of that step, which stays.
+    """
+    final = directory / checkpoint_name(step)
+    if not publish_directory(directory / partial_name(step), final):
+        raise FileExistsError(errno.EEXIST, "there is one already", str(final))
     _name_latest(directory, final)
     return final
 

@@ -23,25 +23,11 @@ from megatron_ext.config.data import DataConfig
 from megatron_ext.data.index_cache import Arrays, IndexCache
 from megatron_ext.data.sources import Part, Use, index_cache, open_parts
 
+# Validation samples are the same ones whatever the run's seed, so that runs with different seeds compare.
+_VALIDATION_SEED = 1234
+
 INDEX_ARRAYS: Final = ("documents", "samples", "shuffle")
 """Document of each turn [turns]; turn and offset where a sample begins [samples + 1, 2]; order of samples [samples]."""
-
-
-@dataclass(frozen=True)
-class IndexRequest:
-    """Of which documents an index is made, and how."""
-
-    prefix: str
-    first: int
-    end: int
-    """Documents [first, end) of the corpus."""
-
-    use: Use
-    samples: int
-    """At least so many; the index holds whole passes over the documents."""
-
-    seq_len: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -53,20 +39,23 @@ class _Vocabulary:
     unique_identifiers: str = ""
 
 
-def build_index(request: IndexRequest) -> Arrays:
-    """Arrays of ``INDEX_ARRAYS`` for one corpus."""
+def build_index(prefix: str, *, first: int, end: int, use: Use, samples: int, seq_len: int, seed: int) -> Arrays:
+    """``INDEX_ARRAYS`` of at least ``samples`` samples, by megatron-core, in whole passes over documents [first, end).
+
+    Takes plain values alone, so that the index cache can have another process call it.
+    """
     # It warns that it was given no place to save the index; the cache is the place.
     logger = logging.getLogger(GPTDataset.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         built = GPTDataset(
-            IndexedDataset(request.prefix),
-            request.prefix,
-            np.arange(request.first, request.end, dtype=np.int32),
-            request.samples,
-            Split[request.use],
-            gpt_config(request.seq_len, request.seed),
+            IndexedDataset(prefix),
+            prefix,
+            np.arange(first, end, dtype=np.int32),
+            samples,
+            Split[use],
+            gpt_config(seq_len, seed),
         )
     finally:
         logger.setLevel(level)
@@ -94,10 +83,6 @@ def gpt_config(seq_len: int, seed: int) -> Any:
         add_extra_token_to_sequence=True,
         tokenizer=_Vocabulary(vocab_size=0),
     )
-
-
-# Validation samples are the same ones whatever the run's seed, so that runs with different seeds compare.
-_VALIDATION_SEED = 1234
 
 
 class Samples(Protocol):
@@ -173,28 +158,32 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
         Touches only the documents that hold these tokens: at short lengths this takes less than a quarter of the time
         of GPTDataset's own way, which puts the whole sample together (benchmarks/bench_loader.py).
         """
+        # Shuffled sample -> place in the corpus as megatron-core ordered it: a turn, and a token of its document.
         row = self.shuffle_index[index]
-        document, offset = int(self.sample_index[row, 0]), int(self.sample_index[row, 1]) + first
+        turn, offset = int(self.sample_index[row, 0]), int(self.sample_index[row, 1]) + first
         source = self._source
         pieces: list[npt.NDArray[np.integer[Any]]] = []
         while True:
-            number = self.document_index[document]
-            length = int(source.lengths[number])
+            document = self.document_index[turn]
+            length = int(source.lengths[document])
             if offset < length:
-                start = int(source.positions[number]) // source.dtype.itemsize + offset
+                start = int(source.positions[document]) // source.dtype.itemsize + offset
                 piece = self._tokens[start : start + min(length - offset, count)]
                 count -= len(piece)
+                # Most reads end in the document they begin in: no copy then, the caller copies into its batch.
                 if not count and not pieces:
                     return piece
                 pieces.append(piece)
                 if not count:
                     return np.concatenate(pieces)
-            document, offset = document + 1, max(0, offset - length)
+            # A sample goes on with the document of the next turn; ``first`` may also pass over whole documents.
+            turn, offset = turn + 1, max(0, offset - length)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[npt.NDArray[Any], ...]:
         part, seq_len = self._part, self.seq_len
-        request = IndexRequest(
-            prefix=part.source.prefix,
+        build = partial(
+            build_index,
+            part.source.prefix,
             first=part.first,
             end=part.end,
             use=part.use,
@@ -205,7 +194,7 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
         # Turns by the mean length of a document, and three numbers a sample; counting the part's tokens would read all
         # of its lengths, also where the index is there.
         turns = max(part.end - part.first, len(self) * seq_len * part.source.documents // part.source.tokens)
-        arrays = self._cache.get(self._key, partial(build_index, request), elements=turns + 3 * len(self))
+        arrays = self._cache.get(self._key, build, elements=turns + 3 * len(self))
         return tuple(arrays[name] for name in INDEX_ARRAYS)
 
 

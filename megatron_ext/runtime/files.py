@@ -1,6 +1,8 @@
-"""Files that are whole or not there: forced to disk, and replaced in one go."""
+"""Files and directories that are whole or not there: forced to disk, and renamed into place in one go."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,3 +49,27 @@ def replace_text(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def publish_directory(source: Path, target: Path) -> bool:
+    """Give a finished directory its final name, so that ``target`` is seen whole or not at all, also after a crash.
+
+    Returns:
+        Whether ``source`` became ``target``; false where there is one already: then ``source`` is removed.
+
+    Raises:
+        OSError: it cannot be written there; ``source`` is as it was.
+    """
+    # Content first, then the names, then the parent's name for it: a rename that survives a crash finds all of it.
+    for path in source.rglob("*"):
+        sync(path)
+    sync(source)
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(source)
+        return False
+    sync(target.parent)
+    return True
