@@ -6,7 +6,6 @@ from itertools import islice
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
-from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.loader import TrainLoader
 from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.ops.kernels import choose_kernels
@@ -15,7 +14,7 @@ from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.clock import mark, seconds_between
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.process_group import Processes
-from megatron_ext.trainer import build_engine
+from megatron_ext.trainer import build_engine, build_samples
 
 _MOST_SEGMENTS = 100_000
 """Segments looked at: of mixed lengths, which have one for each step, many cycles."""
@@ -62,7 +61,7 @@ def dry_run(config: RunConfig, plan: TrainingPlan, *, device: Device, processes:
     planned = plan[max(segments, key=lambda segment: (segment.seq_len, segment.batch_size)).first_step]
     layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
     try:
-        datasets = build_datasets(config, plan)
+        datasets = build_samples(config, plan)
         loader = TrainLoader(datasets.train, plan, data_rank=layout.data_rank, data_size=layout.data_size, prefetch=0)
         streams = seed_streams(config.seed, layout, device.torch_device)
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ext.checkpoint.checkpointer import Checkpointer
-from megatron_ext.checkpoint.manifest import Manifest
+from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
+from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.adaptive import AdaptiveCourse, Decision, open_course
 from megatron_ext.curriculum.course import Course
@@ -21,7 +21,7 @@ from megatron_ext.curriculum.intervals import is_due
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
 from megatron_ext.curriculum.skips import positions_between
-from megatron_ext.data.datasets import build_datasets
+from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
@@ -271,7 +271,7 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
     layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
     try:
         # Data: as many samples as the plan reads; this rank's block of every batch.
-        datasets = build_datasets(config, plan)
+        datasets = build_samples(config, plan)
         place = {"data_rank": layout.data_rank, "data_size": layout.data_size}
         loader = TrainLoader(datasets.train, plan, prefetch=config.data.prefetch, pin_memory=device.pin_memory, **place)
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
@@ -283,7 +283,14 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
         engine = build_engine(config, layout, streams, device=device, kernels=kernels, prefix=prefix)
 
         # State: from the newest checkpoint, or the beginning.
-        checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
+        checkpointer = Checkpointer(
+            config.run_dir / "checkpoints",
+            engine,
+            streams=streams,
+            processes=processes,
+            identity=_identity(config, world_size=processes.info.world_size),
+            keep_last=config.checkpoint.keep_last,
+        )
         if not config.checkpoint.resume:
             checkpointer.check_new()
         resumed = checkpointer.resume()
@@ -328,6 +335,18 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
         destroy_parallel()
 
 
+def build_samples(config: RunConfig, plan: TrainingPlan) -> Datasets:
+    """The samples that a run reads: as many as its plan draws, and those of a validation."""
+    return build_datasets(
+        config.data,
+        seq_len=config.training.seq_len,
+        vocab_size=config.model.vocab_size,
+        samples=plan.samples,
+        valid_samples=config.validation.samples,
+        seed=config.seed,
+    )
+
+
 def build_engine(
     config: RunConfig,
     layout: Layout,
@@ -355,6 +374,14 @@ def build_engine(
         deepspeed=config.deepspeed,
     )
     return DeepSpeedEngine(model, settings, layout=layout, device=device, prefix=prefix)
+
+
+def _identity(config: RunConfig, *, world_size: int) -> RunIdentity:
+    return RunIdentity(
+        config=config.model_dump(mode="json"),
+        determining=config.determining_values(),
+        layout={"world_size": world_size, "tensor": config.parallel.tensor, "zero_stage": config.parallel.zero_stage},
+    )
 
 
 def _profiler(config: RunConfig, device: Device, *, rank: int) -> StepProfiler | None:

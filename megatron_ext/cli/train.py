@@ -100,11 +100,11 @@ def start_at(
             the launcher is not installed.
     """
     from megatron_ext.config.loading import load_config
-    from megatron_ext.data.parts import check_data
+    from megatron_ext.data.sources import check_data
 
     # What is wrong with config and data is told here, at once; starting ranks takes many seconds.
     loaded = load_config(config, overrides)
-    check_data(loaded)
+    check_data(loaded.data, seq_len=loaded.training.seq_len, vocab_size=loaded.model.vocab_size)
     if place.hostfile is not None:
         return _on_hosts(place, place.hostfile, loaded, worker_options, stop=stop)
     if place.include or place.exclude:

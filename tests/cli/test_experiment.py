@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.manifest import Manifest, write_manifest
+from megatron_ext.checkpoint.store import Manifest, write_manifest
 from megatron_ext.cli import app, train
 from megatron_ext.cli.experiment_runs import statuses, train_all
 from megatron_ext.config.run import RunConfig
