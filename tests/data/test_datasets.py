@@ -175,6 +175,7 @@ def test_blend_has_the_order_of_megatron(tmp_path: Path) -> None:
     np.testing.assert_array_equal(theirs.dataset_sample_index, train.index_of)
 
 
+@pytest.mark.processes  # the package starts one to build a large index
 def test_large_index_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _blend_config(tmp_path, (3.0, 1.0))
     here = _build(config).train
