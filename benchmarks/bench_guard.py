@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from megatron_ext.config.guards import GuardsConfig
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.guards import Guard, GuardsConfig
+from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.engine.micro_batches import MicroBatch
 from megatron_ext.model.gpt import build_gpt
@@ -29,7 +30,6 @@ from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.clock import mark, seconds_between
 from megatron_ext.runtime.device import select_device
-from megatron_ext.stability.guard import UpdateGuard
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 256, 8
 CONFIG = {
@@ -69,7 +69,7 @@ def measure(steps: int) -> tuple[list[float], list[float]]:
     layout = initialize_parallel(1, 2.0)
     streams = seed_streams(config.seed, layout, device.torch_device)
     engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
-    guard = UpdateGuard(GuardsConfig(non_finite="log"))
+    guard = Guard(GuardsConfig(non_finite="log"), LossRatio())
     generator = torch.Generator().manual_seed(1)
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(2 * (steps + 3)):

@@ -69,7 +69,7 @@ def main() -> None:
         for tail in ("truncate", "recycle"):
             for length in (8, 64, 512, 1024):
                 run = config(prefix, length, tail)
-                plan = TrainingPlan.from_config(run)
+                plan = run.plan()
                 seconds, rate = measure(plan, build_datasets(run, plan))
                 sys.stdout.write(
                     f"{tail:9} length {length:5}: {seconds * 1e3:7.2f} ms a batch, {rate:13,.0f} tokens/s\n"

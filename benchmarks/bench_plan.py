@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import SamplePlan
+from megatron_ext.curriculum.sampler import global_batch
 
 STEPS = 300_000
 
@@ -41,12 +40,12 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     """Measure and print."""
     run = config()
-    plan = TrainingPlan.from_config(run)
+    plan = run.plan()
     assert plan.steps == STEPS
     rows = [
-        ("build", median_seconds(lambda: TrainingPlan.from_config(run), 50)),
+        ("build", median_seconds(run.plan, 50)),
         ("plan[t]", median_seconds(lambda: plan[123_456], 2000)),
-        ("slices(t)", median_seconds(lambda: SamplePlan(plan).slices(123_456), 2000)),
+        ("slices(t)", median_seconds(lambda: global_batch(plan, 123_456), 2000)),
         ("arrays", median_seconds(plan.arrays, 20)),
     ]
     sys.stdout.write(f"{STEPS:,} steps in {len(plan.segments)} segments\n")

@@ -11,14 +11,14 @@ from rich.console import Console
 from megatron_ext.checkpoint.checkpointer import Checkpointer
 from megatron_ext.checkpoint.manifest import Manifest
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import open_course
-from megatron_ext.curriculum.course import Course
+from megatron_ext.curriculum.adaptive import Schedule
+from megatron_ext.curriculum.guards import Guard, GuardStop, Incident
+from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
-from megatron_ext.curriculum.skips import positions_between
+from megatron_ext.curriculum.sampler import positions_between
 from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.metrics.observer import CourseObserver
 from megatron_ext.metrics.positions import prefix_length
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import Measures, StepLog
@@ -31,8 +31,6 @@ from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.stability.adam_variance import AdamVariance
-from megatron_ext.stability.guard import GuardStop, UpdateGuard, Verdict
-from megatron_ext.stability.loss_ratio import LossRatio
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Run:
     """The parts of a run on one rank, built and at the step from which it goes on."""
 
     config: RunConfig
-    course: Course
+    schedule: Schedule
     device: Device
     processes: Processes
     engine: TrainEngine
@@ -48,7 +46,7 @@ class Run:
     validation: ValidationLoader
     checkpointer: Checkpointer
     loss_ratio: LossRatio
-    guard: UpdateGuard | None
+    guard: Guard | None
     variance: AdamVariance
     recorder: Recorder
     log: StepLog
@@ -57,7 +55,7 @@ class Run:
     @property
     def plan(self) -> TrainingPlan:
         """The plan as it stands."""
-        return self.course.plan
+        return self.schedule.plan
 
     @property
     def last_step(self) -> int:
@@ -68,8 +66,8 @@ class Run:
 @contextmanager
 def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterator[Run]:
     """Build everything in the order in which mistakes are cheapest to find, and take it down again."""
-    course = open_course(config)
-    plan = course.plan
+    schedule = config.schedule()
+    plan = schedule.plan
     layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
     try:
         datasets = build_datasets(config, plan)
@@ -85,14 +83,14 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
             checkpointer.check_new()
         resumed = checkpointer.resume()
         loss_ratio = LossRatio()
-        guard = UpdateGuard(config.guards) if config.guards.are_on else None
+        guard = Guard(config.guards, loss_ratio) if config.guards.are_on else None
         if resumed is not None:
-            _continue_from(resumed, course=course, loader=loader, loss_ratio=loss_ratio)
+            _continue_from(resumed, schedule=schedule, loader=loader, loss_ratio=loss_ratio)
             loader.skip(loader.skipped.with_ranges(resumed.skipped_samples))
             if guard is not None:
-                guard.load_state_dict(resumed.guard, resumed.loss_ratio)
+                guard.load_state_dict(resumed.guard)
         with processes.failing_together():
-            recorder = _open_recorder(config, course, resumed=resumed, processes=processes)
+            recorder = _open_recorder(config, schedule, resumed=resumed, processes=processes)
         variance = AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels)
         measures = Measures(
             loss_ratio=loss_ratio.update,
@@ -104,7 +102,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         with closing(recorder), loader:
             yield Run(
                 config=config,
-                course=course,
+                schedule=schedule,
                 device=device,
                 processes=processes,
                 engine=engine,
@@ -123,14 +121,16 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         destroy_parallel()
 
 
-def _open_recorder(config: RunConfig, course: Course, *, resumed: Manifest | None, processes: Processes) -> Recorder:
+def _open_recorder(
+    config: RunConfig, schedule: Schedule, *, resumed: Manifest | None, processes: Processes
+) -> Recorder:
     """Open the run's metrics on rank 0 and write down what is being run; the other ranks get one that keeps nothing."""
     if not processes.info.is_main:
         return Recorder()
     step, tokens = (resumed.step, resumed.tokens) if resumed else (0, 0)
-    plan = course.plan
+    plan = schedule.plan
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", course.to_json())):
+    for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", schedule.to_json())):
         replace_text(config.run_dir / name, json.dumps(content, indent=1) + "\n")
     sinks = open_sinks(
         config.run_dir,
@@ -140,32 +140,32 @@ def _open_recorder(config: RunConfig, course: Course, *, resumed: Manifest | Non
         tokens=tokens,
         console=Console(stderr=True),
     )
-    recorder = Recorder([*sinks, CourseObserver(course)])
+    recorder = Recorder(sinks)
     recorder.event("resume" if resumed else "start", step=step, tokens=tokens, world_size=processes.info.world_size)
     return recorder
 
 
-def _continue_from(manifest: Manifest, *, course: Course, loader: TrainLoader, loss_ratio: LossRatio) -> None:
+def _continue_from(manifest: Manifest, *, schedule: Schedule, loader: TrainLoader, loss_ratio: LossRatio) -> None:
     """Put what a checkpoint says about the host's side of a run in its place."""
     loss_ratio.load_state_dict(manifest.loss_ratio)
-    course.load_state_dict(manifest.curriculum)
-    loader.follow(course.plan)
+    schedule.load_state_dict(manifest.curriculum)
+    loader.follow(schedule.plan)
 
 
-def roll_back(run: Run, after: PlannedStep, verdict: Verdict) -> int:
+def roll_back(run: Run, after: PlannedStep, incident: Incident) -> int:
     """Go back to before an incident, skip the samples read since, and return the step to go on with."""
     assert run.guard is not None
-    checkpoint = run.checkpointer.newest(not_after=after.step + 1 - verdict.steps)
+    checkpoint = run.checkpointer.newest(not_after=after.step + 1 - incident.steps)
     if checkpoint is None:
-        raise stop_for(run, after, replace(verdict, limit="there is no checkpoint from before it to roll back to"))
+        raise stop_for(run, after, replace(incident, limit="there is no checkpoint from before it to roll back to"))
     manifest = run.checkpointer.load(checkpoint)
     skipped = run.loader.skipped.without(positions_between(run.plan, manifest.step, after.step))
     if skipped.left < after.batch_size:
-        raise stop_for(run, after, replace(verdict, limit="rolling back would leave no sample to read"))
+        raise stop_for(run, after, replace(incident, limit="rolling back would leave no sample to read"))
     more = run.loader.skipped.left - skipped.left
-    _continue_from(manifest, course=run.course, loader=run.loader, loss_ratio=run.loss_ratio)
+    _continue_from(manifest, schedule=run.schedule, loader=run.loader, loss_ratio=run.loss_ratio)
     run.loader.skip(skipped)
-    run.guard.roll_back(manifest.guard, manifest.loss_ratio)
+    run.guard.roll_back()
     state = replace(manifest, guard=run.guard.state_dict(), skipped_samples=skipped.to_json())
     run.checkpointer.go_on_from(checkpoint, state)
     # From here on a run that is killed goes on as this one does. The records go after the checkpoints: a later
@@ -176,11 +176,11 @@ def roll_back(run: Run, after: PlannedStep, verdict: Verdict) -> int:
     return manifest.step
 
 
-def stop_for(run: Run, after: PlannedStep, verdict: Verdict, *, saved: Path | None = None) -> GuardStop:
+def stop_for(run: Run, after: PlannedStep, incident: Incident, *, saved: Path | None = None) -> GuardStop:
     """The end of a run that a guard stops: what happened, what is left, what to do."""
     newest = saved or run.checkpointer.newest()
     left = f"{newest} is the newest checkpoint" if newest else "there is no checkpoint"
     if saved:
         left = f"{saved} holds the weights without that step's update; start again to go on with the next step"
-    why = f"{verdict.why}; {verdict.limit}" if verdict.limit else verdict.why
+    why = f"{incident.why}; {incident.limit}" if incident.limit else incident.why
     return GuardStop(f"a guard stopped the run at step {after.step + 1:,}: {why}. {left}, or change guards first")

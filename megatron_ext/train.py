@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import AdaptiveCourse, Decision
-from megatron_ext.curriculum.intervals import is_due
-from megatron_ext.curriculum.plan import PlannedStep
+from megatron_ext.curriculum.adaptive import Decision
+from megatron_ext.curriculum.plan import PlannedStep, is_due
 from megatron_ext.curriculum.sampler import micro_batch_sizes
 from megatron_ext.engine.micro_batches import MicroBatch, cut_micro_batches
 from megatron_ext.metrics.records import EvalRecord
@@ -47,7 +46,11 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
         pieces = cut_micro_batches(batch.tokens, batch.labels, sizes)
         result = run.engine.step(pieces, global_tokens=planned.tokens, lr=planned.lr, judge=run.guard)
         result = run.variance.measured(planned, result)
-        run.log.add(planned, result, micro_batches=sizes, batch=batch, start=start, end=mark(run.device))
+        ratio = None if run.guard is None else run.guard.ratio
+        end = mark(run.device)
+        run.log.add(planned, result, micro_batches=sizes, batch=batch, loss_ratio=ratio, start=start, end=end)
+        if run.log.is_full:
+            fetch(run)
         step, stopped = step + 1, stopping.answer()
         if (back := heed_guard(run, planned)) is not None:
             step = back
@@ -59,7 +62,7 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
         if finished or stopped or is_due(config.checkpoint.every, planned):
             save(run, planned)
         if stopped and not finished:
-            run.recorder.event("preemption", step=step, tokens=planned.consumed_tokens + planned.tokens)
+            run.recorder.event("preemption", step=step, tokens=planned.end_tokens)
             LOGGER.info("stopped after step %d of %d on request; start again to continue", step, run.plan.steps)
             return False
     if run.first_step >= run.plan.steps:
@@ -69,32 +72,38 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
     return True
 
 
+def fetch(run: Run) -> None:
+    """Record the steps whose values are still on the device, and show them to the schedule; waits for the device."""
+    for step in run.log.flush():
+        run.schedule.observe(seq_len=step.seq_len, loss=step.loss, variance=step.adam_var_max)
+
+
 def pace(run: Run, after: PlannedStep) -> None:
     """Let adaptive pacing decide on the length after a step, before a checkpoint of that step is written."""
-    course = run.course
-    if not isinstance(course, AdaptiveCourse) or not course.due(after):
+    schedule = run.schedule
+    if not schedule.due(after):
         return
-    run.log.flush()
+    fetch(run)
     # One rank decides, so that no difference in the last bit of a loss can part the ranks.
-    decision = run.processes.agree_from_main(course.decide(after))
+    decision = run.processes.agree_from_main(schedule.decide(after))
     assert isinstance(decision, Decision)
-    course.follow(decision)
-    run.loader.follow(course.plan)
-    run.recorder.event("pacing", step=decision.step, tokens=after.consumed_tokens + after.tokens, **decision.details())
+    schedule.apply(decision)
+    run.loader.follow(schedule.plan)
+    run.recorder.event("pacing", step=decision.step, tokens=after.end_tokens, **decision.details())
 
 
 def validate(run: Run, after: PlannedStep) -> None:
     """Record the loss at full length after a step."""
-    run.log.flush()
+    fetch(run)
     losses = run.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in run.validation).numpy()
-    tokens, buckets = after.consumed_tokens + after.tokens, run.config.validation.position_buckets
+    tokens, buckets = after.end_tokens, run.config.validation.position_buckets
     run.recorder.evaluation(EvalRecord.from_positions(losses, step=after.step + 1, tokens=tokens, buckets=buckets))
 
 
 def save(run: Run, after: PlannedStep) -> Path | None:
     """Write a checkpoint after a step; with guards on, None and no checkpoint where weights are not finite."""
-    run.log.flush()
-    step, tokens = after.step + 1, after.consumed_tokens + after.tokens
+    fetch(run)
+    step, tokens = after.step + 1, after.end_tokens
     if run.guard is not None and not run.engine.weights_finite():
         run.recorder.event("guard", step=step, tokens=tokens, action="no checkpoint", reason="weights")
         return None
@@ -102,7 +111,7 @@ def save(run: Run, after: PlannedStep) -> Path | None:
         step=step,
         tokens=tokens,
         loss_ratio=run.loss_ratio.state_dict(),
-        curriculum=run.course.state_dict(),
+        curriculum=run.schedule.state_dict(),
         guard=None if run.guard is None else run.guard.state_dict(),
         skipped_samples=run.loader.skipped.to_json(),
     )
@@ -116,14 +125,14 @@ def heed_guard(run: Run, after: PlannedStep) -> int | None:
     Raises:
         GuardStop: the run has to end.
     """
-    verdict = None if run.guard is None else run.guard.verdict
-    if verdict is None:
+    incident = None if run.guard is None else run.guard.incident
+    if incident is None:
         return None
-    run.log.flush()
-    tokens = after.consumed_tokens + after.tokens
-    run.recorder.event("guard", step=after.step + 1, tokens=tokens, **verdict.details())
-    if verdict.action == "rollback":
-        return roll_back(run, after, verdict)
-    if verdict.action == "stop":
-        raise stop_for(run, after, verdict, saved=save(run, after) if verdict.saves else None)
+    fetch(run)
+    tokens = after.end_tokens
+    run.recorder.event("guard", step=after.step + 1, tokens=tokens, **incident.details())
+    if incident.action == "rollback":
+        return roll_back(run, after, incident)
+    if incident.action == "stop":
+        raise stop_for(run, after, incident, saved=save(run, after) if incident.saves else None)
     return None

@@ -108,9 +108,9 @@ def _run(rank: _Rank) -> int:
 
 def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch | None") -> int:
     """Do the work; a failure goes through the watch, which knows whether it is the first."""
+    from megatron_ext.curriculum.guards import GuardStop
     from megatron_ext.runtime.failure import Failure, failure_of
     from megatron_ext.runtime.process_group import process_group
-    from megatron_ext.stability.guard import GuardStop
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
     try:

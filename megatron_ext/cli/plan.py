@@ -51,10 +51,9 @@ def command(
     from rich.console import Console
 
     from megatron_ext.cli.plan_report import Machine, plan_report, tables
-    from megatron_ext.curriculum.plan import possible_plans
 
     run = load_config(config, overrides or ())
-    plans = possible_plans(run)
+    plans = run.possible_plans()
     machine = Machine(ranks=ranks or run.parallel.tensor, device_tflops=device_tflops, mfu=mfu)
     reports = {which: plan_report(run, plan, machine) for which, plan in plans.items()}
     if plot is not None:

@@ -4,10 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.adaptive_checks import adaptive_problems
 from megatron_ext.config.deepspeed_passthrough import passthrough_problems
-from megatron_ext.config.guard_checks import guard_problems
-from megatron_ext.config.schedule_checks import schedule_problems
+from megatron_ext.curriculum.plan import plan_problems
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
@@ -19,9 +17,9 @@ def check_run(config: "RunConfig") -> None:
         *_model_problems(config),
         *_parallel_problems(config),
         *_data_problems(config),
-        *schedule_problems(config),
-        *adaptive_problems(config),
-        *guard_problems(config),
+        *plan_problems(config.curriculum, config.spec),
+        *_variance_problems(config),
+        *config.guards.problems(checkpoint_every=config.checkpoint.every, keep_last=config.checkpoint.keep_last),
         *passthrough_problems(config.deepspeed, config),
     ]
     if problems:
@@ -93,6 +91,15 @@ def _parallel_problems(config: "RunConfig") -> Iterator[str]:
         yield (
             f'optimizer.implementation is "{implementation}" with parallel.offload_optimizer "cpu": an offloaded '
             'optimizer steps on the CPU; write "auto" or "deepspeed_cpu"'
+        )
+
+
+def _variance_problems(config: "RunConfig") -> Iterator[str]:
+    limit = config.curriculum.variance_limit
+    if limit and not config.metrics.adam_variance_every:
+        yield (
+            f"curriculum.variance_above is {limit:g}, but metrics.adam_variance_every 0 measures no variance: write "
+            "its interval in steps, or curriculum.variance_above 0"
         )
 
 

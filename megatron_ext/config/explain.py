@@ -12,10 +12,11 @@ from megatron_ext.config.deepspeed_passthrough import replacement
 from megatron_ext.config.files import Layer
 from megatron_ext.config.keys import field_at, suggest
 from megatron_ext.config.merging import KeyPath, Tree, dotted, lookup
+from megatron_ext.curriculum.pacings import PACINGS
 from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
-_PACINGS: Final = '"constant", "linear", "root", "discrete", "mixed", "adaptive"'
+_PACINGS: Final = ", ".join(f'"{name}"' for name in PACINGS)
 _SHOWN: Final = 80
 
 

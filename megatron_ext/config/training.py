@@ -1,4 +1,4 @@
-"""Sections that say how much and how to train: budget, optimizer, learning rate, validation, checkpoints, metrics."""
+"""Sections that say how much and how to train: budget, optimizer, validation, checkpoints, metrics."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from megatron_ext.base import (
     PositiveInt,
     Section,
 )
-from megatron_ext.config.curriculum import BatchSizeWarmup
+from megatron_ext.curriculum.pacing import BatchSizeWarmup
 
 
 class TrainingConfig(Section):
@@ -57,29 +57,6 @@ class OptimizerConfig(Section):
     implementation: Literal["auto", "torch", "deepspeed_fused", "deepspeed_cpu"] = "auto"
     """Adam kernel: torch's fused AdamW (auto, nothing to compile), or DeepSpeed's FusedAdam (GPU) or CPUAdam, which
     are compiled at first use; offloading the optimizer needs DeepSpeed's CPUAdam and auto picks it."""
-
-
-class LearningRateConfig(Section):
-    """Linear warmup, then decay by consumed tokens."""
-
-    peak: PositiveFloat
-    """Learning rate at the end of the warmup."""
-
-    min: NonNegativeFloat = 0.0
-    """Learning rate from the end of the decay on; at most ``peak``."""
-
-    warmup: Duration | None = None
-    """Linear warmup from 0; under SLW in steps (paper, A.2). None starts at the peak."""
-
-    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the decay. wsd (warmup, stable, decay) stays at the peak and falls linearly over ``cooldown``."""
-
-    decay_duration: Duration | None = None
-    """When the decay ends, counted from the start of the run; by default with the run. Progress between the end of
-    the warmup and this point is measured in consumed tokens (paper, A.2)."""
-
-    cooldown: Duration | None = None
-    """Last part of the decay in which wsd falls from ``peak`` to ``min``; needed with wsd and with nothing else."""
 
 
 class ValidationConfig(Section):

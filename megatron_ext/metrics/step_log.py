@@ -39,7 +39,7 @@ class Measures:
     """What turns raw values into metrics."""
 
     loss_ratio: Callable[[float], float]
-    """Loss of a step -> its loss ratio; called once a step, in order."""
+    """Loss of a step -> its loss ratio; called once a step, in order, where the step came without its ratio."""
 
     adam_variance: Callable[[Sequence[float]], VarianceSummary]
     """Fetched values of a measurement of Adam's variance -> what they say."""
@@ -57,12 +57,13 @@ class _Finished:
     result: StepResult
     micro_batches: tuple[int, ...]
     batch: Batch | None
+    loss_ratio: float | None
     start: Mark
     end: Mark
 
 
 class StepLog:
-    """Collects steps while their values are on the device, and records them every ``flush_every`` steps."""
+    """Collects steps while their values are on the device, and records them when it is flushed."""
 
     def __init__(self, recorder: Recorder, measures: Measures, config: MetricsConfig) -> None:
         self._recorder = recorder
@@ -79,12 +80,16 @@ class StepLog:
         *,
         micro_batches: tuple[int, ...],
         batch: Batch,
+        loss_ratio: float | None,
         start: Mark,
         end: Mark,
     ) -> None:
-        """Take a finished step; ``micro_batches`` are one rank's sizes, ``batch`` is what it read."""
+        """Take a finished step; ``micro_batches`` are one rank's sizes, ``batch`` is what it read.
+
+        ``loss_ratio`` is None where the loss is not known on the host yet; it is then computed when it is fetched.
+        """
         kept = batch if self._keep_sample_ids else None
-        finished = _Finished(planned, result, micro_batches, kept, start, end)
+        finished = _Finished(planned, result, micro_batches, kept, loss_ratio, start, end)
         self._pending.add(
             finished,
             loss=result.loss,
@@ -92,19 +97,27 @@ class StepLog:
             prefix_loss=result.prefix_loss,
             adam_variance=result.adam_variance,
         )
-        if len(self._pending) >= self._flush_every:
-            self.flush()
 
-    def flush(self) -> None:
-        """Record all steps that are still waiting; waits for the device."""
-        for step in self._pending.drain():
-            self._recorder.train(self._record(step))
+    @property
+    def is_full(self) -> bool:
+        """Whether ``flush_every`` steps are waiting."""
+        return len(self._pending) >= self._flush_every
+
+    def flush(self) -> list[TrainRecord]:
+        """Record all steps that are still waiting, and return them; waits for the device."""
+        fetched = [self._record(step) for step in self._pending.drain()]
+        for record in fetched:
+            self._recorder.train(record)
+        return fetched
 
     def _record(self, step: FetchedStep[_Finished]) -> TrainRecord:
         finished, planned = step.info, step.info.planned
         seconds = seconds_between(finished.start, finished.end)
         peak = self._measures.peak_flops
         batch = finished.batch
+        ratio = finished.loss_ratio
+        if ratio is None:
+            ratio = self._measures.loss_ratio(step.loss)
         variance = None if step.adam_variance is None else self._measures.adam_variance(step.adam_variance)
         detail = {"layers": variance.layers, "kinds": variance.kinds} if variance and self._variance_detail else None
         return TrainRecord(
@@ -117,7 +130,7 @@ class StepLog:
             micro_batches=len(finished.micro_batches),
             lr=planned.lr,
             loss=step.loss,
-            loss_ratio=self._measures.loss_ratio(step.loss),
+            loss_ratio=ratio,
             grad_norm=step.grad_norm,
             step_time_s=seconds,
             tokens_per_s=planned.tokens / seconds,

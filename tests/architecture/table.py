@@ -74,6 +74,9 @@ TORCH_FREE_AT_IMPORT = (
 )
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
 
+# Parts that people import from their own programs: their __init__ re-exports what is public.
+LIBRARIES = frozenset({"curriculum"})
+
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
 NO_ITEM_IN = frozenset({"train", "engine.engine"})
 

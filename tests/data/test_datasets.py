@@ -14,7 +14,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.data import datasets, index_cache
 from megatron_ext.data.datasets import (
     Blend,
@@ -31,7 +30,7 @@ from tests.ranks import run_ranks
 
 
 def _build(config: RunConfig) -> Datasets:
-    return build_datasets(config, TrainingPlan.from_config(config))
+    return build_datasets(config, config.plan())
 
 
 def _all(samples: Samples) -> np.ndarray[Any, np.dtype[np.int64]]:

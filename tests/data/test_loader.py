@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.segments import Stretch, cut
+from megatron_ext.curriculum.segments import Phase, cut
 from megatron_ext.data.datasets import Datasets, Samples, build_datasets
 from megatron_ext.data.loader import Batch, TrainLoader, ValidationLoader
 from megatron_ext.errors import UserError
@@ -31,7 +31,7 @@ def _run(tmp_path: Path, tail: str, **sections: Any) -> Run:
     data = {"sources": [{"prefix": prefix}], "split": [90, 10, 0], "tail": tail}
     training = {"seq_len": 16, "batch_size": 12, "duration": {"steps": 60}}
     config = run_config(data, **{"training": training, "curriculum": GROWING, **sections})
-    plan = TrainingPlan.from_config(config)
+    plan = config.plan()
     return Run(plan=plan, data=build_datasets(config, plan))
 
 
@@ -134,7 +134,7 @@ def test_step_that_departs_from_the_plan_is_obeyed(run: Run) -> None:
 
 
 def test_another_version_of_the_plan_is_followed_from_the_next_step_on(run: Run) -> None:
-    held = [Stretch(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
+    held = [Phase(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
     other = replace(run.plan, segments=cut(held, run.plan.duration))
     assert other[8] == run.plan[8]
     assert other[30].seq_len < run.plan[30].seq_len

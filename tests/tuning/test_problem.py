@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.curriculum import LinearPacing, RootPacing
 from megatron_ext.config.files import Layer
 from megatron_ext.config.loading import parse_layers
+from megatron_ext.curriculum.pacings import LinearPacing, RootPacing
 from megatron_ext.errors import UserError
 from megatron_ext.tuning.problem import Notches, ProbeSettings, Problem, default_starts, grid_of, unit_of
 from megatron_ext.tuning.search import Candidate
