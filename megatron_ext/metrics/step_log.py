@@ -32,6 +32,9 @@ class FinishedStep:
     skipped: bool = False
     """Whether the weights were left alone."""
 
+    loss_ratio: float | None = None
+    """Its loss ratio, where a guard has asked for the loss already."""
+
     peak_memory_bytes: int | None = None
     """Peak memory of this rank's device during the step."""
 

@@ -19,7 +19,8 @@ LAYERS: Mapping[str, int] = {
     "metrics": 6,
     "checkpoint": 7,
     "evaluate": 8,
-    "trainer": 9,
+    "build": 9,
+    "trainer": 10,
     "dry_run": 10,
     "preflight": 11,
     "slurm": 11,
@@ -71,6 +72,9 @@ TORCH_FREE_AT_IMPORT = (
     "model.counts",
 )
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
+
+# Parts that people import from their own programs: their __init__ re-exports what is public.
+LIBRARIES = frozenset({"curriculum"})
 
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
 NO_ITEM_IN = frozenset({"trainer", "engine.deepspeed_engine"})

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.model.counts import (
     count_parameters,
     estimate_memory,
@@ -155,7 +154,7 @@ def test_run_flops_sum_the_steps_at_their_lengths() -> None:
     content = run({"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}).model_dump(mode="json")
     content["curriculum"] = {"pacing": "linear", "start": 8, "duration": {"steps": 7}}
     config = RunConfig.model_validate_json(json.dumps(content))
-    plan = TrainingPlan.from_config(config)
+    plan = config.plan()
     by_step = [step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len) for step in plan]
     assert run_flops(config.model, plan.segments) == sum(by_step)
     baseline = full_length_flops(config.model, tokens=plan.tokens, seq_len=plan.seq_len)
