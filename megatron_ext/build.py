@@ -19,7 +19,6 @@ from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.engine import Engine
-from megatron_ext.metrics.positions import prefix_length
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
 from megatron_ext.model.counts import step_flops
@@ -83,18 +82,11 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
         # Model and engine. Weights come from the seed alone, dropout from the streams of this rank.
         streams = seed_streams(config.seed, layout, device.torch_device)
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
-        prefix = prefix_length(config, plan)
+        prefix = plan[0].seq_len if config.metrics.prefix is None else config.metrics.prefix
         engine = build_engine(config, layout, streams, device=device, kernels=kernels, prefix=prefix)
 
         # State: from the newest checkpoint, or the beginning.
-        checkpointer = Checkpointer(
-            config.run_dir / "checkpoints",
-            engine,
-            streams=streams,
-            processes=processes,
-            identity=_identity(config, world_size=processes.info.world_size),
-            keep_last=config.checkpoint.keep_last,
-        )
+        checkpointer = _checkpointer(config, engine, streams=streams, processes=processes)
         if not config.checkpoint.resume:
             checkpointer.check_new()
         resumed = checkpointer.resume()
@@ -122,10 +114,7 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             guard=guard,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
             pending=PendingSteps(),
-            rates=Rates(
-                flops=lambda step: step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len),
-                peak_flops=config.metrics.peak_tflops * 1e12 * processes.info.world_size,
-            ),
+            rates=_rates(config, ranks=processes.info.world_size),
             recorder=recorder,
             profiler=_profiler(config, device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
@@ -179,11 +168,26 @@ def build_engine(
     return DeepSpeedEngine(model, settings, layout=layout, device=device, prefix=prefix)
 
 
-def _identity(config: RunConfig, *, world_size: int) -> RunIdentity:
-    return RunIdentity(
-        config=config.model_dump(mode="json"),
-        determining=config.determining_values(),
-        layout={"world_size": world_size, "tensor": config.parallel.tensor, "zero_stage": config.parallel.zero_stage},
+def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, processes: Processes) -> Checkpointer:
+    layout = {
+        "world_size": processes.info.world_size,
+        "tensor": config.parallel.tensor,
+        "zero_stage": config.parallel.zero_stage,
+    }
+    return Checkpointer(
+        config.run_dir / "checkpoints",
+        engine,
+        streams=streams,
+        processes=processes,
+        identity=RunIdentity(config.model_dump(mode="json"), config.determining_values(), layout),
+        keep_last=config.checkpoint.keep_last,
+    )
+
+
+def _rates(config: RunConfig, *, ranks: int) -> Rates:
+    return Rates(
+        flops=lambda step: step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len),
+        peak_flops=config.metrics.peak_tflops * 1e12 * ranks,
     )
 
 

@@ -69,13 +69,7 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
             peak_memory_bytes=run.device.peak_memory(),
             batch=batch if config.metrics.keep_sample_ids else None,
         )
-        run.pending.add(
-            info,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            prefix_loss=result.prefix_loss,
-            adam_variance=run.variance.measure_after(planned),
-        )
+        run.pending.add(info, result, adam_variance=run.variance.measure_after(planned))
         if len(run.pending) >= config.metrics.flush_every:
             advance_state(run)
         step, stopped = step + 1, stopping.answer()

@@ -45,6 +45,8 @@ DOORS: Mapping[str, frozenset[str]] = {
     "torch.cuda": frozenset({"runtime"}),
     "torch.utils.cpp_extension": frozenset({"ops"}),
     "deepspeed": frozenset({"engine"}),
+    # Reads the files of ZeRO 3 without an engine.
+    "deepspeed.utils.zero_to_fp32": frozenset({"checkpoint"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.core.tensor_parallel": frozenset({"parallel"}),
     # The linear layers and the embedding are what a model is made of; groups, mappings and streams are not.
