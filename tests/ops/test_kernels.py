@@ -66,20 +66,20 @@ def test_auto_falls_back_and_says_why_and_fused_ends_the_run(
         choose_kernels("fused", device=CPU, processes=processes())
 
 
-def _choose(rank: int, _world: int, wanted: Wanted) -> str:
+def _choose(rank: int, _world: int) -> list[str]:
     library = Library("cpu", Path("library.so"), 1.0, False, ())
     with patch.object(loading, "load_operators", broken if rank == 1 else lambda _backend: library):
-        try:
-            return choose_kernels(wanted, device=CPU, processes=processes())
-        except UserError as error:
-            return str(error)
+        group = processes()
+        with pytest.raises(UserError) as refused:
+            choose_kernels("fused", device=CPU, processes=group)
+        return [choose_kernels("auto", device=CPU, processes=group), str(refused.value)]
 
 
 def test_one_rank_without_them_decides_for_all() -> None:
-    assert run_ranks(_choose, 2, "auto") == ["reference"] * 2
-    first, second = run_ranks(_choose, 2, "fused")
-    assert first == second
-    assert "(rank 1)" in first
+    (kernels, refusal), second = run_ranks(_choose, 2)
+    assert second == [kernels, refusal]
+    assert kernels == "reference"
+    assert "(rank 1)" in refusal
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
