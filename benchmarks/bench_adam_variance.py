@@ -54,8 +54,7 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def measure(name: str) -> None:
     """Print one line."""
-    from megatron_ext.engine.engine import TrainEngine
-    from megatron_ext.engine.micro_batches import MicroBatch
+    from megatron_ext.engine.engine import MicroBatch, TrainEngine
     from megatron_ext.model.gpt import build_gpt
     from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_ext.parallel.rng import seed_streams
@@ -64,7 +63,8 @@ def measure(name: str) -> None:
     run = config(*SIZES[name])
     layout = initialize_parallel(1, 5.0)
     streams = seed_streams(run.seed, layout, CPU.torch_device)
-    engine = TrainEngine(run, build_gpt(run, layout, streams), layout=layout, device=CPU)
+    model = build_gpt(run.model, layout=layout, positions=run.max_positions, seed=run.seed, streams=streams)
+    engine = TrainEngine(run, model, layout=layout, device=CPU)
     variance = AdamVariance(engine, run.metrics, CPU.torch_device)
     length = run.training.seq_len
     tokens = torch.randint(0, 4096, (1, length + 1))

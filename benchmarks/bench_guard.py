@@ -22,8 +22,7 @@ import torch.distributed as dist
 
 from megatron_ext.config.guards import GuardsConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import MicroBatch
+from megatron_ext.engine.engine import MicroBatch, TrainEngine
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
@@ -68,7 +67,8 @@ def measure(steps: int) -> tuple[list[float], list[float]]:
     config = RunConfig.model_validate_json(json.dumps(CONFIG))
     layout = initialize_parallel(1, 2.0)
     streams = seed_streams(config.seed, layout, device.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed, streams=streams)
+    engine = TrainEngine(config, model, layout=layout, device=device)
     guard = UpdateGuard(GuardsConfig(non_finite="log"))
     generator = torch.Generator().manual_seed(1)
     times: tuple[list[float], list[float]] = ([], [])

@@ -18,7 +18,7 @@ from megatron_ext.checkpoint.store import (
     step_of,
 )
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.engine import Engine
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.rng import RngStreams
@@ -32,7 +32,7 @@ class Checkpointer:
     """The run's checkpoints, on all ranks. The checkpoints directory is one that every node sees."""
 
     def __init__(
-        self, config: RunConfig, engine: TrainEngine, *, streams: RngStreams, layout: Layout, processes: Processes
+        self, config: RunConfig, engine: Engine, *, streams: RngStreams, layout: Layout, processes: Processes
     ) -> None:
         self._config = config
         self._engine = engine

@@ -61,7 +61,9 @@ def load_model(path: Path, device: Device) -> Iterator[LoadedModel]:
     with process_group(info, device, timeout_minutes=_TIMEOUT_MINUTES):
         layout = initialize_parallel(1, _TIMEOUT_MINUTES)
         try:
-            model = build_gpt(config, layout, seed_streams(config.seed, layout, device.torch_device))
+            streams = seed_streams(config.seed, layout, device.torch_device)
+            positions = config.max_positions
+            model = build_gpt(config.model, layout=layout, positions=positions, seed=config.seed, streams=streams)
             weights = consolidated_weights(
                 checkpoint, tensor_size=manifest.layout["tensor"], zero_stage=manifest.layout["zero_stage"]
             )

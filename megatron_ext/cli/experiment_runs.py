@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import typer
 
 from megatron_ext.cli.progress import Progress, Situation, State, read_progress, situations
-from megatron_ext.config.experiment import Experiment, ExperimentRun
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, ExperimentRun
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.slurm.commands import QueuedJob
 

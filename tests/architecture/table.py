@@ -19,15 +19,13 @@ LAYERS: Mapping[str, int] = {
     "metrics": 6,
     "checkpoint": 7,
     "evaluate": 8,
-    "session": 9,
-    "train": 10,
-    "trainer": 10,
+    "trainer": 9,
+    "dry_run": 10,
     "preflight": 11,
     "slurm": 11,
     "launch": 11,
     "analysis": 11,
     "worker": 12,
-    "tuning": 12,
     "experiments": 12,
     "cli": 13,
     "__main__": 14,
@@ -75,7 +73,7 @@ TORCH_FREE_AT_IMPORT = (
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
 
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
-NO_ITEM_IN = frozenset({"train", "engine.engine"})
+NO_ITEM_IN = frozenset({"trainer", "engine.deepspeed_engine"})
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
