@@ -1,6 +1,8 @@
 """Kernels are chosen once, the same on every rank, with a reason where they are not the fused ones."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -89,3 +91,11 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loading, "find_library", lambda _backend: library)
     with pytest.raises(KernelsUnavailableError, match=r"does not load .* kernels build --cpu --force"):
         loading.load_operators.__wrapped__("cpu")
+
+
+def test_a_run_on_the_reference_imports_nothing_of_the_build() -> None:
+    operations = "kernels, add_layer_norm, bias_dropout_add, bias_gelu, cross_entropy, softmax, adam_variance"
+    look = f"import sys; from megatron_ext.ops import {operations}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert "megatron_ext.ops.loading" not in done.stdout
+    assert "megatron_ext.ops.building" not in done.stdout
