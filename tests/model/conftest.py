@@ -4,12 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_ext.parallel.groups import Layout, initialize_parallel
-from tests.ranks import single_rank
+from megatron_ext.parallel.groups import Layout, single_rank_layout
 
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:
     """Groups of one rank."""
-    with single_rank():
-        yield initialize_parallel(1, 5.0)
+    with single_rank_layout() as layout:
+        yield layout

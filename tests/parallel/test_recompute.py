@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron_ext.parallel.recompute import recompute
 from torch.nn import functional
 
 from megatron_ext.parallel.groups import initialize_parallel
-from megatron_ext.parallel.recompute import recompute
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from tests.ranks import single_rank
 
