@@ -23,10 +23,11 @@ from megatron_ext.metrics.positions import prefix_length
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import Measures, StepLog
 from megatron_ext.model.counts import step_flops
-from megatron_ext.model.gpt import build_gpt
+from megatron_ext.model.gpt import Gpt, build_gpt
 from megatron_ext.ops.choice import choose_kernels
-from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
-from megatron_ext.parallel.rng import seed_streams
+from megatron_ext.ops.kernels import Kernels
+from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
+from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
@@ -78,16 +79,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
         streams = seed_streams(config.seed, layout, device.torch_device)
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
-        model = build_gpt(
-            config.model,
-            layout=layout,
-            positions=config.max_positions,
-            seed=config.seed,
-            activation_checkpointing=config.parallel.activation_checkpointing,
-            streams=streams,
-            kernels=kernels,
-        )
-        prefix = prefix_length(config, plan)
+        model, prefix = _model(config, layout, streams, kernels=kernels), prefix_length(config, plan)
         engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
         checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
         if not config.checkpoint.resume:
@@ -130,6 +122,18 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
             log.flush()
     finally:
         destroy_parallel()
+
+
+def _model(config: RunConfig, layout: Layout, streams: RngStreams, *, kernels: Kernels) -> Gpt:
+    return build_gpt(
+        config.model,
+        layout=layout,
+        positions=config.max_positions,
+        seed=config.seed,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+        streams=streams,
+        kernels=kernels,
+    )
 
 
 def _open_recorder(config: RunConfig, course: Course, *, resumed: Manifest | None, processes: Processes) -> Recorder:
