@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.model import ModelConfig, ParallelConfig
 from megatron_ext.curriculum.segments import Segment
 
 

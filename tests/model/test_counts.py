@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.model import ModelConfig, ParallelConfig
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.model.counts import (
     MemoryEstimate,
@@ -185,12 +184,22 @@ def test_activations_grow_with_the_micro_batch_in_whole_sequences() -> None:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 @pytest.mark.parametrize(
-    ("attention", "kernels"), [("sdpa", "reference"), ("reference", "reference"), ("fused_softmax", "fused")]
+    ("attention", "kernels"),
+    [
+        ("sdpa", "reference"),
+        ("reference", "reference"),
+        pytest.param("fused_softmax", "fused", marks=pytest.mark.kernels),
+    ],
 )
 def test_activations_are_what_autograd_keeps(
-    request: pytest.FixtureRequest, attention: str, kernels: Kernels, precision: Precision, dtype: torch.dtype
+    *,
+    layout: Layout,
+    request: pytest.FixtureRequest,
+    attention: str,
+    kernels: Kernels,
+    precision: Precision,
+    dtype: torch.dtype,
 ) -> None:
-    layout = request.getfixturevalue("layout")
     if kernels == "fused":
         request.getfixturevalue("fused")
     shape = model(6, 128, 4, vocab_size=512, attention=attention, kernels=kernels)

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
@@ -61,7 +61,7 @@ def torch_reference(config: RunConfig, layout: Layout) -> Norms:
 
 
 class _Bare:
-    """The step of TrainEngine, written out."""
+    """The step of DeepSpeedEngine, written out."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
         self.model, self.optimizer, self.clip = model, optimizer, clip
@@ -168,7 +168,7 @@ def measure_run(config: RunConfig) -> Measured:
         destroy_parallel()
 
 
-def _gathered(engine: TrainEngine) -> Norms:
+def _gathered(engine: DeepSpeedEngine) -> Norms:
     optimizer = engine._engine.optimizer
     named = list(engine.module.named_parameters())
     if isinstance(optimizer, FP16_UnfusedOptimizer):
@@ -190,7 +190,7 @@ def _gathered(engine: TrainEngine) -> Norms:
     return {} if None in full.values() else {name: norms(v) for name, v in full.items()}
 
 
-def _spoil_padding(engine: TrainEngine, moments: list[SecondMoment]) -> int:
+def _spoil_padding(engine: DeepSpeedEngine, moments: list[SecondMoment]) -> int:
     """Overwrite every element of ZeRO's flat states that no part shows, and return how many there are."""
     optimizer = engine._engine.optimizer
     if not hasattr(optimizer, "dp_process_group"):
