@@ -184,7 +184,14 @@ def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> Plan
         flops=flops,
         causal_flops=run_flops(model, plan.segments, causal=True),
         full_length_flops=full_length_flops(model, tokens=plan.tokens, seq_len=plan.seq_len),
-        memory=estimate_memory(config, data_size=machine.data_size),
+        memory=estimate_memory(
+            model,
+            config.parallel,
+            precision=config.training.precision,
+            positions=positions,
+            seq_len=config.training.seq_len,
+            data_size=machine.data_size,
+        ),
         seconds=None if rate is None else flops / rate,
     )
 
