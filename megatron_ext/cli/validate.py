@@ -1,6 +1,7 @@
 """``megatron-ext validate``: is this config right, and what does it say."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -22,7 +23,7 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     """
     try:
         run = load_config(config, overrides or ())
-        plan = _planned(run, config)
+        plan = _planned(run, source=config)
     except UserError as error:
         if not as_json:
             raise
@@ -34,27 +35,26 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
         answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
         typer.echo(json.dumps(answer, indent=2))
         return
-    lines = [*summary(run), f"plan        {_totals(run, plan)}"]
+    lines = [*summary(run), f"plan        {_totals(plan, list(run.possible_plans().values()))}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
 
 
-def _planned(run: RunConfig, config: Path) -> TrainingPlan:
+def _planned(run: RunConfig, *, source: Path) -> TrainingPlan:
     """The run's plan: it compares the durations that only a plan can compare, steps with tokens."""
     try:
         return run.plan()
     except UserError as error:
-        raise UserError(f"{config}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
-def _totals(run: RunConfig, plan: TrainingPlan) -> str:
-    """Steps, tokens and samples; from the least to the most where the run decides on them as it goes."""
-    plans = run.possible_plans().values()
+def _totals(plan: TrainingPlan, plans: Sequence[TrainingPlan]) -> str:
+    """Steps, tokens and samples; from the least to the most of ``plans`` where the run decides as it goes."""
     if len(plans) == 1:
         return f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.samples:,} samples"
     steps, tokens = sorted(each.steps for each in plans), sorted(each.tokens for each in plans)
     budget = plan.duration.tokens
-    told = f"{tokens[0]:,} to {tokens[-1]:,} tokens" if budget is None else f"{budget:,} tokens or up to a batch more"
-    return f"{steps[0]:,} to {steps[-1]:,} steps, {told}, at most {plan.samples:,} samples"
+    amount = f"{tokens[0]:,} to {tokens[-1]:,} tokens" if budget is None else f"{budget:,} tokens or up to a batch more"
+    return f"{steps[0]:,} to {steps[-1]:,} steps, {amount}, at most {plan.samples:,} samples"
 
 
 def summary(run: RunConfig) -> list[str]:

@@ -64,7 +64,8 @@ def single_rank_layout() -> Iterator[Layout]:
     Needs neither a launcher nor variables, a port or a device: the store is in this process, and the gloo group of one
     rank never communicates. torch.distributed must not be initialized; afterwards it is not either.
     """
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield initialize_parallel(1, timeout_minutes=30.0)
     finally:
