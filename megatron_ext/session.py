@@ -19,8 +19,8 @@ from megatron_ext.data.datasets import build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.metrics.observer import CourseObserver
-from megatron_ext.metrics.positions import prefix_length
 from megatron_ext.metrics.recorder import Recorder, open_sinks
+from megatron_ext.metrics.records import prefix_length
 from megatron_ext.metrics.step_log import Measures, StepLog
 from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
@@ -78,7 +78,8 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
         streams = seed_streams(config.seed, layout, device.torch_device)
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
-        model, prefix = build_gpt(config, layout, streams, kernels=kernels), prefix_length(config, plan)
+        model = build_gpt(config, layout, streams, kernels=kernels)
+        prefix = prefix_length(config.metrics.prefix, plan[0].seq_len)
         engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
         checkpointer = Checkpointer(config, engine, streams=streams, layout=layout, processes=processes)
         if not config.checkpoint.resume:

@@ -1,13 +1,13 @@
 """tune.json: what has been found so far, so that a search goes on where it stopped."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import replace_text
+from megatron_ext.text import spell_non_finite
 from megatron_ext.tuning.search import Candidate
 from megatron_ext.tuning.verdict import Point, Verdict
 
@@ -64,9 +64,9 @@ def _to_json(result: ProbeResult) -> dict[str, Any]:
         "start": result.candidate.start,
         "duration_steps": result.candidate.duration,
         "fluctuated_at": verdict.fluctuated_at,
-        "worst_ratio": _number_to_json(verdict.worst_ratio),
+        "worst_ratio": spell_non_finite(verdict.worst_ratio),
         "tokens": verdict.tokens,
-        "validations": [[point.step, _number_to_json(point.perplexity)] for point in result.points],
+        "validations": [[point.step, spell_non_finite(point.perplexity)] for point in result.points],
     }
 
 
@@ -78,11 +78,6 @@ def _from_json(item: dict[str, Any]) -> ProbeResult:
         ),
         points=tuple(Point(int(step), float(perplexity)) for step, perplexity in item["validations"]),
     )
-
-
-def _number_to_json(value: float) -> float | str:
-    """The number, or its spelling ("inf", "nan"), for which JSON has none."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _differing(there: Any, here: Any, prefix: str = "") -> list[str]:

@@ -1,7 +1,6 @@
 """The search on real probes: runs each as a run of its own, watches its metrics, and ends it when it is decided."""
 
 import json
-import math
 import shutil
 import time
 from collections import deque
@@ -10,9 +9,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import FILE_NAME, Metrics, read_metrics
+from megatron_ext.metrics.jsonl import FILE_NAME, Column, read_columns
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.tuning.problem import Problem, probe_name
 from megatron_ext.tuning.runner import Runner
@@ -103,23 +104,27 @@ class Tuning:
         return not result.verdict.stable or bool(result.points and result.points[-1].step >= last)
 
     def _judged(self, config: RunConfig, candidate: Candidate) -> ProbeResult:
-        metrics = _metrics(config.run_dir)
-        points = tuple(Point(record.step, record.perplexity) for record in metrics.evaluations)
+        train, valid = _columns(config.run_dir)
+        steps, perplexities = valid["step"].astype(int).tolist(), valid["perplexity"].tolist()
+        points = tuple(map(Point, steps, perplexities))
+        # A step that fp16's loss scale left out did no harm.
+        broken = ~np.isfinite(train["loss"]) & (train["skipped"] != 1)
         verdict = judge(
             points,
             threshold=self.problem.settings.threshold,
             initial=float(config.model.vocab_size),
-            tokens=metrics.train[-1].tokens if metrics.train else 0,
-            # A step that fp16's loss scale left out did no harm.
-            broken_steps=[r.step for r in metrics.train if not r.skipped and not math.isfinite(r.loss)],
+            tokens=int(train["tokens"][-1]) if len(train["tokens"]) else 0,
+            broken_steps=train["step"][broken].astype(int).tolist(),
         )
         return ProbeResult(candidate, verdict, points)
 
 
-def _metrics(run_dir: Path) -> Metrics:
+def _columns(run_dir: Path) -> tuple[dict[str, Column], dict[str, Column]]:
+    """What is needed of a probe's train and eval records, of none where it has not begun."""
+    train, valid = ("step", "tokens", "loss", "skipped"), ("step", "perplexity")
     if not (run_dir / FILE_NAME).is_file():
-        return Metrics(train=(), evaluations=(), events=())
-    return read_metrics(run_dir)
+        return {name: np.empty(0) for name in train}, {name: np.empty(0) for name in valid}
+    return read_columns(run_dir, train), read_columns(run_dir, valid, kind="eval")
 
 
 def _failure(candidate: Candidate, status: int, output: Path) -> Exception:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 LAYERS: Mapping[str, int] = {
     "errors": -2,
     "base": -1,
+    "text": -1,
     "curriculum": 0,
     "config": 1,
     "runtime": 2,

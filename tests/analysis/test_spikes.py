@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from megatron_ext.stability.analysis import loss_ratios, running_median
-from megatron_ext.stability.spikes import Place, Spike, find_spikes
+from megatron_ext.analysis.spikes import Spike, StepPoint, find_spikes
+from megatron_ext.analysis.statistics import loss_ratios, running_median
 
 Floats = npt.NDArray[np.float64]
 
@@ -22,7 +22,7 @@ def spikes_of(loss: Floats, *, threshold: float = 1.2, merge_gap: int = 2, windo
         loss_ratios(loss),
         loss,
         running_median(loss, window),
-        place=lambda index: Place(step=index + 1, tokens=10 * (index + 1)),
+        place=lambda index: StepPoint(step=index + 1, tokens=10 * (index + 1)),
         threshold=threshold,
         merge_gap=merge_gap,
         window=window,
@@ -61,7 +61,7 @@ def walk(loss: list[float], *, threshold: float, merge_gap: int, window: int) ->
 )
 def test_spikes_are_those_of_a_walk(block: int, loss: Floats, merge_gap: int, window: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_ext.stability.spikes._BLOCK", block)
+        patch.setattr("megatron_ext.analysis.spikes._BLOCK", block)
         spikes = spikes_of(loss, merge_gap=merge_gap, window=window)
     expected = walk(loss.tolist(), threshold=1.2, merge_gap=merge_gap, window=window)
     found = [
@@ -81,7 +81,7 @@ def test_a_spike_and_its_way_back() -> None:
     (spike,) = spikes_of(loss)
     assert (spike.start.step, spike.end.step, spike.steps) == (4, 5, 2)
     assert (spike.peak.step, spike.peak_ratio, spike.level) == (4, 2.5, 2.0)
-    assert spike.recovered == Place(step=8, tokens=80)
+    assert spike.recovered == StepPoint(step=8, tokens=80)
     assert (spike.recovery_steps, spike.recovery_tokens) == (4, 40)
 
 
@@ -95,7 +95,7 @@ def test_close_spikes_are_one_and_distant_ones_are_two() -> None:
     loss = np.array([2.0, 2.0, 2.0, 3.0, 2.0, 2.0, 4.0, 2.0, 2.0])
     (merged,) = spikes_of(loss, merge_gap=2)
     assert (merged.start.step, merged.end.step, merged.steps, merged.peak_ratio) == (4, 7, 4, 2.0)
-    assert merged.recovered == Place(step=8, tokens=80)
+    assert merged.recovered == StepPoint(step=8, tokens=80)
     assert [spike.steps for spike in spikes_of(loss, merge_gap=1)] == [1, 1]
 
 
@@ -103,6 +103,6 @@ def test_a_file_that_begins_within_a_spike_has_no_level() -> None:
     loss = np.array([3.0, 2.0, 2.0])
     (spike,) = find_spikes(
         np.array([1.5, 1.0, 1.0]), loss, loss,
-        place=lambda index: Place(index, index), threshold=1.2, merge_gap=0, window=1,
+        place=lambda index: StepPoint(index, index), threshold=1.2, merge_gap=0, window=1,
     )  # fmt: skip
     assert (spike.level, spike.recovered) == (None, None)

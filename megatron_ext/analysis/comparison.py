@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ext.metrics.report_data import RunData
+from megatron_ext.analysis.run_data import RunData
+from megatron_ext.text import format_count, format_duration
 
 _NOTHING = "-"
 
@@ -150,13 +151,13 @@ def _columns(first: _Members, thresholds: Sequence[float]) -> list[tuple[str, _C
 
     return [
         ("steps", plain("steps", _count)),
-        ("tokens", plain("tokens", short)),
-        ("time", plain("seconds", clock)),
+        ("tokens", plain("tokens", format_count)),
+        ("time", plain("seconds", format_duration)),
         ("final val loss", plain("final_loss", _loss)),
         ("best val loss", plain("best_loss", _loss)),
-        ("tokens to target", reaching("tokens_to_target", short)),
+        ("tokens to target", reaching("tokens_to_target", format_count)),
         ("token speedup", speedup("tokens_to_target")),
-        ("time to target", reaching("seconds_to_target", clock)),
+        ("time to target", reaching("seconds_to_target", format_duration)),
         ("time speedup", speedup("seconds_to_target")),
         *((f"ratio > {threshold:g}", count(index)) for index, threshold in enumerate(thresholds)),
         ("largest ratio", plain("largest_ratio", _ratio)),
@@ -191,24 +192,6 @@ def _speedup(first: Sequence[float], other: Sequence[float]) -> str:
     if not all(math.isfinite(value) for value in (*first, *other)) or not sum(other):
         return _NOTHING
     return f"{float(np.mean(first)) / float(np.mean(other)):.2f}x"
-
-
-def short(value: float) -> str:
-    """A count with three digits and its unit: 3.01M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= 0.9995 * size:
-            scaled = value / size
-            return f"{scaled:.{max(0, 2 - int(math.log10(max(scaled, 1.0))))}f}{unit}"
-    return _count(value)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as ``1:02:03``, ``2:03`` or, below a minute, ``4.5 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _count(value: float) -> str:

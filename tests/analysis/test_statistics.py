@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import pearsonr
 
-from megatron_ext.stability.analysis import (
-    Settings,
+from megatron_ext.analysis.statistics import (
+    AnalysisSettings,
     Steps,
     analyze,
     correlation,
     loss_ratios,
+    measure_summary,
     pearson,
     ratio_table,
     running_median,
-    variance_summary,
 )
 from megatron_ext.stability.loss_ratio import LossRatio
 
@@ -56,7 +56,7 @@ def test_running_median_is_the_median_of_each_window(values: Floats, window: int
 def test_running_median_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=300)
     whole = running_median(values, 7)
-    monkeypatch.setattr("megatron_ext.stability.analysis._COPIED", 50)
+    monkeypatch.setattr("megatron_ext.analysis.statistics._COPIED", 50)
     np.testing.assert_array_equal(running_median(values, 7), whole)
 
 
@@ -83,14 +83,14 @@ def test_a_ratio_equal_to_the_threshold_is_not_above_it() -> None:
     assert [row.count for row in ratio_table(steps, steps.ratio, (1.5, 2.0)).rows] == [1, 0]
 
 
-def test_variance_summary() -> None:
+def test_measure_summary() -> None:
     values = np.array([math.nan, 3.0, 1.0, math.nan, math.inf, 2.0])
-    summary = variance_summary(steps_of(np.ones(6), l1=values), "l1")
+    summary = measure_summary(steps_of(np.ones(6), l1=values), "l1")
     assert summary is not None
     assert summary.measured == 4
     found = [(reading.value, reading.at.step) for reading in (summary.first, summary.min, summary.max, summary.last)]
     assert found == [(3.0, 2), (1.0, 3), (math.inf, 5), (2.0, 6)]
-    assert variance_summary(steps_of(np.ones(6), l1=np.full(6, math.nan)), "l1") is None
+    assert measure_summary(steps_of(np.ones(6), l1=np.full(6, math.nan)), "l1") is None
 
 
 @settings(deadline=None)
@@ -177,7 +177,7 @@ def test_the_analysis_of_a_whole_run() -> None:
     loss = np.linspace(3, 2, 60)
     loss[20], loss[40:52] = 6.0, 5.0
     variance = np.where(np.arange(60) % 4 == 0, loss * 10, math.nan)
-    found = analyze(steps_of(loss, adam_var_l1=variance, adam_var_max=np.full(60, math.nan)), Settings())
+    found = analyze(steps_of(loss, adam_var_l1=variance, adam_var_max=np.full(60, math.nan)), AnalysisSettings())
     assert (found.steps, found.first.step, found.last.tokens, found.missing_steps) == (60, 1, 60 * 64, 0)
     assert [row.count for row in found.ratio.rows] == [13] * 4
     assert [row.count > 0 for row in found.smoothed_ratio.rows] == [True, True, True, True]
@@ -193,7 +193,7 @@ def test_the_analysis_of_a_whole_run() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_run_of_few_steps(count: int) -> None:
-    found = analyze(steps_of(np.full(count, 2.0), l1=np.full(count, 1.0)), Settings())
+    found = analyze(steps_of(np.full(count, 2.0), l1=np.full(count, 1.0)), AnalysisSettings())
     assert found.ratio.largest == 1.0
     assert found.spikes == ()
     assert all(item.undefined for item in found.correlations)
@@ -203,6 +203,6 @@ def test_missing_steps_are_counted() -> None:
     found = Steps.from_columns(
         columns(step=[5, 6, 9], tokens=[5, 6, 9], loss=[2, 3, math.nan], loss_ratio=[1, 1.5, math.inf]), ()
     )
-    analysis = analyze(found, Settings())
+    analysis = analyze(found, AnalysisSettings())
     assert (analysis.missing_steps, analysis.non_finite_losses) == (2, 1)
     assert analysis.ratio.largest == math.inf

@@ -5,19 +5,19 @@ Source of the measures: Li, Zhang, He, "The Stability-Efficiency Dilemma", secti
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import betainc
 
+from megatron_ext.analysis.run_data import Floats, read_train
+from megatron_ext.analysis.spikes import Spike, StepPoint, find_spikes
 from megatron_ext.stability.loss_ratio import THRESHOLDS
-from megatron_ext.stability.spikes import Place, Spike, find_spikes
-
-Floats = npt.NDArray[np.float64]
 
 _COPIED = 1 << 22
 """Values that a running median copies together."""
 
+_MEASURES = ("adam_var_l1", "adam_var_max")
 _FEWEST = 3
 """Points from which a correlation says anything: two always lie on a line."""
 
@@ -38,6 +38,11 @@ class Steps:
 
     variance: Mapping[str, Floats]
     """Measures of Adam's second moment by name; NaN on steps where they were not measured."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Steps":
+        """From a metrics file, or a run's directory that holds one; UserError where it has no train record."""
+        return cls.from_columns(read_train(path, ("step", "tokens", "loss", "loss_ratio", *_MEASURES)), _MEASURES)
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Floats], measures: Sequence[str]) -> "Steps":
@@ -69,9 +74,9 @@ class Steps:
             variance={name: values[kept] for name, values in self.variance.items()},
         )
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> StepPoint:
         """Where a step is."""
-        return Place(step=int(self.step[index]), tokens=int(self.tokens[index]))
+        return StepPoint(step=int(self.step[index]), tokens=int(self.tokens[index]))
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ class ThresholdRow:
     share: float
     """Of all steps, 0..1."""
 
-    first: Place | None
-    last: Place | None
+    first: StepPoint | None
+    last: StepPoint | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class RatioTable:
     """Loss ratios of a run."""
 
     largest: float
-    at: Place
+    at: StepPoint
     rows: tuple[ThresholdRow, ...]
 
 
@@ -101,11 +106,11 @@ class Reading:
     """A measured value and where it was."""
 
     value: float
-    at: Place
+    at: StepPoint
 
 
 @dataclass(frozen=True)
-class VarianceSummary:
+class MeasureSummary:
     """One measure of Adam's second moment over the run."""
 
     measure: str
@@ -142,8 +147,8 @@ class Analysis:
     """What `analyze` tells about a run."""
 
     steps: int
-    first: Place
-    last: Place
+    first: StepPoint
+    last: StepPoint
     missing_steps: int
     """Steps between the first and the last that the file does not hold."""
 
@@ -153,7 +158,7 @@ class Analysis:
     """Steps of the running median behind ``smoothed_ratio``."""
 
     smoothed_ratio: RatioTable
-    variance: tuple[VarianceSummary, ...]
+    variance: tuple[MeasureSummary, ...]
     """Of the measures that the run recorded."""
 
     correlations: tuple[Correlation, ...]
@@ -162,7 +167,7 @@ class Analysis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class AnalysisSettings:
     """What is counted, and how."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
@@ -174,7 +179,7 @@ class Settings:
     """Steps of the running median; odd."""
 
 
-def analyze(steps: Steps, settings: Settings) -> Analysis:
+def analyze(steps: Steps, settings: AnalysisSettings) -> Analysis:
     """Measure the instability of a run of at least one step."""
     assert len(steps.step), "there is something to analyze"
     smoothed = running_median(steps.loss, settings.window)
@@ -189,7 +194,7 @@ def analyze(steps: Steps, settings: Settings) -> Analysis:
         ratio=ratio_table(steps, steps.ratio, settings.thresholds),
         window=settings.window,
         smoothed_ratio=ratio_table(steps, smoothed_ratio, settings.thresholds),
-        variance=tuple(summary for name in steps.variance if (summary := variance_summary(steps, name)) is not None),
+        variance=tuple(summary for name in steps.variance if (summary := measure_summary(steps, name)) is not None),
         correlations=tuple(
             correlation(ratio, values, measure=name, smoothed=is_smoothed)
             for name, values in steps.variance.items()
@@ -252,7 +257,7 @@ def ratio_table(steps: Steps, ratio: Floats, thresholds: Sequence[float]) -> Rat
     return RatioTable(largest=float(ratio[largest]), at=steps.place(largest), rows=tuple(rows))
 
 
-def variance_summary(steps: Steps, measure: str) -> VarianceSummary | None:
+def measure_summary(steps: Steps, measure: str) -> MeasureSummary | None:
     """First, smallest, largest and last value of a measure; None where it was never measured."""
     values = steps.variance[measure]
     measured = np.flatnonzero(~np.isnan(values))
@@ -262,7 +267,7 @@ def variance_summary(steps: Steps, measure: str) -> VarianceSummary | None:
     def reading(index: int) -> Reading:
         return Reading(value=float(values[index]), at=steps.place(index))
 
-    return VarianceSummary(
+    return MeasureSummary(
         measure=measure,
         measured=len(measured),
         first=reading(measured[0]),

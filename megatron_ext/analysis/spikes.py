@@ -4,15 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from megatron_ext.analysis.run_data import Floats
 
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPoint:
     """A finished step, and the tokens consumed by then."""
 
     step: int
@@ -23,23 +22,23 @@ class Place:
 class Spike:
     """Consecutive steps with a loss ratio above a threshold, and what came after."""
 
-    start: Place
+    start: StepPoint
     """First step above the threshold."""
 
-    end: Place
+    end: StepPoint
     """Last step above it."""
 
     steps: int
     """From start to end, both included, with the steps below the threshold that were too few to end the spike."""
 
     peak_ratio: float
-    peak: Place
+    peak: StepPoint
 
     level: float | None
     """Median loss of the steps just before the start; None where the file begins with the spike, or where most of
     those losses were not finite."""
 
-    recovered: Place | None
+    recovered: StepPoint | None
     """First step after the end whose loss is at most ``level``; None where there is none."""
 
     recovery_steps: int | None
@@ -54,7 +53,7 @@ def find_spikes(
     loss: Floats,
     smoothed: Floats,
     *,
-    place: Callable[[int], Place],
+    place: Callable[[int], StepPoint],
     threshold: float,
     merge_gap: int,
     window: int,
