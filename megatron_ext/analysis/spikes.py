@@ -7,8 +7,6 @@ import numpy as np
 
 from megatron_ext.analysis.run_data import Floats
 
-_BLOCK = 512
-
 
 @dataclass(frozen=True)
 class StepPoint:
@@ -75,12 +73,12 @@ def find_spikes(
     breaks = np.flatnonzero(np.diff(above) > merge_gap + 1)
     starts = above[np.concatenate(([0], breaks + 1))]
     ends = above[np.concatenate((breaks, [len(above) - 1]))]
-    first_at_most = _FirstAtMost(loss)
+    finite = np.where(np.isfinite(loss), loss, np.inf)
     spikes = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         peak = start + int(np.argmax(ratio[start : end + 1]))
-        level = _level_before(start, loss, smoothed, window)
-        back = None if level is None else first_at_most.find(level, after=end)
+        level = _level_before(start, finite, smoothed, window)
+        back = None if level is None else _first_at_most(finite, level, after=end)
         begin = place(start)
         recovered = None if back is None else place(back)
         spikes.append(
@@ -102,38 +100,18 @@ def find_spikes(
 def _level_before(start: int, loss: Floats, smoothed: Floats, window: int) -> float | None:
     if start == 0:
         return None
-    if start >= window:
-        # The median around the middle of the window that ends before the spike.
-        level = float(smoothed[start - 1 - window // 2])
-    else:
-        before = loss[:start]
-        level = float(np.median(np.where(np.isfinite(before), before, np.inf)))
+    # Where there are enough, the median around the middle of the window that ends before the spike.
+    level = float(smoothed[start - 1 - window // 2] if start >= window else np.median(loss[:start]))
     return level if np.isfinite(level) else None
 
 
-class _FirstAtMost:
-    """Finds the first value at most as high as a level, in blocks that are skipped by their minimum."""
-
-    def __init__(self, values: Floats) -> None:
-        finite = np.where(np.isfinite(values), values, np.inf)
-        self._values = finite
-        blocks = np.arange(0, len(values), _BLOCK)
-        self._lowest = np.minimum.reduceat(finite, blocks)
-        self._lowest_from = np.minimum.accumulate(self._lowest[::-1])[::-1]
-
-    def find(self, level: float, *, after: int) -> int | None:
-        """Index of the first value <= ``level`` behind index ``after``; None where there is none."""
-        first = after + 1
-        block = first // _BLOCK
-        found = self._in(first, (block + 1) * _BLOCK, level)
-        if found is not None:
-            return found
-        rest = self._lowest[block + 1 :]
-        if not len(rest) or self._lowest_from[block + 1] > level:
-            return None
-        block += 1 + int(np.argmax(rest <= level))
-        return self._in(block * _BLOCK, (block + 1) * _BLOCK, level)
-
-    def _in(self, first: int, end: int, level: float) -> int | None:
-        within = np.flatnonzero(self._values[first:end] <= level)
-        return first + int(within[0]) if len(within) else None
+def _first_at_most(values: Floats, level: float, *, after: int) -> int | None:
+    """Index of the first value <= ``level`` behind index ``after``; None where there is none."""
+    # Most spikes end soon: windows that double look at little of a long run.
+    first, size = after + 1, 512
+    while first < len(values):
+        found = np.flatnonzero(values[first : first + size] <= level)
+        if len(found):
+            return first + int(found[0])
+        first, size = first + size, 2 * size
+    return None

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import median_filter
 from scipy.special import betainc
 
 from megatron_ext.analysis.run_data import Floats, read_train
 from megatron_ext.analysis.spikes import Spike, StepPoint, find_spikes
+from megatron_ext.errors import UserError
 from megatron_ext.stability.loss_ratio import THRESHOLDS
-
-_COPIED = 1 << 22
-"""Values that a running median copies together."""
 
 _MEASURES = ("adam_var_l1", "adam_var_max")
 _FEWEST = 3
@@ -40,12 +39,20 @@ class Steps:
     """Measures of Adam's second moment by name; NaN on steps where they were not measured."""
 
     @classmethod
-    def read(cls, path: Path) -> "Steps":
-        """From a metrics file, or a run's directory that holds one; UserError where it has no train record."""
-        return cls.from_columns(read_train(path, ("step", "tokens", "loss", "loss_ratio", *_MEASURES)), _MEASURES)
+    def read(cls, path: Path, *, from_step: int = 1) -> "Steps":
+        """From a metrics file, or a run's directory that holds one; the steps from ``from_step`` on.
+
+        Raises:
+            UserError: the file is missing or broken, or has no train record of that step or a later one.
+        """
+        columns = read_train(path, ("step", "tokens", "loss", "loss_ratio", *_MEASURES))
+        last = int(columns["step"].max())
+        if from_step > last:
+            raise UserError(f"--from-step is {from_step}, and the last step in {path} is {last}: write at most {last}")
+        return cls.from_columns(columns, _MEASURES, from_step=from_step)
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Floats], measures: Sequence[str]) -> "Steps":
+    def from_columns(cls, columns: Mapping[str, Floats], measures: Sequence[str], *, from_step: int = 1) -> "Steps":
         """From columns ``step``, ``tokens``, ``loss``, ``loss_ratio`` and ``measures`` as a metrics file holds them.
 
         Of a step that is there twice the later line counts. The recorded loss ratio knows of steps that the file may
@@ -54,24 +61,13 @@ class Steps:
         # np.unique keeps the first of equal steps, so the order is turned round.
         _, last = np.unique(columns["step"][::-1], return_index=True)
         kept = {name: column[::-1][last] for name, column in columns.items()}
-        ratio = kept["loss_ratio"]
-        return cls(
-            step=kept["step"],
-            tokens=kept["tokens"],
-            loss=kept["loss"],
-            ratio=np.where(np.isnan(ratio), loss_ratios(kept["loss"]), ratio),
-            variance={name: kept[name] for name in measures},
+        ratio = np.where(np.isnan(kept["loss_ratio"]), loss_ratios(kept["loss"]), kept["loss_ratio"])
+        step, tokens, loss, ratio, *variance = (
+            column[kept["step"] >= from_step]
+            for column in (kept["step"], kept["tokens"], kept["loss"], ratio, *(kept[name] for name in measures))
         )
-
-    def since(self, step: int) -> "Steps":
-        """The steps from ``step`` on."""
-        kept = self.step >= step
-        return Steps(
-            step=self.step[kept],
-            tokens=self.tokens[kept],
-            loss=self.loss[kept],
-            ratio=self.ratio[kept],
-            variance={name: values[kept] for name, values in self.variance.items()},
+        return cls(
+            step=step, tokens=tokens, loss=loss, ratio=ratio, variance=dict(zip(measures, variance, strict=True))
         )
 
     def place(self, index: int) -> StepPoint:
@@ -233,13 +229,7 @@ def running_median(values: Floats, window: int) -> Floats:
     assert window % 2 == 1, "a window has a middle"
     finite = np.where(np.isfinite(values), values, np.inf)
     half = min(window // 2, (len(values) - 1) // 2)
-    result = np.empty_like(finite)
-    windows = np.lib.stride_tricks.sliding_window_view(finite, 2 * half + 1)
-    # Partitioning copies every window, so not all of them at once.
-    rows = max(1, _COPIED // windows.shape[1])
-    for first in range(0, len(windows), rows):
-        part = np.partition(windows[first : first + rows], half, axis=1)[:, half]
-        result[half + first : half + first + len(part)] = part
+    result: Floats = median_filter(finite, size=2 * half + 1)
     for index in range(half):
         result[index] = np.median(finite[: 2 * index + 1])
         result[-1 - index] = np.median(finite[len(values) - 2 * index - 1 :])

@@ -74,11 +74,7 @@ def command(
     from megatron_ext.analysis.tables import run_tables
 
     settings = _settings(threshold, spike=spike, merge=merge, window=window)
-    steps = Steps.read(path)
-    last = int(steps.step[-1])
-    if from_step > last:
-        raise UserError(f"--from-step is {from_step}, and the last step in {path} is {last}: write at most {last}")
-    analysis = analyze(steps.since(from_step), settings)
+    analysis = analyze(Steps.read(path, from_step=from_step), settings)
     _show({"run": str(path), **asdict(analysis)}, run_tables(path, analysis), as_json=as_json)
 
 

@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -88,17 +88,16 @@ class JsonlSink:
             os.fsync(out.fileno())
         self.rewind(step)
 
-    def train(self, record: TrainRecord) -> None:
-        """Append a step."""
-        self._append(record)
+    def _append(self, record: Record) -> None:
+        """Write a line."""
+        data = (encode(record) + "\n").encode()
+        written = self._file.write(data)
+        # A raw write may be short (a full disk, a network file system): the rest follows, or raises the reason.
+        while written < len(data):
+            data = data[written:]
+            written = self._file.write(data)
 
-    def evaluation(self, record: EvalRecord) -> None:
-        """Append a validation."""
-        self._append(record)
-
-    def event(self, record: EventRecord) -> None:
-        """Append an event."""
-        self._append(record)
+    train = evaluation = event = _append
 
     def close(self) -> None:
         """Close the file, its content on disk."""
@@ -106,14 +105,6 @@ class JsonlSink:
             return
         os.fsync(self._file.fileno())
         self._file.close()
-
-    def _append(self, record: Record) -> None:
-        data = (encode(record) + "\n").encode()
-        written = self._file.write(data)
-        # A raw write may be short (a full disk, a network file system): the rest follows, or raises the reason.
-        while written < len(data):
-            data = data[written:]
-            written = self._file.write(data)
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -254,31 +245,17 @@ def _is_after(record: Record | None, step: int) -> bool:
 
 def _repair_end(path: Path) -> None:
     """End the file with a whole line: a partial last line is cut off, a whole one without its newline gets it."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return
     with path.open("rb+") as file:
-        content_end = file.seek(0, os.SEEK_END)
-        start = _last_line_start(file, content_end)
-        file.seek(start)
-        line = file.read()
-        if not line:
-            return
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            start = content.rfind(b"\n") + 1
+            line = content[start:]
         try:
             json.loads(line)
         except ValueError:
+            # An empty line too: then nothing is cut off.
             file.truncate(start)
         else:
+            file.seek(0, os.SEEK_END)
             file.write(b"\n")
-
-
-def _last_line_start(file: BinaryIO, end: int) -> int:
-    """Position behind the last newline before `end`."""
-    block = 65536
-    while end > 0:
-        begin = max(0, end - block)
-        file.seek(begin)
-        found = file.read(end - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        end = begin
-    return 0

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -52,17 +51,14 @@ def walk(loss: list[float], *, threshold: float, merge_gap: int, window: int) ->
     return result
 
 
-@pytest.mark.parametrize("block", [2, 512])
 @settings(deadline=None)
 @given(
     loss=hnp.arrays(np.float64, st.integers(1, 60), elements=st.integers(1, 12).map(float) | st.just(math.nan)),
     merge_gap=st.integers(0, 4),
     window=st.sampled_from([1, 3, 7]),
 )
-def test_spikes_are_those_of_a_walk(block: int, loss: Floats, merge_gap: int, window: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_ext.analysis.spikes._BLOCK", block)
-        spikes = spikes_of(loss, merge_gap=merge_gap, window=window)
+def test_spikes_are_those_of_a_walk(loss: Floats, merge_gap: int, window: int) -> None:
+    spikes = spikes_of(loss, merge_gap=merge_gap, window=window)
     expected = walk(loss.tolist(), threshold=1.2, merge_gap=merge_gap, window=window)
     found = [
         (s.start.step - 1, s.end.step - 1, s.peak.step - 1, s.level, s.recovered and s.recovered.step - 1)
@@ -86,9 +82,12 @@ def test_a_spike_and_its_way_back() -> None:
 
 
 def test_a_loss_that_stays_up_is_not_recovered() -> None:
-    (spike,) = spikes_of(np.array([2.0, 2.0, 2.0, *[3.0] * 600, *[2.1] * 900]))
-    assert spike.recovered is None
-    assert spike.recovery_steps is None
+    losses = np.array([2.0, 2.0, 2.0, *[3.0] * 600, *[2.1] * 5000])
+    (spike,) = spikes_of(losses)
+    assert (spike.recovered, spike.recovery_steps) == (None, None)
+    losses[5000] = 2.0
+    (spike,) = spikes_of(losses)
+    assert spike.recovered == StepPoint(step=5001, tokens=50_010)
 
 
 def test_close_spikes_are_one_and_distant_ones_are_two() -> None:

@@ -53,13 +53,6 @@ def test_running_median_is_the_median_of_each_window(values: Floats, window: int
     np.testing.assert_array_equal(running_median(values, window), expected)
 
 
-def test_running_median_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).normal(size=300)
-    whole = running_median(values, 7)
-    monkeypatch.setattr("megatron_ext.analysis.statistics._COPIED", 50)
-    np.testing.assert_array_equal(running_median(values, 7), whole)
-
-
 @settings(deadline=None)
 @given(losses)
 def test_threshold_rows_count_and_name_the_steps(loss: Floats) -> None:
