@@ -12,13 +12,20 @@ from scipy.ndimage import median_filter
 from scipy.special import betainc
 
 from megatron_ext.analysis.run_data import Floats, read_train
-from megatron_ext.analysis.spikes import Spike, StepPoint, find_spikes
 from megatron_ext.errors import UserError
 from megatron_ext.stability.loss_ratio import THRESHOLDS
 
 _MEASURES = ("adam_var_l1", "adam_var_max")
 _FEWEST = 3
 """Points from which a correlation says anything: two always lie on a line."""
+
+
+@dataclass(frozen=True)
+class StepPoint:
+    """A finished step, and the tokens consumed by then."""
+
+    step: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,36 @@ class Correlation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spike:
+    """Consecutive steps with a loss ratio above a threshold, and what came after."""
+
+    start: StepPoint
+    """First step above the threshold."""
+
+    end: StepPoint
+    """Last step above it."""
+
+    steps: int
+    """From start to end, both included, with the steps below the threshold that were too few to end the spike."""
+
+    peak_ratio: float
+    peak: StepPoint
+
+    level: float | None
+    """Median loss of the steps just before the start; None where the file begins with the spike, or where most of
+    those losses were not finite."""
+
+    recovered: StepPoint | None
+    """First step after the end whose loss is at most ``level``; None where there is none."""
+
+    recovery_steps: int | None
+    """Steps after the start up to ``recovered``, that one included."""
+
+    recovery_tokens: int | None
+    """Tokens of those steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Analysis:
     """What `analyze` tells about a run."""
 
@@ -197,16 +234,58 @@ def analyze(steps: Steps, settings: AnalysisSettings) -> Analysis:
             for is_smoothed, ratio in ratios.items()
         ),
         spike_threshold=settings.spike_threshold,
-        spikes=find_spikes(
-            steps.ratio,
-            steps.loss,
-            smoothed,
-            place=steps.place,
-            threshold=settings.spike_threshold,
-            merge_gap=settings.merge_gap,
-            window=settings.window,
-        ),
+        spikes=find_spikes(steps, smoothed, settings),
     )
+
+
+def find_spikes(steps: Steps, smoothed: Floats, settings: AnalysisSettings) -> tuple[Spike, ...]:
+    """Spikes of a run, in order; ``smoothed`` [steps] is the running median of the loss over ``settings.window``."""
+    above = np.flatnonzero(steps.ratio > settings.spike_threshold)
+    if not len(above):
+        return ()
+    breaks = np.flatnonzero(np.diff(above) > settings.merge_gap + 1)
+    starts, ends = above[np.append(0, breaks + 1)], above[np.append(breaks, len(above) - 1)]
+    loss = np.where(np.isfinite(steps.loss), steps.loss, np.inf)
+    spikes = []
+    for first, last in zip(starts.tolist(), ends.tolist(), strict=True):
+        peak = first + int(np.argmax(steps.ratio[first : last + 1]))
+        level = _level_before(first, loss, smoothed, settings.window)
+        back = None if level is None else _first_at_most(loss, level, after=last)
+        start, end, recovered = steps.place(first), steps.place(last), None if back is None else steps.place(back)
+        spikes.append(
+            Spike(
+                start=start,
+                end=end,
+                steps=end.step - start.step + 1,
+                peak_ratio=float(steps.ratio[peak]),
+                peak=steps.place(peak),
+                level=level,
+                recovered=recovered,
+                recovery_steps=None if recovered is None else recovered.step - start.step,
+                recovery_tokens=None if recovered is None else recovered.tokens - start.tokens,
+            )
+        )
+    return tuple(spikes)
+
+
+def _level_before(start: int, loss: Floats, smoothed: Floats, window: int) -> float | None:
+    if start == 0:
+        return None
+    # Where there are enough, the median around the middle of the window that ends before the spike.
+    level = float(smoothed[start - 1 - window // 2] if start >= window else np.median(loss[:start]))
+    return level if np.isfinite(level) else None
+
+
+def _first_at_most(values: Floats, level: float, *, after: int) -> int | None:
+    """Index of the first value <= ``level`` behind index ``after``; None where there is none."""
+    # Most spikes end soon: windows that double look at little of a long run.
+    first, size = after + 1, 512
+    while first < len(values):
+        found = np.flatnonzero(values[first : first + size] <= level)
+        if len(found):
+            return first + int(found[0])
+        first, size = first + size, 2 * size
+    return None
 
 
 def loss_ratios(loss: Floats) -> Floats:

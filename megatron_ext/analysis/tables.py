@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from megatron_ext.analysis.spikes import Spike, StepPoint
-from megatron_ext.analysis.statistics import Analysis, Correlation, RatioTable, Reading
+from megatron_ext.analysis.statistics import Analysis, Correlation, RatioTable, Reading, Spike, StepPoint
 from megatron_ext.text import format_count
 
 if TYPE_CHECKING:
