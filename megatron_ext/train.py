@@ -9,8 +9,7 @@ from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.curriculum.sampler import micro_batch_sizes
 from megatron_ext.engine.micro_batches import MicroBatch, cut_micro_batches
 from megatron_ext.metrics.records import EvalRecord
-from megatron_ext.runtime.clock import mark
-from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.device import Device, mark
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes, StopAgreement
 from megatron_ext.runtime.signals import StopRequest

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from megatron_ext.cli.progress import Progress, Situation, State, read_progress, situations
 from megatron_ext.config.experiment import Experiment, ExperimentRun
+from megatron_ext.config.resolved import resolved_json
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.launch.slurm import QueuedJob
+from megatron_ext.launch.status import Progress, Situation, State, read_progress, situations
 from megatron_ext.runtime.files import replace_text
-from megatron_ext.slurm.commands import QueuedJob
 
 if TYPE_CHECKING:
     from megatron_ext.metrics.report_data import RunData
@@ -164,10 +165,11 @@ def _train_twice(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, sto
 
 def _train(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
     """Exit status of the run, and what to say of it if that is not 0."""
-    from megatron_ext.cli.train import start
+    from megatron_ext.launch.launcher import launch, this_machine
 
     try:
-        exit_status = start(ledger.write_config(run), nproc=nproc, stop=stop)
+        ledger.write_config(run)
+        exit_status = launch(this_machine(nproc), run.config, stop=stop)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         return _BAD_INPUT, str(error)
@@ -265,12 +267,11 @@ class Ledger:
                 ) from None
             yield
 
-    def write_config(self, run: ExperimentRun) -> Path:
-        """Write the run's resolved config and return its path."""
+    def write_config(self, run: ExperimentRun) -> None:
+        """Write down what the run is started with."""
         path = self._folder / "configs" / f"{run.config.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run.config.model_dump(mode="json"), indent=1) + "\n")
-        return path
+        replace_text(path, resolved_json(run.config))
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
-from megatron_ext.curriculum.sampler import micro_batch_sizes
+from megatron_ext.curriculum.sampler import check_batches_divide, data_parallel_size, micro_batch_sizes
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.errors import UserError
 from megatron_ext.model.counts import (
@@ -93,8 +93,7 @@ def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> Plan
     if a rate is not positive.
     """
     model, tensor = config.model, config.parallel.tensor
-    _check(machine, config, plan)
-    data_size = machine.ranks // tensor
+    data_size = _check(machine, config, plan)
     flops = run_flops(model, plan.segments)
     rate = None if machine.device_tflops is None else machine.ranks * machine.device_tflops * 1e12 * machine.mfu
     return PlanReport(
@@ -111,25 +110,18 @@ def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> Plan
     )
 
 
-def _check(machine: Machine, config: RunConfig, plan: TrainingPlan) -> None:
-    tensor = config.parallel.tensor
-    if machine.ranks % tensor:
-        raise UserError(
-            f"--ranks is {machine.ranks}, no multiple of parallel.tensor {tensor}: "
-            f"pass {max(machine.ranks // tensor, 1) * tensor} or another multiple"
-        )
-    data_size = machine.ranks // tensor
-    for batch_size in sorted({segment.batch_size for segment in plan.segments}):
-        if batch_size % data_size:
-            raise UserError(
-                f"--ranks {machine.ranks} make {data_size} data-parallel ranks, which do not divide a batch of "
-                f"{batch_size} sequences: pass fewer ranks, or make training.batch_size (and "
-                f"training.batch_size_warmup) multiples of {data_size}"
-            )
+def _check(machine: Machine, config: RunConfig, plan: TrainingPlan) -> int:
+    """Data-parallel ranks, where they and the rates are possible."""
+    try:
+        data_size = data_parallel_size(machine.ranks, tensor=config.parallel.tensor)
+        check_batches_divide(plan, data_size)
+    except UserError as error:
+        raise UserError(f"--ranks is {machine.ranks}: {error}") from None
     if machine.device_tflops is not None and machine.device_tflops <= 0:
         raise UserError(f"--device-tflops is {machine.device_tflops:g}: pass a positive rate")
     if not 0 < machine.mfu <= 1:
         raise UserError(f"--mfu is {machine.mfu:g}: pass a share above 0 and up to 1")
+    return data_size
 
 
 def key_steps(plan: TrainingPlan) -> list[PlannedStep]:

@@ -12,8 +12,8 @@ from megatron_ext.cli.common import AsJson
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ext.cli.progress import Progress, Situation
     from megatron_ext.config.run import RunConfig
+    from megatron_ext.launch.status import Progress, Situation
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or its config.", show_default=False)]
 
@@ -23,8 +23,8 @@ def command(run: RunPath, *, as_json: AsJson = False) -> None:
 
     Example: megatron-ext status runs/slw
     """
-    from megatron_ext.cli.progress import read_progress, situations
     from megatron_ext.curriculum.plan import TrainingPlan
+    from megatron_ext.launch.status import read_progress, situations
 
     config = run_config(run)
     progress = read_progress(config, TrainingPlan.from_config(config))
@@ -46,7 +46,7 @@ def run_config(path: Path) -> "RunConfig":
         UserError: there is none.
     """
     from megatron_ext.config.loading import load_config
-    from megatron_ext.slurm.record import config_file
+    from megatron_ext.launch.slurm import config_file
 
     if path.is_file():
         return load_config(path)

@@ -62,7 +62,8 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
 ]
 Nproc = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU.")
+    int | None,
+    typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU."),
 ]
 Slurm = Annotated[
     str | None,
@@ -169,18 +170,15 @@ def _announce(problem: "Problem", grid: "Grid") -> None:
 
 
 def _runner(nproc: int | None, slurm: str | None) -> "Runner":
-    from megatron_ext.runtime.device import gpu_names
-    from megatron_ext.runtime.launcher import LaunchOptions
-    from megatron_ext.tuning.runner import LocalRunner
-    from megatron_ext.tuning.slurm import SlurmRunner
+    from megatron_ext.launch.launcher import this_machine
+    from megatron_ext.tuning.runner import LocalRunner, SlurmRunner
 
-    if slurm is not None:
-        try:
-            return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
-        except ValueError as error:
-            raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
-    gpus = len(gpu_names())
-    return LocalRunner(LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus))
+    if slurm is None:
+        return LocalRunner(this_machine(nproc))
+    try:
+        return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
+    except ValueError as error:
+        raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
 
 
 def _tune(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:

@@ -11,7 +11,7 @@ from megatron_ext.engine.engine import StepResult
 from megatron_ext.metrics.pending import FetchedStep, PendingSteps
 from megatron_ext.metrics.recorder import Recorder
 from megatron_ext.metrics.records import TrainRecord
-from megatron_ext.runtime.clock import Mark, seconds_between
+from megatron_ext.runtime.device import Mark, seconds_between
 
 
 class VarianceSummary(Protocol):

@@ -19,7 +19,7 @@ from megatron_ext.ops.building.problem import KernelsUnavailableError
 from megatron_ext.ops.building.recipe import recipe_for
 from megatron_ext.ops.building.sources import Backend
 from megatron_ext.runtime.device import compute_capabilities
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 
 _OPERATIONS = (layer_norm, add_layer_norm, softmax, bias_gelu, bias_dropout_add, cross_entropy, adam_variance)
 

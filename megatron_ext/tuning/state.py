@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.base import describe_differences
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.tuning.search import Candidate
@@ -43,11 +44,10 @@ def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, Prob
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): remove it, or choose another --output") from error
     # Both through JSON, where tuples are lists.
-    differing = _differing(there, json.loads(json.dumps(identity)))
-    if differing:
+    changes = describe_differences(there, json.loads(json.dumps(identity)))
+    if changes:
         raise UserError(
-            f"{path} holds probes of another search: {'; '.join(differing)}. Choose another --output, or restore "
-            "those values"
+            f"{path} holds probes of another search: {changes}. Choose another --output, or restore those values"
         )
     return {result.candidate: result for result in results}
 
@@ -83,14 +83,3 @@ def _from_json(item: dict[str, Any]) -> ProbeResult:
 def _number_to_json(value: float) -> float | str:
     """The number, or its spelling ("inf", "nan"), for which JSON has none."""
     return value if math.isfinite(value) else str(value)
-
-
-def _differing(there: Any, here: Any, prefix: str = "") -> list[str]:
-    if there == here:
-        return []
-    if not isinstance(there, dict) or not isinstance(here, dict):
-        return [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
-    parts: list[str] = []
-    for key in sorted(there.keys() | here.keys()):
-        parts += _differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
-    return parts

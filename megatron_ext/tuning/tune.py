@@ -1,6 +1,5 @@
 """The search on real probes: runs each as a run of its own, watches its metrics, and ends it when it is decided."""
 
-import json
 import math
 import shutil
 import time
@@ -75,12 +74,11 @@ class Tuning:
         probes = self.folder / "probes"
         probes.mkdir(exist_ok=True)
         config = self.problem.probe_config(candidate, output_dir=str(probes))
-        file, output = probes / f"{probe_name(candidate)}.json", probes / f"{probe_name(candidate)}.out"
-        file.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        output = probes / f"{probe_name(candidate)}.out"
         last = min(self.problem.settings.steps, self.problem.plan(candidate).steps)
         status = 0
         if not self._decided(config, candidate, last=last):
-            with closing(self.runner.start(file, output=output)) as job:
+            with closing(self.runner.start(config, output=output)) as job:
                 asked = False
                 while (polled := job.poll()) is None:
                     began = time.monotonic()

@@ -17,7 +17,7 @@ from megatron_ext.ops.building.problem import KernelsUnavailableError
 from megatron_ext.ops.building.recipe import Recipe, recipe_for
 from megatron_ext.ops.building.sources import source_folder
 from megatron_ext.ops.loading import find_library
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 
 _INSUFFICIENT_DRIVER = 35
 

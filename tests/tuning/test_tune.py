@@ -79,14 +79,13 @@ class FakeRunner:
     ends_with: int | None = None
     on_start: Callable[[], None] | None = None
 
-    def start(self, config: Path, *, output: Path) -> FakeJob:
-        parsed = RunConfig.model_validate_json(config.read_text())
+    def start(self, config: RunConfig, *, output: Path) -> FakeJob:
         output.write_text("something went wrong\n")
-        self.started.append(parsed.name)
+        self.started.append(config.name)
         if self.on_start is not None:
             self.on_start()
-        duration = json.loads(config.read_text())["curriculum"]["duration"]["steps"]
-        return FakeJob(parsed, 7 if duration > LIMIT else None, ends_with=self.ends_with)
+        duration = config.model_dump()["curriculum"]["duration"]["steps"]
+        return FakeJob(config, 7 if duration > LIMIT else None, ends_with=self.ends_with)
 
 
 def tuning(folder: Path, runner: FakeRunner, *, settings: ProbeSettings = SETTINGS) -> Tuning:

@@ -15,8 +15,7 @@ import torch
 from megatron_ext.ops.bench.contestants import Compute, Problem, contestants, make_problem
 from megatron_ext.ops.bench.results import FUSED, Measured
 from megatron_ext.ops.bench.traffic import Case, traffic
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.device import Device, mark, seconds_between
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_ext.ops.building.toolchain import (
     find_torch,
     nvcc_architectures,
 )
-from megatron_ext.runtime.kernel_environment import KernelEnvironment
+from megatron_ext.runtime.environment import KernelEnvironment
 
 TORCH_TARGET = "0x020b000000000000"
 """The oldest torch whose stable ABI the libraries ask for: 2.11, the lowest that the package allows."""

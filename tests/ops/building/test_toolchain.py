@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ext.ops.building.problem import KernelsUnavailableError
 from megatron_ext.ops.building.toolchain import Torch, cpu_features, find_compiler, find_ninja, find_nvcc, find_torch
-from megatron_ext.runtime.kernel_environment import KernelEnvironment, kernel_environment
+from megatron_ext.runtime.environment import KernelEnvironment, kernel_environment
 
 
 def environment(*, compiler: str = "g++", cuda_home: Path | None = None) -> KernelEnvironment:
