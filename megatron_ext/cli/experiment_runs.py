@@ -5,7 +5,6 @@ Everything is read off the run directories, so that a status is right whoever tr
 keeps two processes from training the same experiment, and ``configs/RUN.json``, what each run was started with.
 """
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.launch.slurm import QueuedJob
 from megatron_ext.launch.status import Progress, Situation, State, read_progress, situations
 from megatron_ext.runtime.files import replace_text
+from megatron_ext.runtime.run_lock import HeldError, file_lock, is_held
 
 if TYPE_CHECKING:
     from megatron_ext.metrics.report_data import RunData
@@ -241,14 +241,9 @@ class Ledger:
 
     def running(self) -> str | None:
         """Name of the run that a process is training now."""
-        try:
-            with self._lock.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        if not is_held(self._lock):
             return None
-        except BlockingIOError:
-            return next((name for name, entry in self._read().items() if "began" in entry), None)
-        return None
+        return next((name for name, entry in self._read().items() if "began" in entry), None)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -258,14 +253,13 @@ class Ledger:
             UserError: another process holds it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self._folder}: another process is training this experiment; wait for it, or stop it first"
-                ) from None
-            yield
+        try:
+            with file_lock(self._lock):
+                yield
+        except HeldError as holder:
+            raise UserError(
+                f"{self._folder}: another process is training this experiment ({holder}); wait for it, or stop it first"
+            ) from None
 
     def write_config(self, run: ExperimentRun) -> None:
         """Write down what the run is started with."""

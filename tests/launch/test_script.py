@@ -54,7 +54,7 @@ def test_a_run_is_trained_once_and_its_job_is_on_record(batch: Batch, tmp_path: 
 
 def test_the_template_is_where_people_look_for_it() -> None:
     root = Path(__file__).parents[2]
-    shown, used = root / "launch" / "slurm" / "train.sh", root / "megatron_ext" / "slurm" / "templates" / "train.sh"
+    shown, used = root / "launch" / "slurm" / "train.sh", root / "megatron_ext" / "launch" / "templates" / "train.sh"
     assert shown.read_bytes() == used.read_bytes()
 
 
