@@ -65,7 +65,7 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
         held = set(archive.namelist())
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext").rglob("*.py")}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/config/presets").glob("*.json")}
-    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/slurm/templates").iterdir()}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/launch/templates").iterdir()}
     assert wanted <= held, wanted - held
     assert "megatron_ext/py.typed" in held
     assert "megatron_ext/csrc/common/abi.h" in held

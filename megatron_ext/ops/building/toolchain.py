@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.kernel_environment import KernelEnvironment
+from megatron_ext.runtime.environment import KernelEnvironment
 
 _TIMEOUT_SECONDS = 60
 _OLDEST_COMPILER = (9, 0)
