@@ -40,17 +40,16 @@ def config(layers: int, width: int, heads: int, length: int) -> RunConfig:
 
 def measure(name: str, repeats: int) -> None:
     """Print one line: medians of ``repeats`` calls, after one that does not count."""
-    from megatron_ext.engine.engine import TrainEngine
-    from megatron_ext.engine.micro_batches import MicroBatch
-    from megatron_ext.model.gpt import build_gpt
+    from megatron_ext.engine.engine import MicroBatch
     from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_ext.parallel.rng import seed_streams
     from megatron_ext.stability.adam_variance import AdamVariance
+    from megatron_ext.trainer import build_engine
 
     run = config(*SIZES[name])
     layout = initialize_parallel(1, 5.0)
     streams = seed_streams(run.seed, layout, CPU.torch_device)
-    engine = TrainEngine(run, build_gpt(run, layout, streams), layout=layout, device=CPU)
+    engine = build_engine(run, layout, streams, device=CPU)
     variance = AdamVariance(engine, run.metrics, CPU.torch_device)
     length = run.training.seq_len
     tokens = torch.randint(0, 4096, (1, length + 1))

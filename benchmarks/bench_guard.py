@@ -18,15 +18,14 @@ import torch.distributed as dist
 from measuring import parser_of
 from megatron_ext.config.guards import GuardsConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import MicroBatch
-from megatron_ext.model.gpt import build_gpt
+from megatron_ext.engine.engine import MicroBatch
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.clock import mark, seconds_between
 from megatron_ext.runtime.device import select_device
 from megatron_ext.runtime.environment import prepare_libraries, rank_info
 from megatron_ext.stability.guard import UpdateGuard
+from megatron_ext.trainer import build_engine
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 256, 8
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": VOCABULARY}
@@ -67,7 +66,7 @@ def measure(steps: int, model: dict[str, int]) -> tuple[list[float], list[float]
     config = RunConfig.model_validate_json(json.dumps(CONFIG | {"model": model}))
     layout = initialize_parallel(1, 2.0)
     streams = seed_streams(config.seed, layout, device.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
+    engine = build_engine(config, layout, streams, device=device)
     guard = UpdateGuard(GuardsConfig(non_finite="log"))
     generator = torch.Generator().manual_seed(1)
     times: tuple[list[float], list[float]] = ([], [])
@@ -75,7 +74,7 @@ def measure(steps: int, model: dict[str, int]) -> tuple[list[float], list[float]
         rows = torch.randint(VOCABULARY, (BATCH, SEQ_LEN + 1), generator=generator)
         pieces = [MicroBatch(rows[:, :-1], rows[:, 1:])]
         start = mark(device)
-        engine.step(pieces, global_tokens=BATCH * SEQ_LEN, lr=1e-4, judge=guard if step % 2 else None)
+        engine.step(pieces, global_tokens=BATCH * SEQ_LEN, lr=1e-4, policy=guard if step % 2 else None)
         end = mark(device)
         if step >= 6:
             times[step % 2].append(seconds_between(start, end))

@@ -65,7 +65,14 @@ def config_of(shape: Shape, options: argparse.Namespace) -> RunConfig:
 
 def step_of(config: RunConfig, layout: Layout, device: Device, kernels: Kernels) -> Callable[[torch.Tensor], None]:
     streams = seed_streams(config.seed, layout, device.torch_device)
-    model = build_gpt(config, layout, streams, kernels=kernels).to(device.torch_device)
+    model = build_gpt(
+        config.model,
+        layout=layout,
+        positions=config.max_positions,
+        seed=config.seed,
+        streams=streams,
+        kernels=kernels,
+    ).to(device.torch_device)
     settings = config.optimizer
     groups = parameter_groups(model.named_parameters(), settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=settings.betas, eps=settings.eps, fused=True)

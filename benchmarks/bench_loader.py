@@ -70,7 +70,9 @@ def main() -> None:
             for length in (8, 64, 512, 1024):
                 run = config(prefix, length, tail)
                 plan = TrainingPlan.from_config(run)
-                seconds, rate = measure(plan, build_datasets(run, plan), enough)
+                sizes = {"seq_len": plan.seq_len, "samples": plan.samples, "valid_samples": 1}
+                datasets = build_datasets(run.data, **sizes, vocab_size=VOCABULARY, seed=run.seed)
+                seconds, rate = measure(plan, datasets, enough)
                 sys.stdout.write(
                     f"{tail:9} length {length:5}: {seconds * 1e3:7.2f} ms a batch, {rate:13,.0f} tokens/s\n"
                 )

@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from measuring import parser_of
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import cut_micro_batches
+from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
@@ -26,6 +25,7 @@ from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device, select_device
 from megatron_ext.runtime.environment import prepare_libraries, rank_info
 from megatron_ext.runtime.process_group import process_group
+from megatron_ext.trainer import build_engine
 
 SEQ_LEN, VOCABULARY = 256, 8192
 
@@ -49,7 +49,7 @@ def config_of(options: argparse.Namespace, zero_stage: int) -> RunConfig:
 
 def engine_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[torch.Tensor], object]:
     streams = seed_streams(config.seed, layout, device.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
+    engine = build_engine(config, layout, streams, device=device)
     batch = config.training.batch_size
     sizes = (batch // 2, batch // 2)
     return lambda ids: engine.step(
@@ -59,7 +59,8 @@ def engine_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[
 
 def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[torch.Tensor], object]:
     streams = seed_streams(config.seed, layout, device.torch_device)
-    model = build_gpt(config, layout, streams).to(device.torch_device)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed, streams=streams)
+    model = model.to(device.torch_device)
     settings, batch = config.optimizer, config.training.batch_size
     optimizer = torch.optim.AdamW(
         parameter_groups(model.named_parameters(), settings.weight_decay),

@@ -23,7 +23,7 @@ settings.load_profile("project")
 @pytest.fixture(scope="session")
 def fused() -> None:
     """The fused kernels for the CPU, loaded into this process; compiled into the cache at the first use."""
-    from megatron_ext.ops.building.problem import KernelsUnavailableError
+    from megatron_ext.ops.building.toolchain import KernelsUnavailableError
     from megatron_ext.ops.loading import load_operators
 
     try:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from megatron_ext.cli.common import AsJson
 
 if TYPE_CHECKING:
-    from megatron_ext.ops.building.sources import Backend
+    from megatron_ext.ops.building.recipe import Backend
 
 PACKAGE = "megatron-ext"
 _TOOL_TIMEOUT_SECONDS = 20
@@ -177,7 +177,7 @@ def _compilers() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    from megatron_ext.ops.building.sources import CPU, CUDA
+    from megatron_ext.ops.building.recipe import CPU, CUDA
 
     try:
         from megatron_ext.runtime.device import gpu_names

@@ -11,8 +11,8 @@ from megatron_ext.cli.common import AsJson, ExperimentPath
 from megatron_ext.cli.experiment_run import command as run_command
 from megatron_ext.cli.experiment_tables import console, status_table
 from megatron_ext.cli.report import TargetLoss, write_page
-from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, load_experiment
 
 if TYPE_CHECKING:
     from megatron_ext.cli.experiment_runs import RunStatus

@@ -30,7 +30,7 @@ from megatron_ext.cli.slurm_options import (
     submit_job,
     training_job,
 )
-from megatron_ext.config.experiment import Experiment, load_experiment
+from megatron_ext.experiments.config import Experiment, load_experiment
 
 if TYPE_CHECKING:
     from megatron_ext.cli.experiment_runs import RunStatus

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import typer
 
 from megatron_ext.cli.progress import Progress, Situation, State, read_progress, situations
-from megatron_ext.config.experiment import Experiment, ExperimentRun
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, ExperimentRun
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.slurm.commands import QueuedJob
 
@@ -201,14 +201,14 @@ def data_of(experiment: Experiment) -> "list[RunData]":
 
 def _refuse_other_runs(experiment: Experiment) -> None:
     """Raise UserError where a run's directory holds a run of another config."""
-    from megatron_ext.checkpoint.manifest import check_resumable, read_manifest
-    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
 
     for run in experiment.runs:
         newest = newest_checkpoint(run.config.run_dir / "checkpoints")
         if newest is not None:
             manifest = read_manifest(newest)
-            check_resumable(manifest, run.config, layout=manifest.layout, where=newest)
+            determining = run.config.determining_values()
+            check_resumable(manifest, determining=determining, layout=manifest.layout, where=newest)
 
 
 class Ledger:

@@ -7,8 +7,8 @@ import typer
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
 from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, DiscretePacing, MixedPacing
-from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
+from megatron_ext.config.messages import ConfigError
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan, possible_plans
 from megatron_ext.errors import UserError

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import Duration, NonNegativeFloat, PositiveInt, Section
+from megatron_ext.base import Duration, NonNegativeFloat, PositiveInt, Section
 
 
 class ConstantPacing(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.config.base import PositiveInt, Section
+from megatron_ext.base import PositiveInt, Section
 
 GuardAction = Literal["log", "stop", "skip", "rollback"]
 """log: an event, nothing else. stop: leave out the step's update, save a checkpoint, end the run with exit status 1.

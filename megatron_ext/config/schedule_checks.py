@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.base import MAX_COUNT, Duration
+from megatron_ext.base import MAX_COUNT, Duration
 from megatron_ext.config.curriculum import (
     AdaptivePacing,
     ConstantPacing,

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import overload
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.config.curriculum import MixedPacing
 from megatron_ext.curriculum.segments import Segment
 

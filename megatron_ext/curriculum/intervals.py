@@ -1,6 +1,6 @@
 """When something is due that happens every n steps or tokens."""
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.curriculum.plan import PlannedStep
 
 

@@ -17,7 +17,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.config.curriculum import (
     AdaptivePacing,
     BatchSizeWarmup,

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.config.curriculum import AdaptivePacing, MixedPacing
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.cycle import CycleSegments, cycle_of

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.config.training import LearningRateConfig
 from megatron_ext.curriculum.segments import Segment, steps_to_reach, tokens_after
 from megatron_ext.errors import UserError

@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.curriculum.pacing import Ladder
 
 

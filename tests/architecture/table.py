@@ -2,30 +2,33 @@
 
 from collections.abc import Mapping
 
-# A module imports only from smaller numbers; same number: strangers. errors is below everything so that config, too,
-# may raise UserError.
+# A module imports only from smaller numbers; same number: strangers. errors and base are below everything: the one
+# exception that means "the input is wrong", and what every section of a config is made of.
 LAYERS: Mapping[str, int] = {
-    "errors": -1,
-    "config": 0,
-    "runtime": 1,
-    "slurm": 2,
-    "ops": 2,
-    "parallel": 2,
-    "preflight": 2,
-    "curriculum": 2,
-    "data": 3,
-    "model": 3,
-    "engine": 4,
-    "stability": 5,
-    "evaluate": 5,
-    "checkpoint": 5,
-    "metrics": 5,
-    "session": 6,
-    "tuning": 6,
-    "train": 7,
-    "worker": 8,
-    "cli": 8,
-    "__main__": 9,
+    "errors": -2,
+    "base": -1,
+    "curriculum": 0,
+    "config": 1,
+    "runtime": 2,
+    "ops": 3,
+    "parallel": 3,
+    "data": 4,
+    "model": 4,
+    "engine": 5,
+    "stability": 6,
+    "metrics": 6,
+    "checkpoint": 7,
+    "evaluate": 8,
+    "trainer": 9,
+    "dry_run": 10,
+    "preflight": 11,
+    "slurm": 11,
+    "launch": 11,
+    "analysis": 11,
+    "worker": 12,
+    "experiments": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 
 # What is behind a door, and the parts that may open it. The longest prefix that fits decides.
@@ -35,7 +38,7 @@ DOORS: Mapping[str, frozenset[str]] = {
     "os.getenv": frozenset({"runtime"}),
     "os.putenv": frozenset({"runtime"}),
     # runtime holds the programs that run on other hosts.
-    "sys.argv": frozenset({"cli", "worker", "__main__", "runtime"}),
+    "sys.argv": frozenset({"cli", "worker", "__main__", "runtime", "launch"}),
     "argparse": frozenset({"cli", "worker"}),
     "typer": frozenset({"cli"}),
     "torch.cuda": frozenset({"runtime"}),
@@ -54,11 +57,12 @@ DOORS: Mapping[str, frozenset[str]] = {
 }
 
 # Parts that never import torch or what imports it, not even inside a function.
-TORCH_FREE = frozenset({"errors", "config", "curriculum"})
+TORCH_FREE = frozenset({"errors", "base", "config", "curriculum"})
 # Modules that do not import it when they are imported (a function may).
 TORCH_FREE_AT_IMPORT = (
     "__init__",
     "errors",
+    "base",
     "config",
     "curriculum",
     "cli",
@@ -69,7 +73,7 @@ TORCH_FREE_AT_IMPORT = (
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
 
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
-NO_ITEM_IN = frozenset({"train", "engine.engine"})
+NO_ITEM_IN = frozenset({"trainer", "engine.deepspeed_engine"})
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -11,13 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.manifest import Manifest, write_manifest
+from megatron_ext.checkpoint.store import Manifest, write_manifest
 from megatron_ext.cli import app, train
 from megatron_ext.cli.experiment_runs import statuses, train_all
-from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, load_experiment
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest

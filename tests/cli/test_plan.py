@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from megatron_ext.cli.app import main
-from megatron_ext.cli.plan_report import Machine, key_steps, plan_report, summarized
+from megatron_ext.cli.plan import Machine, key_steps, plan_report, summarized
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.plan import TrainingPlan
 
@@ -185,7 +185,8 @@ def test_key_steps_have_the_peak_and_the_end(config: Path) -> None:
 def test_more_ranks_take_less_memory_each_and_less_time(config: Path) -> None:
     run = load_config(config)
     plan = TrainingPlan.from_config(run)
-    one, many = (plan_report(run, plan, Machine(ranks=ranks, device_tflops=100.0, mfu=0.4)) for ranks in (1, 16))
+    machines = [Machine(ranks=ranks, tensor=1, device_tflops=100.0, mfu=0.4) for ranks in (1, 16)]
+    one, many = (plan_report(run, plan, machine) for machine in machines)
     assert many.memory.device < one.memory.device
     assert one.seconds is not None
     assert many.seconds == pytest.approx(one.seconds / 16)

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from megatron_ext.cli.validate import command, summary
-from megatron_ext.config.explain import ConfigError
+from megatron_ext.config.messages import ConfigError
 from megatron_ext.errors import UserError
 from tests.config.builders import small_config, small_tree, write
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.files import parse_json, preset_names, read_layers
+from megatron_ext.config.loading import parse_json, preset_names, read_layers
 from megatron_ext.config.merging import merge_all
 from megatron_ext.errors import UserError
 from tests.config.builders import write

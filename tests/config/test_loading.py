@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.files import Layer
 from megatron_ext.config.loading import load_config, parse_layers
+from megatron_ext.config.merging import Layer
 from megatron_ext.errors import UserError
 from tests.config.builders import small_tree, write
 
@@ -110,7 +110,7 @@ def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, override: 
     ("override", "hint"),
     [
         ("training.seqlen=4", "did you mean training.seq_len?"),
-        ("model.seqlen=4", "write training.seq_len instead"),
+        ("model.seqlen=4", "did you mean training.seq_len?"),
         ("training.seq_length=4", "did you mean training.seq_len?"),
         ("training.sq_len=4", "did you mean training.seq_len?"),
         ("trainig.seq_len=4", "trainig: unknown key; did you mean training?"),

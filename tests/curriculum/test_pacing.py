@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.curriculum.pacing import Ladder, discrete, rising
 from tests.curriculum.runs import formula_value, property_test
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.curriculum.plan import PlanArrays, TrainingPlan
 from megatron_ext.errors import UserError
 from tests.curriculum.runs import Case, cases, property_test, run_config

@@ -1,6 +1,6 @@
 """Segments beyond the run, where the last batch goes on."""
 
-from megatron_ext.config.base import Duration
+from megatron_ext.base import Duration
 from megatron_ext.curriculum.pacing import constant, rising
 from megatron_ext.curriculum.segments import climb, cut, steps_to_reach, tokens_after
 

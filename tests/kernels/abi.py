@@ -18,7 +18,6 @@ POINTED_TO: dict[str, frozenset[torch.dtype]] = {
     "float": frozenset({torch.float32}),
     "double": frozenset({torch.float64}),
     "int64_t": frozenset({torch.int64}),
-    "uint8_t": frozenset({torch.uint8, torch.bool}),
 }
 
 

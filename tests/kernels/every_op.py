@@ -38,13 +38,6 @@ def _causal_softmax(backend: KernelBackend, cols: int) -> Results:
     return forward | calls.causal_softmax_backward(backend, dy, forward["probs"].cpu(), 0.5, noise=NOISE)
 
 
-def _masked_softmax(backend: KernelBackend, cols: int) -> Results:
-    scores, dy = normal((2, 2, 5, cols), torch.float16, seed=1), normal((2, 2, 5, cols), torch.float16, seed=2)
-    mask = normal((2, 1, 5, cols), torch.float32, seed=3) > 0.5
-    forward = calls.masked_softmax_forward(backend, scores, mask, 0.5, noise=NOISE)
-    return forward | calls.masked_softmax_backward(backend, dy, forward["probs"].cpu(), 0.5, noise=NOISE)
-
-
 def _bias_gelu(backend: KernelBackend, cols: int) -> Results:
     x, dy, bias = (normal(shape, torch.float16, seed=1) for shape in ((150, cols), (150, cols), (cols,)))
     forward = calls.bias_gelu_forward(backend, x, bias, exact=False)
@@ -72,7 +65,6 @@ OPS: list[Callable[[KernelBackend, int], Results]] = [
     _layer_norm,
     _add_layer_norm,
     _causal_softmax,
-    _masked_softmax,
     _bias_gelu,
     _bias_dropout_add,
     _cross_entropy,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from megatron_ext.model.attention import ATTENTION_BACKENDS, CausalAttention, core_attention
 from megatron_ext.model.spec import transformer_config
+
 from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from tests.model.small import small_config

@@ -8,8 +8,7 @@ import torch
 
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
-from megatron_ext.parallel.groups import initialize_parallel
-from megatron_ext.parallel.mpu import Mpu
+from megatron_ext.parallel.groups import Mpu, initialize_parallel
 from tests.model.small import random_tokens, small_config
 from tests.ranks import run_ranks
 

@@ -7,8 +7,7 @@ import torch
 import torch.utils.checkpoint
 
 from megatron_ext.ops.kernels import Kernels, is_fused
-from megatron_ext.parallel.recompute import recompute
-from megatron_ext.parallel.rng import RngStreams, default_generator
+from megatron_ext.parallel.rng import RngStreams, default_generator, recompute
 from tests.ops.samples import SAMPLES, Sample
 
 pytestmark = pytest.mark.usefixtures("fused")

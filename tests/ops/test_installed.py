@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 LOAD = """
 from megatron_ext.ops.building.recipe import recipe_for
-from megatron_ext.ops.building.sources import source_folder
+from megatron_ext.ops.building.recipe import source_folder
 from megatron_ext.ops.loading import load_operators
 from megatron_ext.runtime.kernel_environment import kernel_environment
 library = load_operators("cpu")

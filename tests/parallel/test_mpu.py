@@ -9,8 +9,7 @@ import pytest
 import torch.distributed as dist
 from deepspeed.utils import bwc, groups
 
-from megatron_ext.parallel.groups import initialize_parallel
-from megatron_ext.parallel.mpu import Mpu
+from megatron_ext.parallel.groups import Mpu, initialize_parallel
 from tests.ranks import run_ranks
 
 _READ = ("runtime/*.py", "runtime/zero/*.py", "runtime/model_checkpointing/*.py", "utils/groups.py", "utils/bwc.py")

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional
 
 from megatron_ext.parallel.groups import initialize_parallel
-from megatron_ext.parallel.recompute import recompute
-from megatron_ext.parallel.rng import RngStreams, seed_streams
+from megatron_ext.parallel.rng import RngStreams, recompute, seed_streams
 from tests.ranks import single_rank
 
 

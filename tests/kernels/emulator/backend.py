@@ -13,7 +13,7 @@ from tests.kernels.interface import STREAM, Argument, KernelError, check_canarie
 
 @dataclass(frozen=True)
 class EmulatorBackend(Guarded):
-    """The CUDA kernels, compiled by g++ and run by csrc/emulator, in one order of threads and blocks."""
+    """The CUDA kernels, compiled by g++ and run by the emulator, in one order of threads and blocks."""
 
     order: str
     seed: int

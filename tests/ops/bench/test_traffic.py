@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megatron_ext.ops.bench import contestants
+from megatron_ext.ops.bench.figures import OPERATIONS, Case, Measured, cases, figures, table, traffic
 from megatron_ext.ops.bench.measure import Effort, measure
-from megatron_ext.ops.bench.results import Measured, figures, table
-from megatron_ext.ops.bench.traffic import OPERATIONS, Case, cases, traffic
 from tests.engine.training import CPU
 
 
