@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.environment import (
     RankInfo,
@@ -116,9 +115,9 @@ def _run(rank: _Rank) -> int:
 
 def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch | None") -> int:
     """Do the work; a failure goes through the watch, which knows whether it is the first."""
+    from megatron_ext.curriculum.guards import GuardStop
     from megatron_ext.runtime.failure import Failure, failure_of
     from megatron_ext.runtime.process_group import process_group
-    from megatron_ext.stability.guard import GuardStop
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
     try:
@@ -171,7 +170,7 @@ def _work(rank: _Rank, device: "Device", processes: "Processes", examination: "E
     if rank.dry_run:
         from megatron_ext.dry_run import dry_run
 
-        plan = TrainingPlan.from_config(rank.config)
+        plan = rank.config.plan()
         for line in dry_run(rank.config, plan, device=device, processes=processes).lines(plan):
             LOGGER.info(line)
         return 0

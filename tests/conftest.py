@@ -7,9 +7,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from types import CodeType, FunctionType
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from megatron_ext.parallel.groups import Layout
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +34,15 @@ def fused() -> None:
         load_operators("cpu")
     except KernelsUnavailableError as error:
         pytest.skip(f"no fused kernels here: {error}")
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator["Layout"]:
+    """Groups of this process alone."""
+    from megatron_ext.parallel.groups import single_rank_layout
+
+    with single_rank_layout() as layout:
+        yield layout
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -79,7 +79,7 @@ def plans_of(experiment: Experiment) -> list[TrainingPlan]:
     plans = []
     for run in experiment.runs:
         try:
-            plans.append(TrainingPlan.from_config(run.config))
+            plans.append(run.config.plan())
         except UserError as error:
             raise UserError(f"{experiment.source} (variant {run.variant}): {error}") from None
     return plans

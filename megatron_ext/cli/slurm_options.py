@@ -142,7 +142,6 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_ru
 
 def _check_run(config: "RunConfig", resources: "Resources") -> None:
     from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
-    from megatron_ext.curriculum.plan import possible_plans
     from megatron_ext.curriculum.sampler import check_batches_divide
 
     tensor, ranks = config.parallel.tensor, resources.ranks
@@ -151,7 +150,7 @@ def _check_run(config: "RunConfig", resources: "Resources") -> None:
             f"parallel.tensor is {tensor}, which does not divide the {ranks} rank(s) of {resources.nodes} node(s): "
             "change --nodes, --gpus-per-node or --tasks-per-node"
         )
-    for plan in possible_plans(config).values():
+    for plan in config.possible_plans().values():
         check_batches_divide(plan, ranks // tensor)
     newest = newest_checkpoint(config.run_dir / "checkpoints")
     if newest is not None:

@@ -149,9 +149,8 @@ def _on_hosts(
 
 def _check_ranks(config: "RunConfig", ranks: int) -> None:
     """Whether the ranks can share every batch; what else does not fit, the ranks themselves say."""
-    from megatron_ext.curriculum.plan import TrainingPlan
     from megatron_ext.curriculum.sampler import check_batches_divide
 
-    plan = TrainingPlan.from_config(config)
+    plan = config.plan()
     if ranks % config.parallel.tensor == 0:
         check_batches_divide(plan, ranks // config.parallel.tensor)

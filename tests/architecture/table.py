@@ -19,7 +19,8 @@ LAYERS: Mapping[str, int] = {
     "metrics": 6,
     "checkpoint": 7,
     "evaluate": 8,
-    "trainer": 9,
+    "build": 9,
+    "trainer": 10,
     "dry_run": 10,
     "preflight": 11,
     "slurm": 11,
@@ -44,6 +45,8 @@ DOORS: Mapping[str, frozenset[str]] = {
     "torch.cuda": frozenset({"runtime"}),
     "torch.utils.cpp_extension": frozenset({"ops"}),
     "deepspeed": frozenset({"engine"}),
+    # Reads the files of ZeRO 3 without an engine.
+    "deepspeed.utils.zero_to_fp32": frozenset({"checkpoint"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.core.tensor_parallel": frozenset({"parallel"}),
     # The linear layers and the embedding are what a model is made of; groups, mappings and streams are not.
@@ -71,6 +74,9 @@ TORCH_FREE_AT_IMPORT = (
     "model.counts",
 )
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
+
+# Parts that people import from their own programs: their __init__ re-exports what is public.
+LIBRARIES = frozenset({"curriculum"})
 
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
 NO_ITEM_IN = frozenset({"trainer", "engine.deepspeed_engine"})

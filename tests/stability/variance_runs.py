@@ -9,7 +9,6 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_optimizer_state
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.gpt import build_gpt
@@ -55,7 +54,7 @@ def torch_reference(config: RunConfig, layout: Layout) -> Norms:
         foreach=False,
     )
     engine = _Bare(model, optimizer, config.optimizer.clip_grad)
-    plan = TrainingPlan.from_config(config)
+    plan = config.plan()
     run_steps(Setup(config, plan, layout, None, engine), 0, STEPS)  # type: ignore[arg-type]
     return {name: norms(optimizer.state[parameter]["exp_avg_sq"]) for name, parameter in model.named_parameters()}
 

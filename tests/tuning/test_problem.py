@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.curriculum import LinearPacing, RootPacing
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
+from megatron_ext.curriculum.pacings import LinearPacing, RootPacing
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_search import Candidate
 from megatron_ext.experiments.tune_space import (

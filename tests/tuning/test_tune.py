@@ -11,7 +11,6 @@ import megatron_ext.experiments.tune
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune import FILE_NAME, ProbeError, ProbeResult, Tuning
 from megatron_ext.experiments.tune_search import Candidate, Outcome
@@ -45,7 +44,7 @@ class FakeJob:
     def poll(self) -> int | None:
         if self.ends_with is not None:
             return self.ends_with
-        plan, step = TrainingPlan.from_config(self.config), self.trained()
+        plan, step = self.config.plan(), self.trained()
         if self.stopping or step >= plan.steps_within(self.config.training.stop_after):
             return 0
         sink = JsonlSink(self.config.run_dir / "metrics.jsonl")

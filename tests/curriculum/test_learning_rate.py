@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from megatron_ext.curriculum.plan import TrainingPlan
 from tests.curriculum.runs import run_config
 
 PEAK, LOW = 3e-4, 3e-5
@@ -18,7 +17,7 @@ def rates(learning_rate: dict[str, object], duration: dict[str, int]) -> list[tu
         curriculum={"pacing": "linear", "start": 8, "duration": {"steps": 6}},
         learning_rate={"peak": PEAK, "min": LOW, **learning_rate},
     )
-    return [(step.consumed_tokens + step.tokens, step.lr) for step in TrainingPlan.from_config(config)]
+    return [(step.consumed_tokens + step.tokens, step.lr) for step in config.plan()]
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.curriculum.loss_ratio import THRESHOLDS, LossRatio
 from megatron_ext.errors import UserError
-from megatron_ext.stability.loss_ratio import THRESHOLDS, LossRatio
 
 finite = st.floats(min_value=1e-3, max_value=50.0)
 losses_strategy = st.lists(st.one_of(finite, st.sampled_from([math.nan, math.inf, -math.inf])), max_size=60)

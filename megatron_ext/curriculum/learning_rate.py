@@ -19,20 +19,88 @@ Measuring the decay in tokens is what the paper asks for under a changing length
 takes the same shapes by samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_ext.base import Duration
-from megatron_ext.config.training import LearningRateConfig
-from megatron_ext.curriculum.segments import Segment, steps_to_reach, tokens_after
+from megatron_ext.base import Duration, NonNegativeFloat, PositiveFloat, Section
+from megatron_ext.curriculum.segments import (
+    Floats,
+    Ints,
+    Segment,
+    amounts,
+    steps_to_reach,
+    tokens_after,
+    too_long,
+    total,
+)
 from megatron_ext.errors import UserError
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+
+class LearningRateConfig(Section):
+    """Linear warmup, then decay by consumed tokens."""
+
+    peak: PositiveFloat
+    """Learning rate at the end of the warmup."""
+
+    min: NonNegativeFloat = 0.0
+    """Learning rate from the end of the decay on; at most ``peak``."""
+
+    warmup: Duration | None = None
+    """Linear warmup from 0; under SLW in steps (paper, A.2). None starts at the peak."""
+
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay. wsd (warmup, stable, decay) stays at the peak and falls linearly over ``cooldown``."""
+
+    decay_duration: Duration | None = None
+    """When the decay ends, counted from the start of the run; by default with the run. Progress between the end of
+    the warmup and this point is measured in consumed tokens (paper, A.2)."""
+
+    cooldown: Duration | None = None
+    """Last part of the decay in which wsd falls from ``peak`` to ``min``; needed with wsd and with nothing else."""
+
+    def problems(self, duration: Duration) -> Iterator[str]:
+        """One line per contradiction, in itself or with the run's ``duration``; between units only a plan can tell."""
+        if self.min > self.peak:
+            yield (
+                f"learning_rate.min is {self.min:g}, more than learning_rate.peak {self.peak:g}: "
+                f"write at most {self.peak:g}"
+            )
+        if self.decay == "wsd" and self.cooldown is None:
+            yield (
+                'learning_rate.decay is "wsd" without learning_rate.cooldown: write how long the rate falls at the '
+                'end, {"tokens": n} or {"steps": n}'
+            )
+        if self.decay != "wsd" and self.cooldown is not None:
+            yield (
+                f'learning_rate.cooldown is {self.cooldown} with learning_rate.decay "{self.decay}", which has none: '
+                'remove it (or set it to null), or write decay "wsd"'
+            )
+        yield from too_long("learning_rate.warmup", self.warmup, duration)
+        end, end_key = self.decay_end(duration)
+        found = amounts(end, duration)
+        if found and found[0] > found[1]:
+            yield (
+                f"{end_key} is {end}, more than training.duration, {duration}: write at most {duration} or lengthen "
+                "the run"
+            )
+        cooldown = self.cooldown if self.decay == "wsd" else None
+        parts = {"learning_rate.warmup": self.warmup, "learning_rate.cooldown": cooldown}
+        given = {key: part for key, part in parts.items() if part is not None}
+        if self.decay_duration is None and cooldown is None:
+            return  # what is left is the warmup against the run, checked above
+        within = total(list(given.values())) if given else None
+        found = amounts(within, end) if within else None
+        if found and found[0] > found[1]:
+            yield f"{' + '.join(given)} is {within}, more than {end_key}, {end}: shorten {' or '.join(given)}"
+
+    def decay_end(self, duration: Duration) -> tuple[Duration, str]:
+        """When the decay ends in a run of ``duration``, and the key that says so."""
+        if self.decay_duration is not None:
+            return self.decay_duration, "learning_rate.decay_duration"
+        return duration, "training.duration"
 
 
 @dataclass(frozen=True)
@@ -82,8 +150,7 @@ def learning_rate(config: LearningRateConfig, segments: Sequence[Segment], durat
             f"learning_rate.warmup is {config.warmup}, which takes {warmup_steps:,} steps, but the run "
             f"(training.duration {duration}) has {run_steps:,} steps: shorten the warmup or lengthen the run"
         )
-    decay_key = "learning_rate.decay_duration" if config.decay_duration else "training.duration"
-    decay_duration = config.decay_duration or duration
+    decay_duration, decay_key = config.decay_end(duration)
     decay_end = _tokens(decay_duration, segments)
     if config.decay != "constant" and warmup_end >= decay_end:
         raise UserError(
