@@ -21,7 +21,7 @@ from megatron_ext.experiments.config import Experiment, load_experiment
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest
-from tests.config.test_experiment import load
+from tests.experiments.test_config import load
 from tests.metrics.test_records import train_record
 from tests.train.small_run import cli, records, started, wait_for_step, write_config, write_corpus
 
