@@ -124,15 +124,21 @@ def _by_length(
     from megatron_ext.stability.length_variance import StudySettings, check_settings, doubling_lengths, study_lengths
 
     with load_model(path, device) as loaded:
-        full = loaded.config.training.seq_len
+        config, full = loaded.config, loaded.config.training.seq_len
         settings = StudySettings(
             lengths=asked or doubling_lengths(full),
             tokens=4 * full if tokens is None else tokens,
             batches=batches,
-            micro_batch_tokens=max(full, loaded.config.micro_batch_tokens),
+            micro_batch_tokens=max(full, config.micro_batch_tokens),
         )
         check_settings(settings, seq_len=full)
-        dataset = build_training(loaded.config, samples=settings.samples, seed=seed)
+        dataset = build_training(
+            config.data,
+            seq_len=full,
+            vocab_size=config.model.vocab_size,
+            samples=settings.samples,
+            seed=seed,
+        )
         return list(study_lengths(loaded.model, dataset, settings, device=device.torch_device))
 
 

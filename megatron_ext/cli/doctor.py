@@ -184,7 +184,7 @@ def _kernels() -> list[Finding]:
         has_gpu = bool(_gpu_names())
     except (ImportError, OSError):
         return []  # what _torch reports
-    from megatron_ext.ops.building.sources import CPU, CUDA
+    from megatron_ext.ops.building.recipe import CPU, CUDA
     from megatron_ext.ops.loading import find_library
 
     findings = []

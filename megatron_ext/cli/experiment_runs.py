@@ -79,7 +79,7 @@ def plans_of(experiment: Experiment) -> list[TrainingPlan]:
     plans = []
     for run in experiment.runs:
         try:
-            plans.append(TrainingPlan.from_config(run.config))
+            plans.append(run.config.plan())
         except UserError as error:
             raise UserError(f"{experiment.source} (variant {run.variant}): {error}") from None
     return plans
@@ -201,14 +201,14 @@ def data_of(experiment: Experiment) -> "list[RunData]":
 
 def _refuse_other_runs(experiment: Experiment) -> None:
     """Raise UserError where a run's directory holds a run of another config."""
-    from megatron_ext.checkpoint.manifest import check_resumable, read_manifest
-    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
 
     for run in experiment.runs:
         newest = newest_checkpoint(run.config.run_dir / "checkpoints")
         if newest is not None:
             manifest = read_manifest(newest)
-            check_resumable(manifest, run.config, layout=manifest.layout, where=newest)
+            determining = run.config.determining_values()
+            check_resumable(manifest, determining=determining, layout=manifest.layout, where=newest)
 
 
 class Ledger:

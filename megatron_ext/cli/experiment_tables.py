@@ -55,11 +55,10 @@ def status_table(found: Sequence["RunStatus"]) -> "Table":
 
 def plan_table(found: Sequence["RunStatus"]) -> "Table":
     """What would be trained."""
-    from megatron_ext.curriculum.plan import TrainingPlan
 
     table = _table("variant", "seed", "state", "steps", "tokens", "run directory")
     for item in found:
-        plan = TrainingPlan.from_config(item.run.config)
+        plan = item.run.config.plan()
         table.add_row(
             item.run.variant,
             str(item.run.seed),

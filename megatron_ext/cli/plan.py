@@ -15,7 +15,7 @@ from rich.table import Table
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan, possible_plans
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.errors import UserError
@@ -76,7 +76,7 @@ def command(
     Example: megatron-ext plan configs/gpt2/1.5b_slw.json --ranks 64 --device-tflops 312 --plot plan.png
     """
     run = load_config(config, overrides or ())
-    plans, tensor = possible_plans(run), run.parallel.tensor
+    plans, tensor = run.possible_plans(), run.parallel.tensor
     machine = Machine(ranks=ranks or tensor, tensor=tensor, device_tflops=device_tflops, mfu=mfu)
     reports = {which: plan_report(run, plan, machine) for which, plan in plans.items()}
     if plot is not None:
@@ -184,7 +184,14 @@ def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> Plan
         flops=flops,
         causal_flops=run_flops(model, plan.segments, causal=True),
         full_length_flops=full_length_flops(model, tokens=plan.tokens, seq_len=plan.seq_len),
-        memory=estimate_memory(config, data_size=machine.data_size),
+        memory=estimate_memory(
+            model,
+            config.parallel,
+            precision=config.training.precision,
+            positions=positions,
+            seq_len=config.training.seq_len,
+            data_size=machine.data_size,
+        ),
         seconds=None if rate is None else flops / rate,
     )
 

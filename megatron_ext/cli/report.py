@@ -70,9 +70,9 @@ def write_page(
     Raises:
         UserError: the target is no loss, or the file cannot be written.
     """
+    from megatron_ext.curriculum.loss_ratio import THRESHOLDS
     from megatron_ext.metrics.report_html import report_page
     from megatron_ext.metrics.report_table import compare
-    from megatron_ext.stability.loss_ratio import THRESHOLDS
 
     if target_loss is not None and not (math.isfinite(target_loss) and target_loss > 0):
         raise UserError(f"--target-loss is {target_loss:g}: give a validation loss above 0, in nats per token")

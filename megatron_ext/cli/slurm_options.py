@@ -141,9 +141,7 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_ru
 
 
 def _check_run(config: "RunConfig", resources: "Resources") -> None:
-    from megatron_ext.checkpoint.manifest import check_resumable, read_manifest
-    from megatron_ext.checkpoint.store import newest_checkpoint
-    from megatron_ext.curriculum.plan import possible_plans
+    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
     from megatron_ext.curriculum.sampler import check_batches_divide
 
     tensor, ranks = config.parallel.tensor, resources.ranks
@@ -152,23 +150,24 @@ def _check_run(config: "RunConfig", resources: "Resources") -> None:
             f"parallel.tensor is {tensor}, which does not divide the {ranks} rank(s) of {resources.nodes} node(s): "
             "change --nodes, --gpus-per-node or --tasks-per-node"
         )
-    for plan in possible_plans(config).values():
+    for plan in config.possible_plans().values():
         check_batches_divide(plan, ranks // tensor)
     newest = newest_checkpoint(config.run_dir / "checkpoints")
     if newest is not None:
         layout = {"world_size": ranks, "tensor": tensor, "zero_stage": config.parallel.zero_stage}
-        check_resumable(read_manifest(newest), config, layout=layout, where=newest)
+        determining = config.determining_values()
+        check_resumable(read_manifest(newest), determining=determining, layout=layout, where=newest)
 
 
 def _check_data(config: "RunConfig", checked: set[str], *, dry_run: bool) -> None:
-    from megatron_ext.data.parts import check_data
+    from megatron_ext.data.sources import check_data
 
     data = json.dumps([config.data.model_dump(mode="json"), config.model.vocab_size, config.training.seq_len])
     if data in checked:
         return
     checked.add(data)
     try:
-        check_data(config)
+        check_data(config.data, seq_len=config.training.seq_len, vocab_size=config.model.vocab_size)
     except UserError as error:
         if not dry_run:
             raise

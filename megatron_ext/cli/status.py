@@ -24,10 +24,9 @@ def command(run: RunPath, *, as_json: AsJson = False) -> None:
     Example: megatron-ext status runs/slw
     """
     from megatron_ext.cli.progress import read_progress, situations
-    from megatron_ext.curriculum.plan import TrainingPlan
 
     config = run_config(run)
-    progress = read_progress(config, TrainingPlan.from_config(config))
+    progress = read_progress(config, config.plan())
     [situation] = situations([(config.run_dir, progress)])
     told = _told(config, progress, situation)
     if as_json:

@@ -32,6 +32,9 @@ Include = Annotated[
 Exclude = Annotated[
     str, typer.Option("--exclude", help="All but these hosts or slots, in the same form.", show_default=False)
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Two steps at the longest length: peak memory, tokens/s, then stop.")
+]
 Launcher = Annotated[str, typer.Option("--launcher", help="How other hosts are reached: pdsh.")]
 
 
@@ -57,6 +60,7 @@ def command(
     include: Include = "",
     exclude: Exclude = "",
     launcher: Launcher = "pdsh",
+    dry_run: DryRun = False,
 ) -> None:
     """Train a model; continues from the newest checkpoint of the run directory by itself.
 
@@ -65,7 +69,8 @@ def command(
     Example: megatron-ext train configs/demo/shakespeare.json --nproc 2 --set name=first
     """
     place = Place(nproc, master_port, hostfile, include, exclude, launcher)
-    raise typer.Exit(start_at(place, config, overrides or ()))
+    worker_options = ("--dry-run",) if dry_run else ()
+    raise typer.Exit(start_at(place, config, overrides or (), worker_options=worker_options))
 
 
 def start(
@@ -95,11 +100,11 @@ def start_at(
             the launcher is not installed.
     """
     from megatron_ext.config.loading import load_config
-    from megatron_ext.data.parts import check_data
+    from megatron_ext.data.sources import check_data
 
     # What is wrong with config and data is told here, at once; starting ranks takes many seconds.
     loaded = load_config(config, overrides)
-    check_data(loaded)
+    check_data(loaded.data, seq_len=loaded.training.seq_len, vocab_size=loaded.model.vocab_size)
     if place.hostfile is not None:
         return _on_hosts(place, place.hostfile, loaded, worker_options, stop=stop)
     if place.include or place.exclude:
@@ -144,9 +149,8 @@ def _on_hosts(
 
 def _check_ranks(config: "RunConfig", ranks: int) -> None:
     """Whether the ranks can share every batch; what else does not fit, the ranks themselves say."""
-    from megatron_ext.curriculum.plan import TrainingPlan
     from megatron_ext.curriculum.sampler import check_batches_divide
 
-    plan = TrainingPlan.from_config(config)
+    plan = config.plan()
     if ranks % config.parallel.tensor == 0:
         check_batches_divide(plan, ranks // config.parallel.tensor)

@@ -7,11 +7,10 @@ from pathlib import Path
 import typer
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
-from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, CurriculumConfig, DiscretePacing, MixedPacing
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.messages import ConfigError
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan, possible_plans
+from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
 
@@ -36,14 +35,14 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
         answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
         typer.echo(json.dumps(answer, indent=2))
         return
-    lines = [*summary(run), f"plan        {_totals(plan, list(possible_plans(run).values()))}"]
+    lines = [*summary(run), f"plan        {_totals(plan, list(run.possible_plans().values()))}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
 
 
 def _planned(run: RunConfig, *, source: Path) -> TrainingPlan:
     """The run's plan: it compares the durations that only a plan can compare, steps with tokens."""
     try:
-        return TrainingPlan.from_config(run)
+        return run.plan()
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -67,7 +66,7 @@ def summary(run: RunConfig) -> list[str]:
         f"{model.vocab_size:,} tokens in the vocabulary",
         f"training    {training.duration}, {training.batch_size} sequences of up to {training.seq_len} tokens a step, "
         f"{training.precision}",
-        f"curriculum  {_curriculum(run.curriculum, training.seq_len)}",
+        f"curriculum  {run.curriculum.describe(training.seq_len)}",
         f"LR          {rate.peak:g} after {rate.warmup or 'no warmup'}, {rate.decay} decay to {rate.min:g}",
         f"layout      {run.parallel.tensor} tensor rank(s), ZeRO {run.parallel.zero_stage}, "
         f"{run.micro_batch_tokens:,} tokens a micro-batch",
@@ -76,20 +75,3 @@ def summary(run: RunConfig) -> list[str]:
         warmup = training.batch_size_warmup
         lines.insert(3, f"batch size  from {warmup.start} by {warmup.increment} over {warmup.duration}")
     return lines
-
-
-def _curriculum(curriculum: CurriculumConfig, full: int) -> str:
-    if isinstance(curriculum, ConstantPacing):
-        return f"none: {full} tokens from the first step on"
-    if isinstance(curriculum, DiscretePacing):
-        stages = ", ".join(f"{stage.seq_len} for {stage.duration}" for stage in curriculum.stages)
-        return f"discrete: {stages}, then {full}"
-    if isinstance(curriculum, MixedPacing):
-        lengths = ", ".join(map(str, curriculum.lengths))
-        return f"mixed: steps of {lengths} tokens in a cycle that the seed shuffles"
-    if isinstance(curriculum, AdaptivePacing):
-        over = f"{curriculum.fastest} at the fastest to {curriculum.slowest} at the slowest"
-        decisions = f"a decision every {curriculum.interval} steps"
-        return f"adaptive: {curriculum.start} to {curriculum.end or full} over {over}, {decisions}"
-    lengths = f"{curriculum.start} to {curriculum.end or full} over {curriculum.duration}"
-    return f"{curriculum.pacing}: {lengths}, multiples of {curriculum.multiple}"

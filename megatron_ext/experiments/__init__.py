@@ -1,1 +1,1 @@
-"""Experiments: runs of runs. What they are made of, how they are started, what they show."""
+"""Runs of runs: comparisons from one JSON file, and the search for a curriculum on short probes."""

@@ -71,6 +71,8 @@ class TrainRecord:
     """Largest element of sqrt(Adam's second moment); None on steps where it was not measured."""
     adam_var: Mapping[str, Mapping[str, Sequence[float]]] | None = None
     """The same in detail, where the run records it: {"layers": {"0": [l1, max], ...}, "kinds": {"attention": ...}}."""
+    peak_memory_bytes: int | None = None
+    """Most memory that rank 0 held during the step: of its GPU, or of its process since the start on a CPU."""
     sample_ids: tuple[int, ...] | None = None
     """Dataset sample of each sequence of the global batch, where the run keeps them."""
     offsets: tuple[int, ...] | None = None
@@ -130,7 +132,7 @@ Record = TrainRecord | EvalRecord | EventRecord
 
 _LISTS = frozenset({"sample_ids", "offsets", "position_edges", "position_loss"})
 """Fields that are lists in a line and tuples in a record."""
-_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max", "adam_var"}
+_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max", "adam_var", "peak_memory_bytes"}
 """Fields that a line leaves out where they are None."""
 
 _FIELDS: dict[type[TrainRecord] | type[EvalRecord], tuple[Field[object], ...]] = {

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betainc
 
-from megatron_ext.stability.loss_ratio import THRESHOLDS
+from megatron_ext.curriculum.loss_ratio import THRESHOLDS
 from megatron_ext.stability.spikes import Place, Spike, find_spikes
 
 Floats = npt.NDArray[np.float64]

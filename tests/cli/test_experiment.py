@@ -11,11 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.manifest import Manifest, write_manifest
+from megatron_ext.checkpoint.store import Manifest, write_manifest
 from megatron_ext.cli import app, train
 from megatron_ext.cli.experiment_runs import statuses, train_all
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, load_experiment
 from megatron_ext.metrics.jsonl import JsonlSink
@@ -176,7 +175,7 @@ def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: 
     code, out, _ = command("experiment", "status", str(study.source), "--json")
     assert code == 0
     first, second, *_ = json.loads(out)
-    left = TrainingPlan.from_config(study.runs[0].config).tokens - 40 * 4 * 64
+    left = study.runs[0].config.plan().tokens - 40 * 4 * 64
     assert first.pop("eta_s") == pytest.approx(left / train_record().tokens_per_s)
     assert first == {
         "run": "base-seed1",

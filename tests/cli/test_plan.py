@@ -9,7 +9,6 @@ import pytest
 
 from megatron_ext.cli.plan import Machine, key_steps, plan_report, summarized
 from megatron_ext.config.loading import load_config
-from megatron_ext.curriculum.plan import TrainingPlan
 from tests.cli.conftest import CommandLine
 
 RUN: dict[str, Any] = {
@@ -49,7 +48,7 @@ def test_json_is_the_plan_and_its_price(command_line: CommandLine, config: Path)
     answer = json.loads(
         command_line("plan", config, "--json", "--ranks", "64", "--device-tflops", "312", "--mfu", "0.5").out
     )
-    plan = TrainingPlan.from_config(load_config(config))
+    plan = load_config(config).plan()
     assert answer["plan"] == json.loads(json.dumps(plan.to_json()))
     assert answer["parameters"]["total"] == 1_557_686_400
     assert answer["estimated_seconds"] == pytest.approx(answer["flops"]["total"] / (64 * 312e12 * 0.5))
@@ -95,7 +94,7 @@ def test_adaptive_pacing_shows_the_plans_that_bound_it(command_line: CommandLine
     assert max(len(line) for line in text.splitlines()) <= 80
     answer = json.loads(command_line("plan", config, "--set", ADAPTIVE, "--json").out)
     assert list(answer) == ["fastest", "slowest"]
-    fixed = TrainingPlan.from_config(load_config(config))
+    fixed = load_config(config).plan()
     assert answer["slowest"]["plan"] == json.loads(json.dumps(fixed.to_json()))
 
 
@@ -127,7 +126,7 @@ def test_bad_input_is_one_message_and_exit_2(
 
 
 def test_summaries_keep_every_segment_in_order(config: Path) -> None:
-    plan = TrainingPlan.from_config(load_config(config))
+    plan = load_config(config).plan()
     groups = summarized(plan.segments, rows=12)
     assert len(groups) == 12
     assert [segment for group in groups for segment in group] == list(plan.segments)
@@ -138,7 +137,7 @@ def test_summaries_keep_every_segment_in_order(config: Path) -> None:
 
 
 def test_key_steps_have_the_peak_and_the_end(config: Path) -> None:
-    steps = key_steps(TrainingPlan.from_config(load_config(config)))
+    steps = key_steps(load_config(config).plan())
     assert [step.step for step in steps] == sorted({step.step for step in steps})
     assert steps[0].step == 0
     assert steps[1].lr == 6e-4
@@ -148,7 +147,7 @@ def test_key_steps_have_the_peak_and_the_end(config: Path) -> None:
 
 def test_more_ranks_take_less_memory_each_and_less_time(config: Path) -> None:
     run = load_config(config)
-    plan = TrainingPlan.from_config(run)
+    plan = run.plan()
     machines = [Machine(ranks=ranks, tensor=1, device_tflops=100.0, mfu=0.4) for ranks in (1, 16)]
     one, many = (plan_report(run, plan, machine) for machine in machines)
     assert many.memory.device < one.memory.device

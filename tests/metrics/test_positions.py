@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.metrics.positions import bucket_edges, bucket_means, prefix_length
 from tests.engine.training import small_config
 
@@ -40,7 +39,7 @@ def test_bucket_means_are_means_and_average_to_the_loss(losses: list[float]) -> 
 def test_the_prefix_is_the_first_length_unless_it_is_given() -> None:
     for prefix, expected in ((None, 8), (0, 0), (24, 24)):
         config = small_config(metrics={"prefix": prefix})
-        assert prefix_length(config, TrainingPlan.from_config(config)) == expected
+        assert prefix_length(config, config.plan()) == expected
 
 
 def test_a_prefix_beyond_the_full_length_is_refused() -> None:

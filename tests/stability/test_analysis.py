@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import pearsonr
 
+from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.stability.analysis import (
     Settings,
     Steps,
@@ -22,7 +23,6 @@ from megatron_ext.stability.analysis import (
     running_median,
     variance_summary,
 )
-from megatron_ext.stability.loss_ratio import LossRatio
 
 Floats = npt.NDArray[np.float64]
 losses = hnp.arrays(

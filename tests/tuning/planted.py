@@ -5,27 +5,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_ext.tuning.search import Candidate, Grid
-from megatron_ext.tuning.verdict import Verdict
+from megatron_ext.experiments.tune_search import Candidate, Grid, Verdict
 
 FULL, UNIT = 1024, 50
 STEPS, BEGINNING, BATCH = 2 * UNIT, UNIT, 4
 STARTS = (8, 16, 32, 64, 128)
 
 
-def ladder(notches: int, ratio: float = 1.1) -> tuple[int, ...]:
-    """Notches of T from one unit on."""
+def durations(count: int, ratio: float = 1.1) -> tuple[int, ...]:
+    """Values of T from one unit on."""
     steps = [UNIT]
-    while len(steps) < notches:
+    while len(steps) < count:
         steps.append(max(steps[-1] + 1, round(steps[-1] * ratio)))
     return tuple(steps)
 
 
-def grid(notches: int, starts: Sequence[int] = STARTS) -> Grid:
-    """The same ladder for every start, compared at the notch next to three units."""
-    steps = ladder(notches)
+def grid(count: int, starts: Sequence[int] = STARTS) -> Grid:
+    """The same durations for every start, compared at the notch next to three units."""
+    steps = durations(count)
     first = min(steps, key=lambda value: abs(value - 3 * UNIT))
-    return Grid(ladders=dict.fromkeys(starts, steps), first=first, beginning=BEGINNING)
+    return Grid(durations=dict.fromkeys(starts, steps), first=first, beginning=BEGINNING)
 
 
 @dataclass
@@ -56,11 +55,11 @@ class Planted:
         """The best candidate by the paper's rule when every pair is probed, and the tokens of that."""
         verdicts = {
             Candidate(start, steps): self.probe(Candidate(start, steps))
-            for start, steps_of in over.ladders.items()
+            for start, steps_of in over.durations.items()
             for steps in steps_of
         }
         tokens = sum(verdict.tokens for verdict in verdicts.values())
-        for start, steps_of in over.ladders.items():
+        for start, steps_of in over.durations.items():
             first = verdicts[Candidate(start, over.first)]
             if first.stable or (first.fluctuated_at or 0) > over.beginning:
                 stable = [steps for steps in steps_of if verdicts[Candidate(start, steps)].stable]

@@ -1,26 +1,33 @@
-"""Probes' configs, ladders, and what they refuse."""
+"""Probes' configs, durations, and what they refuse."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ext.config.curriculum import LinearPacing, RootPacing
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
+from megatron_ext.curriculum.pacings import LinearPacing, RootPacing
 from megatron_ext.errors import UserError
-from megatron_ext.tuning.problem import Notches, ProbeSettings, Problem, default_starts, grid_of, unit_of
-from megatron_ext.tuning.search import Candidate
+from megatron_ext.experiments.tune_search import Candidate
+from megatron_ext.experiments.tune_space import (
+    DurationSpacing,
+    ProbeSettings,
+    TuneRun,
+    default_starts,
+    grid_of,
+    unit_of,
+)
 from tests.config.builders import small_tree
 
 SETTINGS = ProbeSettings(threshold=1.3, steps=20, validate_every=2, validation_samples=4)
 LINEAR = {"pacing": "linear", "start": 16, "end": 96, "multiple": 16, "duration": {"tokens": 9999}}
 
 
-def problem(**sections: Any) -> Problem:
+def problem(**sections: Any) -> TuneRun:
     sections = {"learning_rate": {"peak": 1e-3, "warmup": {"steps": 10}}} | sections
     layers = (Layer("run.json", small_tree(**sections)),)
-    return Problem(layers, parse_layers(layers), SETTINGS)
+    return TuneRun(layers, parse_layers(layers), SETTINGS)
 
 
 def test_a_probe_is_the_beginning_of_the_tuned_run(tmp_path: Path) -> None:
@@ -55,12 +62,14 @@ def test_end_multiple_and_root_stay_as_the_run_has_them() -> None:
 
 
 def test_notches_are_units_in_a_ratio_as_far_as_the_run_goes() -> None:
-    grid = grid_of(problem(), (8, 16), Notches(unit=10, ratio=1.5, first=3), beginning=10)
+    grid = grid_of(problem(), (8, 16), DurationSpacing(unit=10, ratio=1.5, first=3), beginning=10)
     assert grid.first == 30
-    assert grid.ladders == {8: (13, 20, 30, 45, 68), 16: (13, 20, 30, 45, 68)}
-    given = grid_of(problem(), (8,), Notches(unit=10, ratio=2, first=3, given=(10, 25, 60, 99, 400)), beginning=10)
+    assert grid.durations == {8: (13, 20, 30, 45, 68), 16: (13, 20, 30, 45, 68)}
+    given = grid_of(
+        problem(), (8,), DurationSpacing(unit=10, ratio=2, first=3, given=(10, 25, 60, 99, 400)), beginning=10
+    )
     assert given.first == 25
-    assert given.ladders == {8: (10, 25, 60, 99)}
+    assert given.durations == {8: (10, 25, 60, 99)}
 
 
 def test_the_unit_is_the_warmup_of_the_learning_rate() -> None:
@@ -82,17 +91,17 @@ def test_default_starts_suit_size_and_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("starts", "notches", "message"),
+    ("starts", "spacing", "message"),
     [
-        ((8, 8), Notches(unit=10, ratio=2, first=3), "different lengths, rising"),
-        ((12,), Notches(unit=10, ratio=2, first=3), "curriculum.start is 12"),
-        ((8,), Notches(unit=10, ratio=2, first=30), "T = 300"),
-        ((8,), Notches(unit=10, ratio=2, first=3, given=(30, 10)), "different numbers of steps, rising"),
+        ((8, 8), DurationSpacing(unit=10, ratio=2, first=3), "different lengths, rising"),
+        ((12,), DurationSpacing(unit=10, ratio=2, first=3), "curriculum.start is 12"),
+        ((8,), DurationSpacing(unit=10, ratio=2, first=30), "T = 300"),
+        ((8,), DurationSpacing(unit=10, ratio=2, first=3, given=(30, 10)), "different numbers of steps, rising"),
     ],
 )
-def test_what_does_not_suit_the_run_is_refused(starts: tuple[int, ...], notches: Notches, message: str) -> None:
+def test_what_does_not_suit_the_run_is_refused(starts: tuple[int, ...], spacing: DurationSpacing, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        grid_of(problem(), starts, notches, beginning=10)
+        grid_of(problem(), starts, spacing, beginning=10)
 
 
 def test_a_probe_has_no_guards(tmp_path: Path) -> None:
@@ -105,4 +114,4 @@ def test_batch_size_warmup_is_refused() -> None:
     warmup = {"start": 4, "increment": 4, "duration": {"steps": 5}}
     training = {"seq_len": 128, "batch_size": 8, "duration": {"steps": 100}, "batch_size_warmup": warmup}
     with pytest.raises(UserError, match="batch_size_warmup"):
-        grid_of(problem(training=training), (8,), Notches(unit=10, ratio=2, first=3), beginning=10)
+        grid_of(problem(training=training), (8,), DurationSpacing(unit=10, ratio=2, first=3), beginning=10)

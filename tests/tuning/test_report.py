@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.tuning.problem import ProbeSettings
-from megatron_ext.tuning.report import MARKDOWN, PICTURE, Findings, write_report
-from megatron_ext.tuning.search import Candidate
-from megatron_ext.tuning.state import ProbeResult
-from megatron_ext.tuning.verdict import Point, judge
+from megatron_ext.experiments.tune import ProbeResult
+from megatron_ext.experiments.tune_report import MARKDOWN, PICTURE, Findings, write_report
+from megatron_ext.experiments.tune_search import Candidate, Point, verdict_of
+from megatron_ext.experiments.tune_space import ProbeSettings
 
 SETTINGS = ProbeSettings(threshold=1.3, steps=60, validate_every=10, validation_samples=8)
 
 
 def result(duration: int, *perplexities: float, broken: tuple[int, ...] = ()) -> ProbeResult:
     points = tuple(Point(10 * number, value) for number, value in enumerate(perplexities, start=1))
-    verdict = judge(points, threshold=1.3, initial=300.0, tokens=1000 + duration, broken_steps=broken)
+    verdict = verdict_of(points, threshold=1.3, initial=300.0, tokens=1000 + duration, broken_steps=broken)
     return ProbeResult(Candidate(8, duration), verdict, points)
 
 

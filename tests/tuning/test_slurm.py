@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import megatron_ext.tuning.slurm
+import megatron_ext.experiments.tune_slurm
 from megatron_ext.errors import UserError
-from megatron_ext.tuning.slurm import SlurmJob, SlurmRunner
+from megatron_ext.experiments.tune_slurm import SlurmJob, SlurmRunner
 
 _SBATCH = """#!/bin/bash
 here=$(dirname "$0")
@@ -64,8 +64,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
-    monkeypatch.setattr(megatron_ext.tuning.slurm, "_QUERY_SECONDS", 0.0)
-    monkeypatch.setattr(megatron_ext.tuning.slurm, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(megatron_ext.experiments.tune_slurm, "_QUERY_SECONDS", 0.0)
+    monkeypatch.setattr(megatron_ext.experiments.tune_slurm, "_GRACE_SECONDS", 0.5)
     return folder
 
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from megatron_ext.tuning.search import Candidate
-from megatron_ext.tuning.state import FILE_NAME, ProbeResult, read_results, write_results
-from megatron_ext.tuning.verdict import Point, Verdict
+from megatron_ext.experiments.tune import FILE_NAME, ProbeResult, read_results, write_results
+from megatron_ext.experiments.tune_search import Candidate, Point, Verdict
 
 numbers = st.floats(min_value=0) | st.just(math.nan)
 results = st.builds(

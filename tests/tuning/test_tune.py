@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 
-import megatron_ext.tuning.tune
+import megatron_ext.experiments.tune
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.tune import FILE_NAME, ProbeError, ProbeResult, Tuning
+from megatron_ext.experiments.tune_search import Candidate, Outcome
+from megatron_ext.experiments.tune_space import DurationSpacing, ProbeSettings, TuneRun, grid_of
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest
-from megatron_ext.tuning.problem import Notches, ProbeSettings, Problem, grid_of
-from megatron_ext.tuning.search import Candidate, Outcome
-from megatron_ext.tuning.state import FILE_NAME, ProbeResult
-from megatron_ext.tuning.tune import ProbeError, Tuning
 from tests.config.builders import small_tree
 from tests.metrics.test_records import train_record
 
@@ -29,7 +27,7 @@ LIMIT = 40
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_ext.tuning.tune, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(megatron_ext.experiments.tune, "_POLL_SECONDS", 0.0)
 
 
 @dataclass
@@ -46,7 +44,7 @@ class FakeJob:
     def poll(self) -> int | None:
         if self.ends_with is not None:
             return self.ends_with
-        plan, step = TrainingPlan.from_config(self.config), self.trained()
+        plan, step = self.config.plan(), self.trained()
         if self.stopping or step >= plan.steps_within(self.config.training.stop_after):
             return 0
         sink = JsonlSink(self.config.run_dir / "metrics.jsonl")
@@ -91,9 +89,9 @@ class FakeRunner:
 
 def tuning(folder: Path, runner: FakeRunner, *, settings: ProbeSettings = SETTINGS) -> Tuning:
     layers = (Layer("run.json", small_tree(learning_rate={"peak": 1e-3, "warmup": {"steps": 10}})),)
-    problem = Problem(layers, parse_layers(layers), settings)
-    notches = Notches(unit=10, ratio=1.25, first=2, given=(10, 20, 30, 40, 50, 60, 70, 80))
-    return Tuning(problem, grid_of(problem, (8, 16), notches, beginning=6), folder=folder, runner=runner)
+    tune_run = TuneRun(layers, parse_layers(layers), settings)
+    spacing = DurationSpacing(unit=10, ratio=1.25, first=2, given=(10, 20, 30, 40, 50, 60, 70, 80))
+    return Tuning(tune_run, grid_of(tune_run, (8, 16), spacing, beginning=6), folder=folder, runner=runner)
 
 
 def finish(search: Tuning) -> list[ProbeResult]:
@@ -110,10 +108,10 @@ def test_probes_are_run_until_the_outcome_and_stop_at_a_fluctuation(tmp_path: Pa
     assert runner.started == ["s8_T20", "s8_T50", "s8_T30", "s8_T40"]
     by_name = {(r.candidate.duration): r for r in results}
     assert [point.step for point in by_name[40].points] == list(range(2, 21, 2))
-    assert by_name[40].verdict.tokens == search.problem.probe_tokens(Candidate(8, 40))
+    assert by_name[40].verdict.tokens == search.tune_run.probe_tokens(Candidate(8, 40))
     assert by_name[50].verdict.fluctuated_at == 8
     assert by_name[50].points[-1].step == 8, "stopped at the fluctuation"
-    assert by_name[50].verdict.tokens == search.problem.probe_tokens(Candidate(8, 50), steps=8)
+    assert by_name[50].verdict.tokens == search.tune_run.probe_tokens(Candidate(8, 50), steps=8)
     assert not list((tmp_path / "out" / "probes").glob("*/checkpoints")), "only metrics are kept"
 
 

@@ -1,0 +1,254 @@
+"""The search for start length and duration on real probes: each is a run, watched, and ended when it is decided.
+
+Finished probes stand in ``tune.json`` of the search's directory, so that a search goes on where it stopped.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_ext.config.run import RunConfig
+from megatron_ext.errors import UserError
+from megatron_ext.experiments.tune_search import Candidate, Grid, Outcome, Point, Verdict, next_step, verdict_of
+from megatron_ext.experiments.tune_space import TuneRun, probe_name
+from megatron_ext.metrics.jsonl import FILE_NAME as METRICS_FILE
+from megatron_ext.metrics.jsonl import Metrics, read_metrics
+from megatron_ext.runtime.files import replace_text
+from megatron_ext.runtime.launcher import LaunchOptions, start_ranks
+from megatron_ext.runtime.signals import StopRequest
+
+
+class Job(Protocol):
+    """A run that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it goes on."""
+
+    def ask_to_stop(self) -> bool:
+        """Ask it to finish its step, save and exit; whether it could be asked yet. May be asked again."""
+
+    def close(self) -> None:
+        """Leave nothing of it behind."""
+
+
+class Runner(Protocol):
+    """Starts runs. Their directories are visible to the process that searches."""
+
+    def start(self, config: Path, *, output: Path) -> Job:
+        """Start the run in the file ``config``; what it prints is appended to ``output``.
+
+        Raises:
+            UserError: it cannot be started.
+        """
+
+
+@dataclass(frozen=True)
+class LocalRunner:
+    """Runs on this machine through the deepspeed launcher."""
+
+    options: LaunchOptions
+
+    def start(self, config: Path, *, output: Path) -> Job:
+        """Start the run's ranks."""
+        return start_ranks(self.options, [str(config)], output=output)
+
+
+FILE_NAME = "tune.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A finished probe."""
+
+    candidate: Candidate
+    verdict: Verdict
+    points: tuple[Point, ...]
+    """Its validations."""
+
+
+def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, ProbeResult]:
+    """The finished probes in ``folder``, in the order in which they were run; none where nothing was tuned yet.
+
+    Raises:
+        UserError: the file is damaged, or its probes belong to another run or were judged by other settings.
+    """
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != _FORMAT:
+            raise UserError(f"{path} has format {content['format']}, this version reads format {_FORMAT}")
+        results = [_from_json(item) for item in content["probes"]]
+        there = content["identity"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): remove it, or choose another --output") from error
+    # Both through JSON, where tuples are lists.
+    differing = _differing(there, json.loads(json.dumps(identity)))
+    if differing:
+        raise UserError(
+            f"{path} holds probes of another search: {'; '.join(differing)}. Choose another --output, or restore "
+            "those values"
+        )
+    return {result.candidate: result for result in results}
+
+
+def write_results(folder: Path, identity: dict[str, Any], results: dict[Candidate, ProbeResult]) -> None:
+    """Write all finished probes; a reader sees the old file or the new one."""
+    content = {"format": _FORMAT, "identity": identity, "probes": [_to_json(result) for result in results.values()]}
+    replace_text(folder / FILE_NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _to_json(result: ProbeResult) -> dict[str, Any]:
+    verdict = result.verdict
+    return {
+        "start": result.candidate.start,
+        "duration_steps": result.candidate.duration,
+        "fluctuated_at": verdict.fluctuated_at,
+        "worst_ratio": _number_to_json(verdict.worst_ratio),
+        "tokens": verdict.tokens,
+        "validations": [[point.step, _number_to_json(point.perplexity)] for point in result.points],
+    }
+
+
+def _from_json(item: dict[str, Any]) -> ProbeResult:
+    return ProbeResult(
+        candidate=Candidate(int(item["start"]), int(item["duration_steps"])),
+        verdict=Verdict(
+            fluctuated_at=item["fluctuated_at"], worst_ratio=float(item["worst_ratio"]), tokens=int(item["tokens"])
+        ),
+        points=tuple(Point(int(step), float(perplexity)) for step, perplexity in item["validations"]),
+    )
+
+
+def _number_to_json(value: float) -> float | str:
+    """The number, or its spelling ("inf", "nan"), for which JSON has none."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _differing(there: Any, here: Any, prefix: str = "") -> list[str]:
+    if there == here:
+        return []
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
+    parts: list[str] = []
+    for key in sorted(there.keys() | here.keys()):
+        parts += _differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
+    return parts
+
+
+_POLL_SECONDS = 0.5
+_SHOWN_LINES = 15
+
+
+class ProbeError(RuntimeError):
+    """A probe ended with an error that is no fluctuation."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A search in its directory."""
+
+    tune_run: TuneRun
+    grid: Grid
+    folder: Path
+    """Holds tune.json, the probes' run directories and the results."""
+
+    runner: Runner
+
+    def results(self) -> dict[Candidate, ProbeResult]:
+        """Finished probes.
+
+        Raises:
+            UserError: they belong to another search.
+        """
+        return read_results(self.folder, self.tune_run.identity())
+
+    def next(self) -> Candidate | Outcome:
+        """The probe to run next, or the outcome."""
+        return next_step(self.grid, {candidate: result.verdict for candidate, result in self.results().items()})
+
+    def run(self, stop: StopRequest) -> Iterator[Candidate | ProbeResult]:
+        """Run probes until the outcome is known or ``stop`` asks to end.
+
+        Yields each candidate before it is probed and its result after. A probe that ``stop`` interrupts has saved a
+        checkpoint; it goes on in the next call.
+
+        Raises:
+            UserError: the finished probes belong to another search, or a probe's config is refused.
+            ProbeError: a probe ended with an error.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while not stop.requested and isinstance(candidate := self.next(), Candidate):
+            yield candidate
+            result = self._probe(candidate, stop)
+            if result is None:
+                return
+            write_results(self.folder, self.tune_run.identity(), self.results() | {candidate: result})
+            yield result
+
+    def _probe(self, candidate: Candidate, stop: StopRequest) -> ProbeResult | None:
+        """Train a probe to its verdict; None if it was interrupted before."""
+        probes = self.folder / "probes"
+        probes.mkdir(exist_ok=True)
+        config = self.tune_run.probe_config(candidate, output_dir=str(probes))
+        file, output = probes / f"{probe_name(candidate)}.json", probes / f"{probe_name(candidate)}.out"
+        file.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        last = min(self.tune_run.settings.steps, self.tune_run.plan(candidate).steps)
+        status = 0
+        if not self._decided(config, candidate, last=last):
+            with closing(self.runner.start(file, output=output)) as job:
+                asked = False
+                while (polled := job.poll()) is None:
+                    began = time.monotonic()
+                    if not asked and (stop.requested or not self._result(config, candidate).verdict.stable):
+                        asked = job.ask_to_stop()
+                    # Reading a long file again and again must not take the time of the ranks.
+                    time.sleep(max(_POLL_SECONDS, 10 * (time.monotonic() - began)))
+                status = polled
+        if self._decided(config, candidate, last=last):
+            # A verdict is all that is wanted of a probe, and its checkpoints may be many times the size of the rest.
+            shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
+            return self._result(config, candidate)
+        if stop.requested:
+            return None
+        raise _failure(candidate, status, output)
+
+    def _decided(self, config: RunConfig, candidate: Candidate, *, last: int) -> bool:
+        """Whether the probe's metrics hold a fluctuation or its last validation."""
+        result = self._result(config, candidate)
+        return not result.verdict.stable or bool(result.points and result.points[-1].step >= last)
+
+    def _result(self, config: RunConfig, candidate: Candidate) -> ProbeResult:
+        metrics = _metrics(config.run_dir)
+        points = tuple(Point(record.step, record.perplexity) for record in metrics.evaluations)
+        verdict = verdict_of(
+            points,
+            threshold=self.tune_run.settings.threshold,
+            initial=float(config.model.vocab_size),
+            tokens=metrics.train[-1].tokens if metrics.train else 0,
+            # A step that fp16's loss scale left out did no harm.
+            broken_steps=[r.step for r in metrics.train if not r.skipped and not math.isfinite(r.loss)],
+        )
+        return ProbeResult(candidate, verdict, points)
+
+
+def _metrics(run_dir: Path) -> Metrics:
+    if not (run_dir / METRICS_FILE).is_file():
+        return Metrics(train=(), evaluations=(), events=())
+    return read_metrics(run_dir)
+
+
+def _failure(candidate: Candidate, status: int, output: Path) -> Exception:
+    with output.open(encoding="utf-8", errors="replace") as file:
+        tail = "".join(deque(file, maxlen=_SHOWN_LINES))
+    text = f"the probe of s = {candidate.start}, T = {candidate.duration:,} ended with status {status}; {output} says\n"
+    return UserError(text + tail) if status == 2 else ProbeError(text + tail)
