@@ -33,11 +33,11 @@ class GuardsConfig(Section):
     """Checks between a step's gradient and its update. A guard that is on makes the host wait for every step."""
 
     loss_ratio: LossRatioGuard | None = None
-    """Guard against a loss ratio that stays high; None: off."""
+    """Guard against a loss ratio that stays high; null: off."""
 
     non_finite: GuardAction | None = None
     """What is done at once where the loss or the gradient is NaN or infinite (an overflow of fp16, which its loss scale
-    deals with, is none); None: off."""
+    deals with, is none); null: off."""
 
     max_skips: PositiveInt = 10
     """After this many skipped updates in a row the run stops instead."""
