@@ -120,7 +120,7 @@ def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, override: 
         ("optimizer.lr=3", "write learning_rate.peak instead"),
         ("learning_rate.max_lr=3", "write learning_rate.peak instead"),
         ("global_batch_size=3", "write training.batch_size instead"),
-        ("train_tokens=3", 'write training.duration instead ({"tokens": n} or {"steps": n})'),
+        ("train_tokens=3", 'write training.duration instead ({"steps": n} or {"tokens": n})'),
         ("zero_optimization.stage=2", "write parallel.zero_stage instead"),
         ("model.n_layer=2", "did you mean model.num_layers?"),
         ("curriculum={'pacing'}", "curriculum is \"{'pacing'}\""),
