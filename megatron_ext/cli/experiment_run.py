@@ -8,7 +8,6 @@ import typer
 
 from megatron_ext.cli.common import ExperimentPath
 from megatron_ext.cli.experiment_tables import console, plan_table, status_table
-from megatron_ext.cli.report import write_page
 from megatron_ext.cli.slurm_options import (
     Account,
     ContainerImage,
@@ -107,8 +106,10 @@ def _run_here(experiment: Experiment, *, nproc: int | None, dry_run: bool) -> No
     console().print(status_table(found))
     typer.echo(done(found))
     if finished:
+        from megatron_ext.analysis.report import write_report
+
         page = Path(experiment.config.output_dir) / "report.html"
-        write_page(data_of(experiment), page, title=experiment.config.name, target_loss=None)
+        write_report(data_of(experiment), page, title=experiment.config.name, target_loss=None)
         typer.echo(f"report: {page}")
     failed = any(status.state == "failed" for status in found)
     if failed or not finished:

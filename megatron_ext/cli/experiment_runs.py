@@ -7,7 +7,6 @@ keeps two processes from training the same experiment, and ``configs/RUN.json``,
 
 import fcntl
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, ExperimentRun
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.slurm.commands import QueuedJob
+from megatron_ext.text import finite_or_none
 
 if TYPE_CHECKING:
-    from megatron_ext.metrics.report_data import RunData
+    from megatron_ext.analysis.run_data import RunData
 
 _BAD_INPUT = 2
 """Exit status of a run whose input is wrong: another attempt would find it as wrong."""
@@ -60,8 +60,8 @@ class RunStatus:
             "step": progress.step,
             "steps": progress.steps,
             "tokens": progress.tokens,
-            "valid_loss": _finite(progress.valid_loss),
-            "largest_ratio": _finite(progress.largest_ratio),
+            "valid_loss": finite_or_none(progress.valid_loss),
+            "largest_ratio": finite_or_none(progress.largest_ratio),
             "seconds": progress.seconds,
             "eta_s": progress.eta_seconds,
             "job": job.job if job else None,
@@ -182,9 +182,8 @@ def data_of(experiment: Experiment) -> "list[RunData]":
     Raises:
         UserError: none has.
     """
-    from megatron_ext.metrics.columns import read_columns
-    from megatron_ext.metrics.jsonl import FILE_NAME
-    from megatron_ext.metrics.report_data import read_run
+    from megatron_ext.analysis.run_data import read_run
+    from megatron_ext.metrics.jsonl import FILE_NAME, read_columns
 
     found = []
     for run in experiment.runs:
@@ -283,10 +282,6 @@ class Ledger:
 
     def _write(self, entries: dict[str, Any]) -> None:
         replace_text(self._path, json.dumps(entries, indent=1) + "\n")
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def done(found: Sequence[RunStatus]) -> str:

@@ -27,11 +27,11 @@ from megatron_ext.model.counts import (
     full_length_flops,
     run_flops,
 )
+from megatron_ext.text import format_count, format_duration
 
 _ROWS = 12
 """Rows of the table of lengths."""
 
-_UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 _COLORS: Final = ("#0072B2", "#D55E00")
 _FORMATS: Final = (".png", ".pdf", ".svg")
@@ -279,7 +279,7 @@ def _length_table(report: PlanReport) -> Table:
             _span(first.batch_size, last.batch_size),
             _span(min(tokens), max(tokens), short=True),
             _span(min(micro), max(micro)),
-            _short(last.end_tokens),
+            format_count(last.end_tokens),
         )
     return table
 
@@ -309,7 +309,7 @@ def _cost_table(report: PlanReport) -> Table:
         table.add_row("  offloaded", f"{_gib(memory.host)} of host memory")
     if report.seconds is not None:
         rate = f"{machine.device_tflops:g} TFLOP/s a device at {machine.mfu:.0%} utilization"
-        table.add_row("time", f"{_duration(report.seconds)} ({rate})")
+        table.add_row("time", f"{format_duration(report.seconds)} ({rate})")
     return table
 
 
@@ -321,27 +321,12 @@ def _pairs(title: str) -> Table:
 
 
 def _span(first: int, last: int, *, short: bool = False) -> str:
-    write = _short if short else "{:,}".format
+    write = format_count if short else "{:,}".format
     return write(first) if first == last else f"{write(first)}-{write(last)}"
-
-
-def _short(number: int) -> str:
-    """The number in at most four digits and a letter, exact below 10,000."""
-    if number < 10_000:
-        return f"{number:,}"
-    size, letter = next(unit for unit in _UNITS if number >= unit[0])
-    return f"{number / size:.4g}{letter}"
 
 
 def _gib(amount: int) -> str:
     return f"{amount / 2**30:,.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"
 
 
 def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:

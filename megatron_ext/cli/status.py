@@ -1,7 +1,6 @@
 """``status``: how far one run is, on this machine or as a SLURM job."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ import typer
 
 from megatron_ext.cli.common import AsJson
 from megatron_ext.errors import UserError
+from megatron_ext.text import finite_or_none, format_duration
 
 if TYPE_CHECKING:
     from megatron_ext.cli.progress import Progress, Situation
@@ -76,8 +76,8 @@ def _told(config: "RunConfig", progress: "Progress", situation: "Situation") -> 
         "total_tokens": progress.total_tokens,
         "tokens_per_s": progress.tokens_per_s,
         "eta_s": progress.eta_seconds,
-        "loss": _finite(progress.loss),
-        "valid_loss": _finite(progress.valid_loss),
+        "loss": finite_or_none(progress.loss),
+        "valid_loss": finite_or_none(progress.valid_loss),
         "checkpoint": checkpoint.name if checkpoint else None,
         "checkpoint_age_s": time.time() - checkpoint.stat().st_mtime if checkpoint else None,
     }
@@ -85,8 +85,6 @@ def _told(config: "RunConfig", progress: "Progress", situation: "Situation") -> 
 
 def _lines(told: dict[str, Any]) -> dict[str, str]:
     """What is known, in words."""
-    from megatron_ext.cli.experiment_tables import duration
-
     share = f" ({told['tokens'] / told['total_tokens']:.1%} of the tokens)"
     lines = {"run": told["run_dir"], "state": told["state"] + (f": {told['note']}" if told["note"] else "")}
     if told["job"]:
@@ -96,13 +94,13 @@ def _lines(told: dict[str, Any]) -> dict[str, str]:
     if told["tokens_per_s"] is not None:
         lines["speed"] = f"{told['tokens_per_s']:,.0f} tokens/s"
     if told["eta_s"] is not None and told["state"] != "finished":
-        lines["to the end"] = f"{duration(told['eta_s'])} at this speed"
+        lines["to the end"] = f"{format_duration(told['eta_s'])} at this speed"
     if told["loss"] is not None:
         lines["loss"] = f"{told['loss']:.4f}"
     if told["valid_loss"] is not None:
         lines["validation"] = f"{told['valid_loss']:.4f}"
     if told["checkpoint"]:
-        lines["checkpoint"] = f"{told['checkpoint']}, {duration(told['checkpoint_age_s'])} ago"
+        lines["checkpoint"] = f"{told['checkpoint']}, {format_duration(told['checkpoint_age_s'])} ago"
     return lines
 
 
@@ -119,7 +117,3 @@ def _job(told: dict[str, Any]) -> str:
     if told["restarts"]:
         parts.append(f"restarted {told['restarts']} time(s)")
     return ", ".join(parts)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

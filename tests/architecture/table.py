@@ -7,6 +7,7 @@ from collections.abc import Mapping
 LAYERS: Mapping[str, int] = {
     "errors": -2,
     "base": -1,
+    "text": -1,
     "curriculum": 0,
     "config": 1,
     "runtime": 2,
@@ -60,12 +61,13 @@ DOORS: Mapping[str, frozenset[str]] = {
 }
 
 # Parts that never import torch or what imports it, not even inside a function.
-TORCH_FREE = frozenset({"errors", "base", "config", "curriculum"})
+TORCH_FREE = frozenset({"errors", "base", "text", "config", "curriculum"})
 # Modules that do not import it when they are imported (a function may).
 TORCH_FREE_AT_IMPORT = (
     "__init__",
     "errors",
     "base",
+    "text",
     "config",
     "curriculum",
     "cli",

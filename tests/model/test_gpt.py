@@ -92,7 +92,7 @@ def test_recomputation_is_bitwise_equal_and_leaves_the_streams_equal(layout: Lay
     tokens, labels = random_tokens(3, 21), random_tokens(3, 21, seed=1)
     results = []
     for recompute in get_args(Recomputation):
-        rates = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
+        rates: dict[str, Any] = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
         model = build_small(layout, recompute=recompute, attention=backend, **rates)
         shake(model)
         losses = model(tokens, labels)

@@ -97,7 +97,7 @@ def test_the_terminal_shows_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "adam_var_l1 max 50 31" in shown
     assert "adam_var_l1 loss 15 1.0000" in shown
     assert "1 spike (loss ratio above 1.2), 0 not recovered" in shown
-    assert "31 1.984K 2 2.5 31 4 256" in shown
+    assert "31 1,984 2 2.5 31 4 256" in shown
 
 
 def test_a_run_without_variance_and_spikes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

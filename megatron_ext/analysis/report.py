@@ -5,17 +5,21 @@ stay legible on a phone; the table is plain HTML and is there without the script
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ext.metrics.curves import smooth
-from megatron_ext.metrics.report_data import Floats, RunData, sampled, thin
-from megatron_ext.metrics.report_table import Comparison
+from megatron_ext.analysis.comparison import Comparison, compare
+from megatron_ext.analysis.run_data import Floats, RunData, sampled, smooth, thin
+from megatron_ext.curriculum.loss_ratio import THRESHOLDS
+from megatron_ext.errors import UserError
 
 _MARKS = 60
 """Steps with a non-finite loss that are marked, at most, per run."""
@@ -60,6 +64,57 @@ _PANELS = (
 )
 
 
+def write_report(runs: Sequence[RunData], output: Path, *, title: str, target_loss: float | None = None) -> Comparison:
+    """Write the HTML report of ``runs`` and return its table.
+
+    Args:
+        runs: At least one; the others are compared with the first.
+        output: The page; its folder is made where it is missing.
+        title: Heading of the page.
+        target_loss: Validation loss (nats per token) to which tokens and time are counted; by default the first run's.
+
+    Raises:
+        UserError: the target is no loss, or the file cannot be written.
+    """
+    if target_loss is not None and not (math.isfinite(target_loss) and target_loss > 0):
+        raise UserError(f"--target-loss is {target_loss:g}: give a validation loss above 0, in nats per token")
+    comparison = compare(runs, thresholds=THRESHOLDS, target=target_loss)
+    page = report_page(runs, comparison, title=title, thresholds=THRESHOLDS)
+    with _written(output):
+        output.write_text(page, encoding="utf-8")
+    return comparison
+
+
+def write_picture(runs: Sequence[RunData], output: Path) -> None:
+    """Write a PNG of the main curves; UserError where it cannot be written."""
+    # The page does without matplotlib, which takes half a second to import.
+    from megatron_ext.analysis.figure import draw_runs
+
+    with _written(output):
+        draw_runs(runs, output)
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[None]:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def run_labels(runs: Sequence[Path]) -> list[str]:
+    """A name for each run: the shortest end of its path that tells all of them apart."""
+    folders = [run.resolve() if run.is_dir() else run.resolve().parent for run in runs]
+    if len(set(folders)) < len(folders):
+        # The same folder twice, or two files of one folder: only the whole paths can differ.
+        return [str(run) for run in runs]
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
+        parts += 1
+    return ["/".join(folder.parts[-parts:]) for folder in folders]
+
+
 def report_page(runs: Sequence[RunData], comparison: Comparison, *, title: str, thresholds: Sequence[float]) -> str:
     """The HTML of a report.
 
@@ -94,7 +149,7 @@ def report_page(runs: Sequence[RunData], comparison: Comparison, *, title: str, 
 
 
 def _template(name: str) -> str:
-    return resources.files("megatron_ext.metrics").joinpath("templates", name).read_text(encoding="utf-8")
+    return resources.files("megatron_ext.analysis").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _embedded(data: dict[str, Any]) -> str:

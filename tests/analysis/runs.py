@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.metrics.report_data import RunData
+from megatron_ext.analysis.run_data import RunData
 
 
 def run_data(
@@ -32,6 +32,7 @@ def run_data(
         label=label,
         group=label if group is None else group,
         train={name: np.asarray(values, dtype=np.float64) for name, values in (train | columns).items()},
+        resume_tokens=np.empty(0),
         valid={"step": at, "tokens": at * 64, "seconds": at / 2, "loss": losses},
     )
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ext.metrics.report_data import RunData
-from megatron_ext.metrics.report_html import report_page
-from megatron_ext.metrics.report_table import compare
-from tests.metrics.browser import browser, inspect
-from tests.metrics.report_runs import run_data
+from megatron_ext.analysis.comparison import compare
+from megatron_ext.analysis.report import report_page
+from megatron_ext.analysis.run_data import RunData
+from tests.analysis.browser import browser, inspect
+from tests.analysis.runs import run_data
 
 THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
 HOSTILE = '</script><img src=x onerror="document.documentElement.dataset.error=1"><b>&amp;{{TABLE}}</b>'

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from megatron_ext.metrics.rate import format_count
-from megatron_ext.stability.analysis import Analysis, Correlation, RatioTable, Reading
-from megatron_ext.stability.spikes import Place, Spike
+from megatron_ext.analysis.statistics import Analysis, Correlation, RatioTable, Reading, Spike, StepPoint
+from megatron_ext.text import format_count
 
 if TYPE_CHECKING:
-    from megatron_ext.stability.length_variance import LengthStatistics
+    from megatron_ext.analysis.length_study import LengthStatistics
+
 
 _SPIKES = 10
 """Spikes that are shown; JSON has all of them."""
@@ -108,7 +108,7 @@ def _recovery(spike: Spike) -> tuple[str, str]:
     return f"{spike.recovery_steps:,}", format_count(spike.recovery_tokens)
 
 
-def _at(place: Place | None) -> tuple[str, str]:
+def _at(place: StepPoint | None) -> tuple[str, str]:
     return ("-", "-") if place is None else (f"{place.step:,}", format_count(place.tokens))
 
 

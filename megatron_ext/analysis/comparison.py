@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ext.metrics.report_data import RunData
+from megatron_ext.analysis.run_data import RunData
+from megatron_ext.text import format_count, format_duration
 
 _NOTHING = "-"
 
@@ -92,16 +93,13 @@ def compare(runs: Sequence[RunData], *, thresholds: Sequence[float], target: flo
     goal = max(filter(math.isfinite, first), default=math.nan) if target is None else target
     results = [result_of(run, goal, thresholds=thresholds) for run in runs]
     grouped = [[result for result in results if result.group == group] for group in groups]
-    columns = _columns(grouped[0], thresholds)
+    rows = [_row(members, grouped[0], thresholds) for members in grouped]
     return Comparison(
         target=goal,
         target_given=target is not None,
         seeds=any(len(members) > 1 for members in grouped),
-        headings=("run", *(heading for heading, _ in columns)),
-        rows=tuple(
-            (_name(group, members), *(cell(members) for _, cell in columns))
-            for group, members in zip(groups, grouped, strict=True)
-        ),
+        headings=tuple(rows[0]),
+        rows=tuple(tuple(row.values()) for row in rows),
     )
 
 
@@ -129,43 +127,37 @@ def _final_loss(run: RunData) -> float:
     return float(run.valid["loss"][-1]) if len(run.valid["loss"]) else math.nan
 
 
-_Members = Sequence[RunResult]
-_Cell = Callable[[_Members], str]
+def _row(members: Sequence[RunResult], first: Sequence[RunResult], thresholds: Sequence[float]) -> dict[str, str]:
+    """Heading -> cell of a group's row; speedups are against the group ``first``."""
 
+    def plain(field: str, show: Callable[[float], str]) -> str:
+        return _spread([float(getattr(member, field)) for member in members], show)
 
-def _columns(first: _Members, thresholds: Sequence[float]) -> list[tuple[str, _Cell]]:
-    """Heading and content of each column; speedups are against the group ``first``."""
+    def reaching(field: str, show: Callable[[float], str]) -> str:
+        return _reached([getattr(member, field) for member in members], show)
 
-    def plain(field: str, show: Callable[[float], str]) -> _Cell:
-        return lambda members: _spread([float(getattr(member, field)) for member in members], show)
+    def speedup(field: str) -> str:
+        return _speedup(*([getattr(member, field) for member in side] for side in (first, members)))
 
-    def reaching(field: str, show: Callable[[float], str]) -> _Cell:
-        return lambda members: _reached([getattr(member, field) for member in members], show)
-
-    def speedup(field: str) -> _Cell:
-        return lambda members: _speedup(*([getattr(member, field) for member in side] for side in (first, members)))
-
-    def count(index: int) -> _Cell:
-        return lambda members: _spread([float(member.above[index]) for member in members], _count)
-
-    return [
-        ("steps", plain("steps", _count)),
-        ("tokens", plain("tokens", short)),
-        ("time", plain("seconds", clock)),
-        ("final val loss", plain("final_loss", _loss)),
-        ("best val loss", plain("best_loss", _loss)),
-        ("tokens to target", reaching("tokens_to_target", short)),
-        ("token speedup", speedup("tokens_to_target")),
-        ("time to target", reaching("seconds_to_target", clock)),
-        ("time speedup", speedup("seconds_to_target")),
-        *((f"ratio > {threshold:g}", count(index)) for index, threshold in enumerate(thresholds)),
-        ("largest ratio", plain("largest_ratio", _ratio)),
-        ("not finite", plain("non_finite", _count)),
-    ]
-
-
-def _name(group: str, members: _Members) -> str:
-    return group if len(members) == 1 else f"{group} ({len(members)} seeds)"
+    counts = zip(*(member.above for member in members), strict=True)
+    return {
+        "run": members[0].group + (f" ({len(members)} seeds)" if len(members) > 1 else ""),
+        "steps": plain("steps", _exact),
+        "tokens": plain("tokens", format_count),
+        "time": plain("seconds", format_duration),
+        "final val loss": plain("final_loss", "{:.4f}".format),
+        "best val loss": plain("best_loss", "{:.4f}".format),
+        "tokens to target": reaching("tokens_to_target", format_count),
+        "token speedup": speedup("tokens_to_target"),
+        "time to target": reaching("seconds_to_target", format_duration),
+        "time speedup": speedup("seconds_to_target"),
+        **{
+            f"ratio > {threshold:g}": _spread(count, _exact)
+            for threshold, count in zip(thresholds, counts, strict=True)
+        },
+        "largest ratio": plain("largest_ratio", "{:.3f}".format),
+        "not finite": plain("non_finite", _exact),
+    }
 
 
 def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -193,31 +185,5 @@ def _speedup(first: Sequence[float], other: Sequence[float]) -> str:
     return f"{float(np.mean(first)) / float(np.mean(other)):.2f}x"
 
 
-def short(value: float) -> str:
-    """A count with three digits and its unit: 3.01M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= 0.9995 * size:
-            scaled = value / size
-            return f"{scaled:.{max(0, 2 - int(math.log10(max(scaled, 1.0))))}f}{unit}"
-    return _count(value)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as ``1:02:03``, ``2:03`` or, below a minute, ``4.5 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.3f}"
+def _exact(count: float) -> str:
+    return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from megatron_ext.analysis.length_study import LengthStatistics, StudySettings, check_settings, study_lengths
 from megatron_ext.errors import UserError
-from megatron_ext.stability.length_variance import LengthStatistics, StudySettings, check_settings, study_lengths
 
 CPU = torch.device("cpu")
 FULL = 32

@@ -5,21 +5,27 @@ Source of the measures: Li, Zhang, He, "The Stability-Efficiency Dilemma", secti
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+from scipy.ndimage import median_filter
 from scipy.special import betainc
 
+from megatron_ext.analysis.run_data import Floats, read_train
 from megatron_ext.curriculum.loss_ratio import THRESHOLDS
-from megatron_ext.stability.spikes import Place, Spike, find_spikes
+from megatron_ext.errors import UserError
 
-Floats = npt.NDArray[np.float64]
-
-_COPIED = 1 << 22
-"""Values that a running median copies together."""
-
+_MEASURES = ("adam_var_l1", "adam_var_max")
 _FEWEST = 3
 """Points from which a correlation says anything: two always lie on a line."""
+
+
+@dataclass(frozen=True)
+class StepPoint:
+    """A finished step, and the tokens consumed by then."""
+
+    step: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,20 @@ class Steps:
     """Measures of Adam's second moment by name; NaN on steps where they were not measured."""
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Floats], measures: Sequence[str]) -> "Steps":
+    def read(cls, path: Path, *, from_step: int = 1) -> "Steps":
+        """From a metrics file, or a run's directory that holds one; the steps from ``from_step`` on.
+
+        Raises:
+            UserError: the file is missing or broken, or has no train record of that step or a later one.
+        """
+        columns = read_train(path, ("step", "tokens", "loss", "loss_ratio", *_MEASURES))
+        last = int(columns["step"].max())
+        if from_step > last:
+            raise UserError(f"--from-step is {from_step}, and the last step in {path} is {last}: write at most {last}")
+        return cls.from_columns(columns, _MEASURES, from_step=from_step)
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Floats], measures: Sequence[str], *, from_step: int = 1) -> "Steps":
         """From columns ``step``, ``tokens``, ``loss``, ``loss_ratio`` and ``measures`` as a metrics file holds them.
 
         Of a step that is there twice the later line counts. The recorded loss ratio knows of steps that the file may
@@ -49,29 +68,18 @@ class Steps:
         # np.unique keeps the first of equal steps, so the order is turned round.
         _, last = np.unique(columns["step"][::-1], return_index=True)
         kept = {name: column[::-1][last] for name, column in columns.items()}
-        ratio = kept["loss_ratio"]
+        ratio = np.where(np.isnan(kept["loss_ratio"]), loss_ratios(kept["loss"]), kept["loss_ratio"])
+        step, tokens, loss, ratio, *variance = (
+            column[kept["step"] >= from_step]
+            for column in (kept["step"], kept["tokens"], kept["loss"], ratio, *(kept[name] for name in measures))
+        )
         return cls(
-            step=kept["step"],
-            tokens=kept["tokens"],
-            loss=kept["loss"],
-            ratio=np.where(np.isnan(ratio), loss_ratios(kept["loss"]), ratio),
-            variance={name: kept[name] for name in measures},
+            step=step, tokens=tokens, loss=loss, ratio=ratio, variance=dict(zip(measures, variance, strict=True))
         )
 
-    def since(self, step: int) -> "Steps":
-        """The steps from ``step`` on."""
-        kept = self.step >= step
-        return Steps(
-            step=self.step[kept],
-            tokens=self.tokens[kept],
-            loss=self.loss[kept],
-            ratio=self.ratio[kept],
-            variance={name: values[kept] for name, values in self.variance.items()},
-        )
-
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> StepPoint:
         """Where a step is."""
-        return Place(step=int(self.step[index]), tokens=int(self.tokens[index]))
+        return StepPoint(step=int(self.step[index]), tokens=int(self.tokens[index]))
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,8 @@ class ThresholdRow:
     share: float
     """Of all steps, 0..1."""
 
-    first: Place | None
-    last: Place | None
+    first: StepPoint | None
+    last: StepPoint | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class RatioTable:
     """Loss ratios of a run."""
 
     largest: float
-    at: Place
+    at: StepPoint
     rows: tuple[ThresholdRow, ...]
 
 
@@ -101,11 +109,11 @@ class Reading:
     """A measured value and where it was."""
 
     value: float
-    at: Place
+    at: StepPoint
 
 
 @dataclass(frozen=True)
-class VarianceSummary:
+class MeasureSummary:
     """One measure of Adam's second moment over the run."""
 
     measure: str
@@ -138,12 +146,42 @@ class Correlation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spike:
+    """Consecutive steps with a loss ratio above a threshold, and what came after."""
+
+    start: StepPoint
+    """First step above the threshold."""
+
+    end: StepPoint
+    """Last step above it."""
+
+    steps: int
+    """From start to end, both included, with the steps below the threshold that were too few to end the spike."""
+
+    peak_ratio: float
+    peak: StepPoint
+
+    level: float | None
+    """Median loss of the steps just before the start; None where the file begins with the spike, or where most of
+    those losses were not finite."""
+
+    recovered: StepPoint | None
+    """First step after the end whose loss is at most ``level``; None where there is none."""
+
+    recovery_steps: int | None
+    """Steps after the start up to ``recovered``, that one included."""
+
+    recovery_tokens: int | None
+    """Tokens of those steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Analysis:
     """What `analyze` tells about a run."""
 
     steps: int
-    first: Place
-    last: Place
+    first: StepPoint
+    last: StepPoint
     missing_steps: int
     """Steps between the first and the last that the file does not hold."""
 
@@ -153,7 +191,7 @@ class Analysis:
     """Steps of the running median behind ``smoothed_ratio``."""
 
     smoothed_ratio: RatioTable
-    variance: tuple[VarianceSummary, ...]
+    variance: tuple[MeasureSummary, ...]
     """Of the measures that the run recorded."""
 
     correlations: tuple[Correlation, ...]
@@ -162,7 +200,7 @@ class Analysis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class AnalysisSettings:
     """What is counted, and how."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
@@ -174,7 +212,7 @@ class Settings:
     """Steps of the running median; odd."""
 
 
-def analyze(steps: Steps, settings: Settings) -> Analysis:
+def analyze(steps: Steps, settings: AnalysisSettings) -> Analysis:
     """Measure the instability of a run of at least one step."""
     assert len(steps.step), "there is something to analyze"
     smoothed = running_median(steps.loss, settings.window)
@@ -189,23 +227,65 @@ def analyze(steps: Steps, settings: Settings) -> Analysis:
         ratio=ratio_table(steps, steps.ratio, settings.thresholds),
         window=settings.window,
         smoothed_ratio=ratio_table(steps, smoothed_ratio, settings.thresholds),
-        variance=tuple(summary for name in steps.variance if (summary := variance_summary(steps, name)) is not None),
+        variance=tuple(summary for name in steps.variance if (summary := measure_summary(steps, name)) is not None),
         correlations=tuple(
             correlation(ratio, values, measure=name, smoothed=is_smoothed)
             for name, values in steps.variance.items()
             for is_smoothed, ratio in ratios.items()
         ),
         spike_threshold=settings.spike_threshold,
-        spikes=find_spikes(
-            steps.ratio,
-            steps.loss,
-            smoothed,
-            place=steps.place,
-            threshold=settings.spike_threshold,
-            merge_gap=settings.merge_gap,
-            window=settings.window,
-        ),
+        spikes=find_spikes(steps, smoothed, settings),
     )
+
+
+def find_spikes(steps: Steps, smoothed: Floats, settings: AnalysisSettings) -> tuple[Spike, ...]:
+    """Spikes of a run, in order; ``smoothed`` [steps] is the running median of the loss over ``settings.window``."""
+    above = np.flatnonzero(steps.ratio > settings.spike_threshold)
+    if not len(above):
+        return ()
+    breaks = np.flatnonzero(np.diff(above) > settings.merge_gap + 1)
+    starts, ends = above[np.append(0, breaks + 1)], above[np.append(breaks, len(above) - 1)]
+    loss = np.where(np.isfinite(steps.loss), steps.loss, np.inf)
+    spikes = []
+    for first, last in zip(starts.tolist(), ends.tolist(), strict=True):
+        peak = first + int(np.argmax(steps.ratio[first : last + 1]))
+        level = _level_before(first, loss, smoothed, settings.window)
+        back = None if level is None else _first_at_most(loss, level, after=last)
+        start, end, recovered = steps.place(first), steps.place(last), None if back is None else steps.place(back)
+        spikes.append(
+            Spike(
+                start=start,
+                end=end,
+                steps=end.step - start.step + 1,
+                peak_ratio=float(steps.ratio[peak]),
+                peak=steps.place(peak),
+                level=level,
+                recovered=recovered,
+                recovery_steps=None if recovered is None else recovered.step - start.step,
+                recovery_tokens=None if recovered is None else recovered.tokens - start.tokens,
+            )
+        )
+    return tuple(spikes)
+
+
+def _level_before(start: int, loss: Floats, smoothed: Floats, window: int) -> float | None:
+    if start == 0:
+        return None
+    # Where there are enough, the median around the middle of the window that ends before the spike.
+    level = float(smoothed[start - 1 - window // 2] if start >= window else np.median(loss[:start]))
+    return level if np.isfinite(level) else None
+
+
+def _first_at_most(values: Floats, level: float, *, after: int) -> int | None:
+    """Index of the first value <= ``level`` behind index ``after``; None where there is none."""
+    # Most spikes end soon: windows that double look at little of a long run.
+    first, size = after + 1, 512
+    while first < len(values):
+        found = np.flatnonzero(values[first : first + size] <= level)
+        if len(found):
+            return first + int(found[0])
+        first, size = first + size, 2 * size
+    return None
 
 
 def loss_ratios(loss: Floats) -> Floats:
@@ -228,13 +308,7 @@ def running_median(values: Floats, window: int) -> Floats:
     assert window % 2 == 1, "a window has a middle"
     finite = np.where(np.isfinite(values), values, np.inf)
     half = min(window // 2, (len(values) - 1) // 2)
-    result = np.empty_like(finite)
-    windows = np.lib.stride_tricks.sliding_window_view(finite, 2 * half + 1)
-    # Partitioning copies every window, so not all of them at once.
-    rows = max(1, _COPIED // windows.shape[1])
-    for first in range(0, len(windows), rows):
-        part = np.partition(windows[first : first + rows], half, axis=1)[:, half]
-        result[half + first : half + first + len(part)] = part
+    result: Floats = median_filter(finite, size=2 * half + 1)
     for index in range(half):
         result[index] = np.median(finite[: 2 * index + 1])
         result[-1 - index] = np.median(finite[len(values) - 2 * index - 1 :])
@@ -252,7 +326,7 @@ def ratio_table(steps: Steps, ratio: Floats, thresholds: Sequence[float]) -> Rat
     return RatioTable(largest=float(ratio[largest]), at=steps.place(largest), rows=tuple(rows))
 
 
-def variance_summary(steps: Steps, measure: str) -> VarianceSummary | None:
+def measure_summary(steps: Steps, measure: str) -> MeasureSummary | None:
     """First, smallest, largest and last value of a measure; None where it was never measured."""
     values = steps.variance[measure]
     measured = np.flatnonzero(~np.isnan(values))
@@ -262,7 +336,7 @@ def variance_summary(steps: Steps, measure: str) -> VarianceSummary | None:
     def reading(index: int) -> Reading:
         return Reading(value=float(values[index]), at=steps.place(index))
 
-    return VarianceSummary(
+    return MeasureSummary(
         measure=measure,
         measured=len(measured),
         first=reading(measured[0]),

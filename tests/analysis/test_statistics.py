@@ -1,7 +1,9 @@
-"""Every statistic against a plain loop over steps."""
+"""Every statistic, and every spike, against a plain loop over steps."""
 
 import math
 import statistics
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,18 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import pearsonr
 
-from megatron_ext.curriculum.loss_ratio import LossRatio
-from megatron_ext.stability.analysis import (
-    Settings,
+from megatron_ext.analysis.statistics import (
+    AnalysisSettings,
+    Spike,
+    StepPoint,
     Steps,
     analyze,
     correlation,
+    find_spikes,
     loss_ratios,
+    measure_summary,
     pearson,
     ratio_table,
     running_median,
-    variance_summary,
 )
+from megatron_ext.curriculum.loss_ratio import LossRatio
 
 Floats = npt.NDArray[np.float64]
 losses = hnp.arrays(
@@ -53,13 +58,6 @@ def test_running_median_is_the_median_of_each_window(values: Floats, window: int
     np.testing.assert_array_equal(running_median(values, window), expected)
 
 
-def test_running_median_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).normal(size=300)
-    whole = running_median(values, 7)
-    monkeypatch.setattr("megatron_ext.stability.analysis._COPIED", 50)
-    np.testing.assert_array_equal(running_median(values, 7), whole)
-
-
 @settings(deadline=None)
 @given(losses)
 def test_threshold_rows_count_and_name_the_steps(loss: Floats) -> None:
@@ -83,14 +81,14 @@ def test_a_ratio_equal_to_the_threshold_is_not_above_it() -> None:
     assert [row.count for row in ratio_table(steps, steps.ratio, (1.5, 2.0)).rows] == [1, 0]
 
 
-def test_variance_summary() -> None:
+def test_measure_summary() -> None:
     values = np.array([math.nan, 3.0, 1.0, math.nan, math.inf, 2.0])
-    summary = variance_summary(steps_of(np.ones(6), l1=values), "l1")
+    summary = measure_summary(steps_of(np.ones(6), l1=values), "l1")
     assert summary is not None
     assert summary.measured == 4
     found = [(reading.value, reading.at.step) for reading in (summary.first, summary.min, summary.max, summary.last)]
     assert found == [(3.0, 2), (1.0, 3), (math.inf, 5), (2.0, 6)]
-    assert variance_summary(steps_of(np.ones(6), l1=np.full(6, math.nan)), "l1") is None
+    assert measure_summary(steps_of(np.ones(6), l1=np.full(6, math.nan)), "l1") is None
 
 
 @settings(deadline=None)
@@ -177,7 +175,7 @@ def test_the_analysis_of_a_whole_run() -> None:
     loss = np.linspace(3, 2, 60)
     loss[20], loss[40:52] = 6.0, 5.0
     variance = np.where(np.arange(60) % 4 == 0, loss * 10, math.nan)
-    found = analyze(steps_of(loss, adam_var_l1=variance, adam_var_max=np.full(60, math.nan)), Settings())
+    found = analyze(steps_of(loss, adam_var_l1=variance, adam_var_max=np.full(60, math.nan)), AnalysisSettings())
     assert (found.steps, found.first.step, found.last.tokens, found.missing_steps) == (60, 1, 60 * 64, 0)
     assert [row.count for row in found.ratio.rows] == [13] * 4
     assert [row.count > 0 for row in found.smoothed_ratio.rows] == [True, True, True, True]
@@ -193,7 +191,7 @@ def test_the_analysis_of_a_whole_run() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_run_of_few_steps(count: int) -> None:
-    found = analyze(steps_of(np.full(count, 2.0), l1=np.full(count, 1.0)), Settings())
+    found = analyze(steps_of(np.full(count, 2.0), l1=np.full(count, 1.0)), AnalysisSettings())
     assert found.ratio.largest == 1.0
     assert found.spikes == ()
     assert all(item.undefined for item in found.correlations)
@@ -203,6 +201,88 @@ def test_missing_steps_are_counted() -> None:
     found = Steps.from_columns(
         columns(step=[5, 6, 9], tokens=[5, 6, 9], loss=[2, 3, math.nan], loss_ratio=[1, 1.5, math.inf]), ()
     )
-    analysis = analyze(found, Settings())
+    analysis = analyze(found, AnalysisSettings())
     assert (analysis.missing_steps, analysis.non_finite_losses) == (2, 1)
     assert analysis.ratio.largest == math.inf
+
+
+def spikes_of(loss: Floats, *, threshold: float = 1.2, merge_gap: int = 2, window: int = 3) -> tuple[Spike, ...]:
+    settings = AnalysisSettings(spike_threshold=threshold, merge_gap=merge_gap, window=window)
+    return find_spikes(steps_of(loss), running_median(loss, window), settings)
+
+
+def walk(loss: list[float], *, threshold: float, merge_gap: int, window: int) -> list[tuple[Any, ...]]:
+    """(start, end, peak, level, recovered) as indices, step by step."""
+    ratios = loss_ratios(np.array(loss)).tolist()
+    found: list[list[int]] = []
+    for index, ratio in enumerate(ratios):
+        if ratio <= threshold:
+            continue
+        if found and index - found[-1][1] - 1 <= merge_gap:
+            found[-1][1] = index
+        else:
+            found.append([index, index])
+    result = []
+    for start, end in found:
+        before = [value if math.isfinite(value) else math.inf for value in loss[max(0, start - window) : start]]
+        level = statistics.median(before) if before else math.inf
+        back = None
+        if math.isfinite(level):
+            back = next((i for i in range(end + 1, len(loss)) if math.isfinite(loss[i]) and loss[i] <= level), None)
+        peak = max(range(start, end + 1), key=lambda i: (ratios[i], -i))
+        result.append((start, end, peak, level if math.isfinite(level) else None, back))
+    return result
+
+
+@settings(deadline=None)
+@given(
+    loss=hnp.arrays(np.float64, st.integers(1, 60), elements=st.integers(1, 12).map(float) | st.just(math.nan)),
+    merge_gap=st.integers(0, 4),
+    window=st.sampled_from([1, 3, 7]),
+)
+def test_spikes_are_those_of_a_walk(loss: Floats, merge_gap: int, window: int) -> None:
+    spikes = spikes_of(loss, merge_gap=merge_gap, window=window)
+    expected = walk(loss.tolist(), threshold=1.2, merge_gap=merge_gap, window=window)
+    found = [
+        (s.start.step - 1, s.end.step - 1, s.peak.step - 1, s.level, s.recovered and s.recovered.step - 1)
+        for s in spikes
+    ]
+    assert found == expected
+    for spike in spikes:
+        assert spike.steps == spike.end.step - spike.start.step + 1
+        back = spike.recovered
+        assert spike.recovery_steps == (None if back is None else back.step - spike.start.step)
+        assert spike.recovery_tokens == (None if back is None else 64 * (back.step - spike.start.step))
+
+
+def test_a_spike_and_its_way_back() -> None:
+    loss = np.array([2.0, 2.0, 2.0, 5.0, 4.0, 2.3, 2.1, 2.0, 1.9])
+    (spike,) = spikes_of(loss)
+    assert (spike.start.step, spike.end.step, spike.steps) == (4, 5, 2)
+    assert (spike.peak.step, spike.peak_ratio, spike.level) == (4, 2.5, 2.0)
+    assert spike.recovered == StepPoint(step=8, tokens=8 * 64)
+    assert (spike.recovery_steps, spike.recovery_tokens) == (4, 4 * 64)
+
+
+def test_a_loss_that_stays_up_is_not_recovered() -> None:
+    losses = np.array([2.0, 2.0, 2.0, *[3.0] * 600, *[2.1] * 5000])
+    (spike,) = spikes_of(losses)
+    assert (spike.recovered, spike.recovery_steps) == (None, None)
+    losses[5000] = 2.0
+    (spike,) = spikes_of(losses)
+    assert spike.recovered == StepPoint(step=5001, tokens=5001 * 64)
+
+
+def test_close_spikes_are_one_and_distant_ones_are_two() -> None:
+    loss = np.array([2.0, 2.0, 2.0, 3.0, 2.0, 2.0, 4.0, 2.0, 2.0])
+    (merged,) = spikes_of(loss, merge_gap=2)
+    assert (merged.start.step, merged.end.step, merged.steps, merged.peak_ratio) == (4, 7, 4, 2.0)
+    assert merged.recovered == StepPoint(step=8, tokens=8 * 64)
+    assert [spike.steps for spike in spikes_of(loss, merge_gap=1)] == [1, 1]
+
+
+def test_a_file_that_begins_within_a_spike_has_no_level() -> None:
+    loss = np.array([3.0, 2.0, 2.0])
+    steps = replace(steps_of(loss), ratio=np.array([1.5, 1.0, 1.0]))
+    (spike,) = find_spikes(steps, loss, AnalysisSettings())
+    assert (spike.level, spike.recovered) == (None, None)

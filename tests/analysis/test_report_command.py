@@ -6,7 +6,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from megatron_ext.cli.report import command, labels
+from megatron_ext.analysis.report import run_labels
+from megatron_ext.cli.report import command
 from megatron_ext.errors import UserError
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord, EventRecord
@@ -94,10 +95,10 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("x/slw", "y/slw", "y/baseline")]
     for run in runs:
         run.mkdir(parents=True)
-    assert labels([runs[0], runs[2]]) == ["slw", "baseline"]
-    assert labels(runs) == ["x/slw", "y/slw", "y/baseline"]
-    assert labels([runs[0], runs[0]]) == [str(runs[0])] * 2
-    assert labels([runs[0] / "metrics.jsonl"]) == ["slw"]
+    assert run_labels([runs[0], runs[2]]) == ["slw", "baseline"]
+    assert run_labels(runs) == ["x/slw", "y/slw", "y/baseline"]
+    assert run_labels([runs[0], runs[0]]) == [str(runs[0])] * 2
+    assert run_labels([runs[0] / "metrics.jsonl"]) == ["slw"]
 
 
 def test_help_has_an_example() -> None:

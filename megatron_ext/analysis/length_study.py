@@ -7,14 +7,18 @@ is involved, and a batch of twice the length has half as many sequences.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_ext.data.datasets import Samples
+from megatron_ext.data.datasets import Samples, build_training
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.device import select_device
+from megatron_ext.runtime.environment import prepare_libraries, rank_info
+from megatron_ext.runtime.log import configure_logging
 
 _OUTLIERS = 3
 
@@ -102,6 +106,42 @@ def check_settings(settings: StudySettings, *, seq_len: int) -> None:
             )
     if settings.batches < 2:
         raise UserError(f"--batches is {settings.batches}: a variance takes at least 2")
+
+
+def study_checkpoint(
+    path: Path, *, lengths: Sequence[int] | None, tokens: int | None, batches: int, seed: int
+) -> list[LengthStatistics]:
+    """Measure the weights of a checkpoint on the run's own training data.
+
+    Args:
+        path: A run directory or a checkpoint.
+        lengths: By default 8, 16, 32, ... up to the run's full length.
+        tokens: Of each batch; by default those of 4 full sequences.
+        batches: At each length.
+        seed: Of the order of samples.
+
+    Raises:
+        UserError: there is no checkpoint, no data, or batches cannot be made of these lengths.
+    """
+    configure_logging(0)
+    device = select_device(0)
+    prepare_libraries(rank_info(), device.accelerator)
+    # Imports DeepSpeed (to read its files), which asks for the accelerator at once.
+    from megatron_ext.checkpoint.weights import load_model
+
+    with load_model(path, device) as loaded:
+        full = loaded.config.training.seq_len
+        settings = StudySettings(
+            lengths=doubling_lengths(full) if lengths is None else tuple(lengths),
+            tokens=4 * full if tokens is None else tokens,
+            batches=batches,
+            micro_batch_tokens=max(full, loaded.config.micro_batch_tokens),
+        )
+        check_settings(settings, seq_len=full)
+        dataset = build_training(
+            config.data, seq_len=full, vocab_size=config.model.vocab_size, samples=settings.samples, seed=seed
+        )
+        return list(study_lengths(loaded.model, dataset, settings, device=device.torch_device))
 
 
 def study_lengths(
