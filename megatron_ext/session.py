@@ -15,7 +15,7 @@ from megatron_ext.curriculum.adaptive import open_course
 from megatron_ext.curriculum.course import Course
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.skips import positions_between
-from megatron_ext.data.datasets import build_datasets
+from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.metrics.observer import CourseObserver
@@ -26,7 +26,7 @@ from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.ops.choice import choose_kernels
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
-from megatron_ext.parallel.rng import seed_streams
+from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
@@ -72,14 +72,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
     plan = course.plan
     layout = initialize_parallel(config.parallel.tensor, config.parallel.timeout_minutes)
     try:
-        datasets = build_datasets(
-            config.data,
-            seq_len=config.training.seq_len,
-            vocab_size=config.model.vocab_size,
-            samples=plan.samples,
-            valid_samples=config.validation.samples,
-            seed=config.seed,
-        )
+        datasets = _datasets(config, samples=plan.samples)
         place = {"data_rank": layout.data_rank, "data_size": layout.data_size}
         loader = TrainLoader(datasets.train, plan, prefetch=config.data.prefetch, pin_memory=device.pin_memory, **place)
         validation = ValidationLoader(datasets.valid, config.micro_batch_tokens, **place)
@@ -87,14 +80,7 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         kernels = choose_kernels(config.model.kernels, device=device, processes=processes)
         model, prefix = build_gpt(config, layout, streams, kernels=kernels), prefix_length(config, plan)
         engine = TrainEngine(config, model, layout=layout, device=device, prefix=prefix)
-        checkpointer = Checkpointer(
-            config.run_dir / "checkpoints",
-            engine,
-            streams=streams,
-            processes=processes,
-            identity=_identity(config, world_size=processes.info.world_size),
-            keep_last=config.checkpoint.keep_last,
-        )
+        checkpointer = _checkpointer(config, engine, streams=streams, processes=processes)
         if not config.checkpoint.resume:
             checkpointer.check_new()
         resumed = checkpointer.resume()
@@ -137,11 +123,30 @@ def set_up(config: RunConfig, *, device: Device, processes: Processes) -> Iterat
         destroy_parallel()
 
 
-def _identity(config: RunConfig, *, world_size: int) -> RunIdentity:
-    return RunIdentity(
-        config=config.model_dump(mode="json"),
-        determining=config.determining_values(),
-        layout={"world_size": world_size, "tensor": config.parallel.tensor, "zero_stage": config.parallel.zero_stage},
+def _datasets(config: RunConfig, *, samples: int) -> Datasets:
+    return build_datasets(
+        config.data,
+        seq_len=config.training.seq_len,
+        vocab_size=config.model.vocab_size,
+        samples=samples,
+        valid_samples=config.validation.samples,
+        seed=config.seed,
+    )
+
+
+def _checkpointer(config: RunConfig, engine: TrainEngine, *, streams: RngStreams, processes: Processes) -> Checkpointer:
+    world, parallel = processes.info.world_size, config.parallel
+    return Checkpointer(
+        config.run_dir / "checkpoints",
+        engine,
+        streams=streams,
+        processes=processes,
+        identity=RunIdentity(
+            config=config.model_dump(mode="json"),
+            determining=config.determining_values(),
+            layout={"world_size": world, "tensor": parallel.tensor, "zero_stage": parallel.zero_stage},
+        ),
+        keep_last=config.checkpoint.keep_last,
     )
 
 

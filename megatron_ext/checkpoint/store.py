@@ -98,18 +98,19 @@ def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: 
     """
     # Guards are there to be changed after they have stopped a run; what they did is on record.
     there, here = ({**values, "guards": None} for values in (manifest.determining, determining))
-    if there != here:
-        changes = "; ".join(_differences(there, here))
+    if changes := _differences(there, here):
         raise UserError(
-            f"{where} belongs to another run: {changes}. To train this one, give the run another name, or restore "
-            "those values"
+            f"{where} belongs to another run: {'; '.join(changes)}. To train this one, give the run another name, or "
+            "restore those values"
         )
-    if manifest.layout != layout:
-        changes = "; ".join(_differences(manifest.layout, layout))
-        raise UserError(f"{where} was written by another layout: {changes}. To continue it, start the layout it has")
+    if changes := _differences(manifest.layout, layout):
+        raise UserError(
+            f"{where} was written by another layout: {'; '.join(changes)}. To continue it, start the layout it has"
+        )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs, in words; a key that is not there is null, as one that a later version has added."""
     result: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)

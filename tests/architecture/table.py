@@ -46,6 +46,8 @@ DOORS: Mapping[str, frozenset[str]] = {
     "torch.cuda": frozenset({"runtime"}),
     "torch.utils.cpp_extension": frozenset({"ops"}),
     "deepspeed": frozenset({"engine"}),
+    # Its reader of ZeRO 3 checkpoints, which needs no engine.
+    "deepspeed.utils.zero_to_fp32": frozenset({"checkpoint"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.core.tensor_parallel": frozenset({"parallel"}),
     # The linear layers and the embedding are what a model is made of; groups, mappings and streams are not.
