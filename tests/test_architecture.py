@@ -104,7 +104,7 @@ KEPT = [
     ("model/x.py", "from megatron.core.transformer.spec_utils import ModuleSpec"),
     ("model/x.py", "from megatron.core.tensor_parallel.layers import ColumnParallelLinear"),
     ("parallel/x.py", "from megatron.core import parallel_state, tensor_parallel"),
-    ("cli/x.py", "def f():\n    import torch\n    from megatron_ext.train import train"),
+    ("cli/x.py", "def f():\n    import torch\n    from megatron_ext.trainer import train"),
     ("config/x.py", "from typing import get_args, Literal\nx = get_args(Literal['a'])"),
     ("config/x.py", "import typing\nx = typing.get_args(int)"),
     ("config/__init__.py", '"""Doc."""'),
@@ -114,7 +114,7 @@ KEPT = [
     ("config/x.py", "def f():\n" + "    x = 1\n" * 59),
     ("cli/x.py", "def command(a, b, c, d, e, f, g, h): ..."),
     ("cli/x.py", "@tokenizer_app.command('train')\ndef f(a, b, c, d, e, f, g, h): ..."),
-    ("worker.py", "import argparse\nfrom megatron_ext.train import train"),
+    ("worker.py", "import argparse\nfrom megatron_ext.trainer import train"),
     ("metrics/x.py", "def f(loss):\n    return loss.item()"),
     ("engine/x.py", "def f(typer, os):\n    return typer.name, os.environ"),
     ("cli/x.py", "text = 'cuda: not found'\nwhich = environment.cuda"),
@@ -127,7 +127,7 @@ def test_what_is_allowed_is_not_reported(path: str, source: str) -> None:
 
 
 def test_torch_is_found_through_a_chain_of_modules_but_not_through_a_lazy_import() -> None:
-    app = "from megatron_ext.train import loop"
+    app = "from megatron_ext.trainer import loop"
     assert "torch-at-import" in broken_rules("megatron_ext/cli/app.py", app, train="import torch")
     assert broken_rules("megatron_ext/cli/app.py", f"def f():\n    {app}", train="import torch") == set()
     assert broken_rules("megatron_ext/cli/app.py", TYPING + app, train="import torch") == set()

@@ -2,17 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from megatron_ext.base import Section, Seed
-from megatron_ext.config.checks import check_run
 from megatron_ext.config.cluster import ClusterConfig
 from megatron_ext.config.data import DataConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.deepspeed import deepspeed_problems
+from megatron_ext.config.model import ModelConfig, ParallelConfig
 from megatron_ext.config.training import (
     CheckpointConfig,
     MetricsConfig,
@@ -25,7 +25,7 @@ from megatron_ext.curriculum.guards import GuardsConfig
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
-from megatron_ext.curriculum.plan import TrainingPlan, possible_plans
+from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {
@@ -89,9 +89,21 @@ class RunConfig(Section):
     """Further DeepSpeed settings, passed through; what another section decides may not be set here."""
 
     @model_validator(mode="after")
-    def _cross_checks(self) -> "RunConfig":
-        check_run(self)
+    def _no_contradictions(self) -> "RunConfig":
+        if problems := list(self._problems()):
+            raise ValueError("\n".join(problems))
         return self
+
+    def _problems(self) -> Iterator[str]:
+        """One line per contradiction between sections: the keys, the values, and what to write instead."""
+        seq_len = self.training.seq_len
+        yield from self.model.problems(tensor=self.parallel.tensor, seq_len=seq_len)
+        yield from self.metrics.problems(seq_len=seq_len, variance_limit=self.curriculum.variance_limit)
+        yield from self.parallel.problems(seq_len=seq_len, implementation=self.optimizer.implementation)
+        yield from self.data.problems()
+        yield from plan_problems(self.curriculum, self.spec)
+        yield from self.guards.problems(checkpoint_every=self.checkpoint.every, keep_last=self.checkpoint.keep_last)
+        yield from deepspeed_problems(self.deepspeed, precision=self.training.precision, parallel=self.parallel)
 
     @property
     def run_dir(self) -> Path:

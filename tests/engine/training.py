@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.curriculum.sampler import global_batch, micro_batch_sizes, rank_block
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import cut_micro_batches
-from megatron_ext.model.gpt import build_gpt
+from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.ops.kernels import Kernels
 from megatron_ext.ops.loading import load_operators
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
@@ -63,7 +63,7 @@ class Setup:
     plan: TrainingPlan
     layout: Layout
     streams: RngStreams
-    engine: TrainEngine
+    engine: DeepSpeedEngine
 
 
 def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
@@ -73,8 +73,7 @@ def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
     kernels: Kernels = "fused" if config.model.kernels == "fused" else "reference"
     if kernels == "fused":
         load_operators("cpu")
-    model = build_gpt(config, layout, streams, kernels=kernels)
-    engine = TrainEngine(config, model, layout=layout, device=CPU, prefix=prefix)
+    engine = build_engine(config, layout, streams, device=CPU, kernels=kernels, prefix=prefix)
     return Setup(config, config.plan(), layout, streams, engine)
 
 
