@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from packaging.requirements import Requirement
 
 from megatron_ext.cli.common import AsJson
+from megatron_ext.runtime.environment import find_program
 
 if TYPE_CHECKING:
     from megatron_ext.ops.building.sources import Backend
@@ -144,16 +144,14 @@ def _torch() -> list[Finding]:
 
 
 def _launcher() -> Finding:
-    beside = Path(sys.executable).with_name("deepspeed")
-    path = str(beside) if beside.exists() else shutil.which("deepspeed")
+    path = find_program("deepspeed")
     remedy = None if path else "pip install deepspeed into the environment of this Python; it brings the launcher"
     return Finding("launcher", path, remedy, required=True)
 
 
 def tool_version(name: str) -> str | None:
     """First version number that ``name --version`` prints and the tool's path; None when it is missing or fails."""
-    beside = Path(sys.executable).with_name(name)
-    path = str(beside) if beside.exists() else shutil.which(name)
+    path = find_program(name)
     if path is None:
         return None
     try:

@@ -4,12 +4,11 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.ops.building.problem import KernelsUnavailableError
-from megatron_ext.runtime.environment import KernelEnvironment
+from megatron_ext.runtime.environment import KernelEnvironment, find_program
 
 _TIMEOUT_SECONDS = 60
 _OLDEST_COMPILER = (9, 0)
@@ -98,8 +97,7 @@ def find_ninja() -> Tool:
     Raises:
         KernelsUnavailableError: it is missing or does not run.
     """
-    beside = Path(sys.executable).with_name("ninja")
-    path = str(beside) if beside.is_file() else shutil.which("ninja")
+    path = find_program("ninja")
     if path is None:
         raise KernelsUnavailableError("ninja is not installed; pip install ninja")
     return Tool(path, _version(_output([path, "--version"]), r"(\d+)\.(\d+)(?:\.(\d+))?", path))
