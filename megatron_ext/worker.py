@@ -47,6 +47,12 @@ class _Rank:
     info: RankInfo
     stop: StopRequest
     preflight_only: bool
+    dry_run: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is the run itself, which writes into its directory, and no trial of it."""
+        return not (self.preflight_only or self.dry_run)
 
 
 def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = None) -> int:
@@ -61,14 +67,15 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--directory", type=Path, help="working directory of the run")
     parser.add_argument("--preflight-only", action="store_true", help="examine the hosts and do not train")
+    parser.add_argument("--dry-run", action="store_true", help="try two steps at the longest length and stop")
     options = parser.parse_args(arguments)
     try:
         take_private_variables()
         if options.directory is not None:
             os.chdir(options.directory)
         config = read_config(options.config, options.overrides)
-        rank = _Rank(config, rank_info(), stop or StopRequest(), options.preflight_only)
-        locked = rank.info.is_main and not rank.preflight_only
+        rank = _Rank(config, rank_info(), stop or StopRequest(), options.preflight_only, options.dry_run)
+        locked = rank.info.is_main and rank.trains
         # A job that was started again may find the lock in the hands of its first life on a host that is cut off.
         patience = _LOCK_SECONDS if asks_to_requeue() else 1.0
         with run_lock(config.run_dir, wait_seconds=patience) if locked else nullcontext():
@@ -80,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
 
 def _run(rank: _Rank) -> int:
     config, info = rank.config, rank.info
-    log_file = None if rank.preflight_only else config.run_dir / "log.txt"
+    log_file = config.run_dir / "log.txt" if rank.trains else None
     configure_logging(info.rank, log_file=log_file)
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
@@ -107,9 +114,9 @@ def _run(rank: _Rank) -> int:
 
 def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", beating: "Heartbeat | None") -> int:
     """Do the work; a failure goes through the heartbeat, which knows whether it is the first."""
+    from megatron_ext.curriculum.guards import GuardStop
     from megatron_ext.runtime.failure import Failure, failure_of
     from megatron_ext.runtime.process_group import process_group
-    from megatron_ext.stability.guard import GuardStop
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
     try:
@@ -162,7 +169,14 @@ def _work(rank: _Rank, device: "Device", processes: "Processes", preflight: "Pre
             LOGGER.info(line)
     if rank.preflight_only:
         return 0
-    from megatron_ext.train import train
+    if rank.dry_run:
+        from megatron_ext.dry_run import dry_run
+
+        plan = rank.config.plan()
+        for line in dry_run(rank.config, plan, device=device, processes=processes).lines(plan):
+            LOGGER.info(line)
+        return 0
+    from megatron_ext.trainer import train
 
     finished = train(rank.config, device=device, processes=processes, stop=rank.stop)
     return 0 if finished or not asks_to_requeue() else os.EX_TEMPFAIL

@@ -2,25 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-from megatron_ext.checkpoint.manifest import Manifest, check_resumable, read_manifest, write_manifest
 from megatron_ext.checkpoint.store import (
+    Manifest,
     begin,
+    check_resumable,
     checkpoint_name,
     complete_checkpoints,
     drop_after,
     partial_name,
     prune,
     publish,
+    read_manifest,
     step_of,
+    write_manifest,
 )
-from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.rng import RngStreams
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
@@ -28,22 +30,50 @@ from megatron_ext.runtime.process_group import Processes
 _WRITER_SIGNS = ("inline_container", "iostream", "PytorchStreamWriter", "No space left")
 
 
+class EngineState(Protocol):
+    """What an engine keeps in a checkpoint: weights, optimizer state and loss scale, in files of its own."""
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write every rank's state to ``directory/tag``. Called by all ranks."""
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Read what ``save`` wrote on the same layout. Called by all ranks."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run a checkpoint belongs to; only a run of the same one may go on from it."""
+
+    config: dict[str, Any]
+    """The resolved run config."""
+
+    determining: dict[str, Any]
+    """The part of it that determines weights and data order."""
+
+    layout: dict[str, int]
+    """world_size, tensor, zero_stage."""
+
+
 class Checkpointer:
-    """The run's checkpoints, on all ranks. The checkpoints directory is one that every node sees."""
+    """The run's checkpoints, on all ranks."""
 
     def __init__(
-        self, config: RunConfig, engine: TrainEngine, *, streams: RngStreams, layout: Layout, processes: Processes
+        self,
+        directory: Path,
+        engine: EngineState,
+        *,
+        streams: RngStreams,
+        processes: Processes,
+        identity: RunIdentity,
+        keep_last: int,
     ) -> None:
-        self._config = config
+        """Keep the newest ``keep_last`` checkpoints in ``directory``, which every node sees; made by the first save."""
+        self._directory = directory
         self._engine = engine
         self._streams = streams
         self._processes = processes
-        self._directory = config.run_dir / "checkpoints"
-        self._layout = {
-            "world_size": processes.info.world_size,
-            "tensor": layout.tensor_size,
-            "zero_stage": config.parallel.zero_stage,
-        }
+        self._identity = identity
+        self._keep_last = keep_last
 
     def save(
         self,
@@ -60,36 +90,34 @@ class Checkpointer:
         Raises:
             UserError: it could not be written; the checkpoints before it are as they were.
         """
+        manifest = Manifest(
+            step=step,
+            tokens=tokens,
+            config=self._identity.config,
+            determining=self._identity.determining,
+            layout=self._identity.layout,
+            loss_ratio=loss_ratio,
+            curriculum=curriculum or {},
+            guard=guard or {},
+            skipped_samples=skipped_samples or [],
+        )
         with self._explained(step):
-            return self._save(
-                step,
-                Manifest(
-                    step=step,
-                    tokens=tokens,
-                    config=self._config.model_dump(mode="json"),
-                    determining=self._config.determining_values(),
-                    layout=self._layout,
-                    loss_ratio=loss_ratio,
-                    curriculum=curriculum or {},
-                    guard=guard or {},
-                    skipped_samples=skipped_samples or [],
-                ),
-            )
+            return self._save(step, manifest)
 
     def _save(self, step: int, manifest: Manifest) -> Path:
-        rank, is_main = self._processes.info.rank, self._processes.info.is_main
+        is_main, partial = self._processes.info.is_main, self._directory / partial_name(step)
         if is_main:
             begin(self._directory, step)
-        self._processes.barrier()
-        self._engine.save(self._directory, partial_name(step))
-        torch.save(self._streams.rng_state(), self._directory / partial_name(step) / _rng_file(rank))
+        self._processes.barrier()  # no rank writes before the directory is there
+        self._engine.save(self._directory, partial.name)
+        torch.save(self._streams.rng_state(), partial / _rng_file(self._processes.info.rank))
         if is_main:
-            write_manifest(self._directory / partial_name(step), manifest)
-        self._processes.barrier()
+            write_manifest(partial, manifest)
+        self._processes.barrier()  # no rename before every rank has written
         if is_main:
             publish(self._directory, step)
-            prune(self._directory, self._config.checkpoint.keep_last)
-        self._processes.barrier()
+            prune(self._directory, self._keep_last)
+        self._processes.barrier()  # no rank goes on, and perhaps ends, before the checkpoint is there
         return self._directory / checkpoint_name(step)
 
     @contextmanager
@@ -100,7 +128,7 @@ class Checkpointer:
             # torch's file writer raises RuntimeError, and says what it was about, not why it failed.
             if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _WRITER_SIGNS):
                 raise
-            room = self._config.checkpoint.keep_last + 1
+            room = self._keep_last + 1
             raise UserError(
                 f"the checkpoint after step {step} could not be written to {self._directory} ({error}); see to it that "
                 f"this user may write there and that {room} checkpoints (checkpoint.keep_last + 1) have room, then "
@@ -138,7 +166,8 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> Manifest:
         """Load a complete checkpoint of this run. Raises as ``resume`` does."""
         manifest = read_manifest(checkpoint)
-        check_resumable(manifest, self._config, layout=self._layout, where=checkpoint)
+        own = self._identity
+        check_resumable(manifest, determining=own.determining, layout=own.layout, where=checkpoint)
         LOGGER.info("resuming from %s", checkpoint)
         try:
             self._engine.load(self._directory, checkpoint.name)

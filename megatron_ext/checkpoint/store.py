@@ -1,19 +1,113 @@
-"""The checkpoints directory of a run, as a file system sees it: names, publication, discovery, pruning. No torch.
+"""The checkpoints directory of a run: names, checkpoint.json, publication, discovery, pruning. No torch.
 
 A checkpoint is written under ``step_N.partial`` and becomes visible by one rename to ``step_N``; ``latest`` names the
 newest one and is replaced last. A process killed at any moment leaves complete checkpoints, and perhaps a ``.partial``
 that the next save removes.
 """
 
+import errno
+import json
 import re
 import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_ext.runtime.files import replace_text, sync
+from megatron_ext.base import describe_differences
+from megatron_ext.errors import UserError
+from megatron_ext.runtime.files import publish_directory, replace_text
 
+FORMAT = 1
+_FILE = "checkpoint.json"
 _NAME = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
 _LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """checkpoint.json: position in the plan, the config, the layout, and small host state."""
+
+    step: int
+    """Finished steps; the next step to run has this number."""
+
+    tokens: int
+    """Tokens consumed by those steps."""
+
+    config: dict[str, Any]
+    """The resolved run config."""
+
+    determining: dict[str, Any]
+    """The part of it that determines weights and data order."""
+
+    layout: dict[str, int]
+    """world_size, tensor, zero_stage of the ranks that wrote it."""
+
+    loss_ratio: dict[str, Any]
+    """State of the loss-ratio tracker."""
+
+    curriculum: dict[str, Any] = field(default_factory=dict)
+    """What adaptive pacing has decided and measured; empty under fixed pacing."""
+
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of the guards; empty without them."""
+
+    skipped_samples: list[list[int]] = field(default_factory=list)
+    """(first, count) of the dataset samples that the run passes over, since it rolled back over them."""
+
+    format: int = FORMAT
+    """Version of this file's meaning."""
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write checkpoint.json; in a complete checkpoint the old one is replaced in one go."""
+    replace_text(directory / _FILE, json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read checkpoint.json.
+
+    Raises:
+        UserError: no checkpoint is there, the file is damaged, or it was written by another format.
+    """
+    path = checkpoint / _FILE
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{checkpoint} is no checkpoint: it has no {_FILE}; give a directory checkpoints/step_N"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); continue from an older checkpoint") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, this version reads format {FORMAT}")
+    try:
+        return Manifest(**content)
+    except TypeError as error:
+        raise UserError(f"{path} has other keys than format {FORMAT} ({error}); use an older checkpoint") from error
+
+
+def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: dict[str, int], where: Path) -> None:
+    """Raise UserError where a run cannot continue from the checkpoint bit for bit.
+
+    Args:
+        manifest: Of the checkpoint.
+        determining: What determines weights and data order in the run that is starting.
+        layout: world_size, tensor, zero_stage of the ranks that are starting.
+        where: The checkpoint, for the message.
+    """
+    # Guards are there to be changed after they have stopped a run; what they did is on record.
+    there, here = ({**values, "guards": None} for values in (manifest.determining, determining))
+    if there != here:
+        changes = describe_differences(there, here)
+        raise UserError(
+            f"{where} belongs to another run: {changes}. To train this one, give the run another name, or restore "
+            "those values"
+        )
+    if manifest.layout != layout:
+        changes = describe_differences(manifest.layout, layout)
+        raise UserError(f"{where} was written by another layout: {changes}. To continue it, start the layout it has")
 
 
 def checkpoint_name(step: int) -> str:
@@ -62,13 +156,14 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def publish(directory: Path, step: int) -> Path:
-    """Force the partial checkpoint to disk, give it its final name, then point ``latest`` at it."""
-    partial, final = directory / partial_name(step), directory / checkpoint_name(step)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(partial)
-    partial.rename(final)
+    """Force the partial checkpoint to disk, give it its final name, then point ``latest`` at it.
+
+    Raises:
+        OSError: it cannot be written, or there is a checkpoint of that step, which stays.
+    """
+    final = directory / checkpoint_name(step)
+    if not publish_directory(directory / partial_name(step), final):
+        raise FileExistsError(errno.EEXIST, "there is one already", str(final))
     _name_latest(directory, final)
     return final
 

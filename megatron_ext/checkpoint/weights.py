@@ -1,19 +1,21 @@
-"""A checkpoint as a model to use: found by run or step, loaded on one process whatever layout wrote it."""
+"""A checkpoint opened without its run: its manifest, its weights as one rank would hold them, its model."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from megatron_ext.checkpoint.manifest import Manifest, read_manifest
-from megatron_ext.checkpoint.store import newest_checkpoint
+from megatron_ext.checkpoint.store import Manifest, newest_checkpoint, read_manifest
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.consolidate import consolidated_weights
 from megatron_ext.errors import UserError
 from megatron_ext.model.gpt import Gpt, build_gpt
+from megatron_ext.model.parameters import split_dimension
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device
@@ -21,6 +23,45 @@ from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import process_group
 
 _TIMEOUT_MINUTES = 30.0
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A complete checkpoint on disk. Made by :func:`open_checkpoint`."""
+
+    path: Path
+    """Directory ``step_N``."""
+
+    manifest: Manifest
+
+    def config(self) -> RunConfig:
+        """The config of its run, in float32 on one rank.
+
+        Raises:
+            UserError: this version cannot read it.
+        """
+        written = self.manifest.config
+        content = written | {"parallel": {}, "training": written.get("training", {}) | {"precision": "fp32"}}
+        try:
+            return RunConfig.model_validate_json(json.dumps(content))
+        except ValueError as error:
+            raise UserError(f"{self.path}: this version cannot read its config: {error}") from error
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights as one rank would hold them, whatever layout wrote them.
+
+        Returns:
+            megatron-core's parameter names -> CPU tensors: float32 from ZeRO 3, else the run's own precision.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        read = _partitioned if self.manifest.layout["zero_stage"] == 3 else _replicated
+        try:
+            parts = [read(self.path, tensor_rank) for tensor_rank in range(self.manifest.layout["tensor"])]
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            raise UserError(f"{self.path} cannot be read ({error}); use another checkpoint of the run") from error
+        return {name: _merge(name, [part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -47,6 +88,16 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path} holds no complete checkpoint; give a run directory or one of its checkpoints/step_N")
 
 
+def open_checkpoint(path: Path) -> StoredCheckpoint:
+    """Open a checkpoint directory, or the newest checkpoint of a run; needs no process group and no device.
+
+    Raises:
+        UserError: there is no checkpoint, or its manifest cannot be read.
+    """
+    checkpoint = find_checkpoint(path)
+    return StoredCheckpoint(path=checkpoint, manifest=read_manifest(checkpoint))
+
+
 @contextmanager
 def load_model(path: Path, device: Device) -> Iterator[LoadedModel]:
     """Load a checkpoint's model on this process alone, inside a process group of one.
@@ -54,26 +105,37 @@ def load_model(path: Path, device: Device) -> Iterator[LoadedModel]:
     Raises:
         UserError: there is no checkpoint, it is damaged, or this version cannot read its config.
     """
-    checkpoint = find_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    config = _single_rank_config(manifest, checkpoint)
-    info = rank_info()
-    with process_group(info, device, timeout_minutes=_TIMEOUT_MINUTES):
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config()
+    with process_group(rank_info(), device, timeout_minutes=_TIMEOUT_MINUTES):
         layout = initialize_parallel(1, _TIMEOUT_MINUTES)
         try:
-            model = build_gpt(config, layout, seed_streams(config.seed, layout, device.torch_device))
-            weights = consolidated_weights(
-                checkpoint, tensor_size=manifest.layout["tensor"], zero_stage=manifest.layout["zero_stage"]
-            )
-            model.load_state_dict({name: weight.to(torch.float32) for name, weight in weights.items()})
-            yield LoadedModel(model=model.to(device.torch_device).eval(), config=config, manifest=manifest)
+            streams = seed_streams(config.seed, layout, device.torch_device)
+            positions = config.max_positions
+            model = build_gpt(config.model, layout=layout, positions=positions, seed=config.seed, streams=streams)
+            model.load_state_dict({name: weight.to(torch.float32) for name, weight in checkpoint.weights().items()})
+            yield LoadedModel(model=model.to(device.torch_device).eval(), config=config, manifest=checkpoint.manifest)
         finally:
             destroy_parallel()
 
 
-def _single_rank_config(manifest: Manifest, checkpoint: Path) -> RunConfig:
-    content = manifest.config | {"parallel": {}, "training": manifest.config["training"] | {"precision": "fp32"}}
-    try:
-        return RunConfig.model_validate_json(json.dumps(content))
-    except ValueError as error:
-        raise UserError(f"{checkpoint}: this version cannot read its config: {error}") from error
+def _merge(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    dimension = split_dimension(name)
+    return parts[0] if dimension is None else torch.cat(parts, dim=dimension)
+
+
+def _replicated(checkpoint: Path, tensor_rank: int) -> dict[str, torch.Tensor]:
+    path = checkpoint / f"mp_rank_{tensor_rank:02d}_model_states.pt"
+    # The file holds DeepSpeed's own objects beside the weights, which weights_only would refuse.
+    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["module"]
+    return weights
+
+
+def _partitioned(checkpoint: Path, tensor_rank: int) -> dict[str, torch.Tensor]:
+    # DeepSpeed's reader expects one tensor rank's files in a directory, under the names of tensor rank 0.
+    own = f"mp_rank_{tensor_rank:02d}_"
+    with tempfile.TemporaryDirectory() as directory:
+        for path in checkpoint.glob(f"*{own}*.pt"):
+            (Path(directory) / path.name.replace(own, "mp_rank_00_")).symlink_to(path.resolve())
+        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(directory, tag=".")
+    return {name: tensor.clone() for name, tensor in weights.items()}

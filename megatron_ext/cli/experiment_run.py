@@ -8,7 +8,6 @@ import typer
 
 from megatron_ext.cli.common import ExperimentPath
 from megatron_ext.cli.experiment_tables import console, plan_table, status_table
-from megatron_ext.cli.report import write_page
 from megatron_ext.cli.slurm_options import (
     Account,
     ContainerImage,
@@ -27,7 +26,7 @@ from megatron_ext.cli.slurm_options import (
     container_of,
     resources_of,
 )
-from megatron_ext.config.experiment import Experiment, load_experiment
+from megatron_ext.experiments.config import Experiment, load_experiment
 from megatron_ext.launch.slurm import FOLDER, absolute, submit, submit_job, training_job
 
 if TYPE_CHECKING:
@@ -105,8 +104,10 @@ def _run_here(experiment: Experiment, *, nproc: int | None, dry_run: bool) -> No
     console().print(status_table(found))
     typer.echo(done(found))
     if finished:
+        from megatron_ext.analysis.report import write_report
+
         page = Path(experiment.config.output_dir) / "report.html"
-        write_page(data_of(experiment), page, title=experiment.config.name, target_loss=None)
+        write_report(data_of(experiment), page, title=experiment.config.name, target_loss=None)
         typer.echo(f"report: {page}")
     failed = any(status.state == "failed" for status in found)
     if failed or not finished:

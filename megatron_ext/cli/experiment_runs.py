@@ -6,7 +6,6 @@ keeps two processes from training the same experiment, and ``configs/RUN.json``,
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +14,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from megatron_ext.config.experiment import Experiment, ExperimentRun
 from megatron_ext.config.resolved import resolved_json
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, ExperimentRun
 from megatron_ext.launch.slurm import QueuedJob
 from megatron_ext.launch.status import Progress, Situation, State, read_progress, situations
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.run_lock import HeldError, file_lock, is_held
+from megatron_ext.text import finite_or_none
 
 if TYPE_CHECKING:
-    from megatron_ext.metrics.report_data import RunData
+    from megatron_ext.analysis.run_data import RunData
 
 _BAD_INPUT = 2
 """Exit status of a run whose input is wrong: another attempt would find it as wrong."""
@@ -61,8 +61,8 @@ class RunStatus:
             "step": progress.step,
             "steps": progress.steps,
             "tokens": progress.tokens,
-            "valid_loss": _finite(progress.valid_loss),
-            "largest_ratio": _finite(progress.largest_ratio),
+            "valid_loss": finite_or_none(progress.valid_loss),
+            "largest_ratio": finite_or_none(progress.largest_ratio),
             "seconds": progress.seconds,
             "eta_s": progress.eta_seconds,
             "job": job.job if job else None,
@@ -80,7 +80,7 @@ def plans_of(experiment: Experiment) -> list[TrainingPlan]:
     plans = []
     for run in experiment.runs:
         try:
-            plans.append(TrainingPlan.from_config(run.config))
+            plans.append(run.config.plan())
         except UserError as error:
             raise UserError(f"{experiment.source} (variant {run.variant}): {error}") from None
     return plans
@@ -184,9 +184,8 @@ def data_of(experiment: Experiment) -> "list[RunData]":
     Raises:
         UserError: none has.
     """
-    from megatron_ext.metrics.columns import read_columns
-    from megatron_ext.metrics.jsonl import FILE_NAME
-    from megatron_ext.metrics.report_data import read_run
+    from megatron_ext.analysis.run_data import read_run
+    from megatron_ext.metrics.jsonl import FILE_NAME, read_columns
 
     found = []
     for run in experiment.runs:
@@ -203,14 +202,14 @@ def data_of(experiment: Experiment) -> "list[RunData]":
 
 def _refuse_other_runs(experiment: Experiment) -> None:
     """Raise UserError where a run's directory holds a run of another config."""
-    from megatron_ext.checkpoint.manifest import check_resumable, read_manifest
-    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
 
     for run in experiment.runs:
         newest = newest_checkpoint(run.config.run_dir / "checkpoints")
         if newest is not None:
             manifest = read_manifest(newest)
-            check_resumable(manifest, run.config, layout=manifest.layout, where=newest)
+            determining = run.config.determining_values()
+            check_resumable(manifest, determining=determining, layout=manifest.layout, where=newest)
 
 
 class Ledger:
@@ -278,10 +277,6 @@ class Ledger:
 
     def _write(self, entries: dict[str, Any]) -> None:
         replace_text(self._path, json.dumps(entries, indent=1) + "\n")
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def done(found: Sequence[RunStatus]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megatron_ext.data.preprocess import PreprocessOptions, Progress
+    from megatron_ext.data.preprocess import PreprocessOptions, PreprocessProgress
 
 
 def command(
@@ -47,7 +47,7 @@ def command(
     typer.echo(f"{output}.bin: {last.documents:,} documents{empty}, {last.tokens:,} tokens")
 
 
-def _run(files: tuple[Path, ...], output: Path, options: "PreprocessOptions") -> "Progress":
+def _run(files: tuple[Path, ...], output: Path, options: "PreprocessOptions") -> "PreprocessProgress":
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -57,7 +57,7 @@ def _run(files: tuple[Path, ...], output: Path, options: "PreprocessOptions") ->
 
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
     total = check_files(files)
-    last: Progress | None = None
+    last: PreprocessProgress | None = None
     with Bar(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
     ) as bar:

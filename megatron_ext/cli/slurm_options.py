@@ -121,8 +121,7 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_ru
 
 
 def _check_run(config: "RunConfig", resources: "Resources") -> None:
-    from megatron_ext.checkpoint.manifest import check_resumable, read_manifest
-    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
     from megatron_ext.launch.launcher import check_run
 
     ranks, parallel = resources.ranks, config.parallel
@@ -130,18 +129,19 @@ def _check_run(config: "RunConfig", resources: "Resources") -> None:
     newest = newest_checkpoint(config.run_dir / "checkpoints")
     if newest is not None:
         layout = {"world_size": ranks, "tensor": parallel.tensor, "zero_stage": parallel.zero_stage}
-        check_resumable(read_manifest(newest), config, layout=layout, where=newest)
+        determining = config.determining_values()
+        check_resumable(read_manifest(newest), determining=determining, layout=layout, where=newest)
 
 
 def _check_data(config: "RunConfig", checked: set[str], *, dry_run: bool) -> None:
-    from megatron_ext.data.parts import check_data
+    from megatron_ext.data.sources import check_data
 
     data = json.dumps([config.data.model_dump(mode="json"), config.model.vocab_size, config.training.seq_len])
     if data in checked:
         return
     checked.add(data)
     try:
-        check_data(config)
+        check_data(config.data, seq_len=config.training.seq_len, vocab_size=config.model.vocab_size)
     except UserError as error:
         if not dry_run:
             raise

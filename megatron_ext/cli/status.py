@@ -1,7 +1,6 @@
 """``status``: how far one run is, on this machine or as a SLURM job."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ import typer
 
 from megatron_ext.cli.common import AsJson
 from megatron_ext.errors import UserError
+from megatron_ext.text import finite_or_none, format_duration
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
@@ -23,11 +23,10 @@ def command(run: RunPath, *, as_json: AsJson = False) -> None:
 
     Example: megatron-ext status runs/slw
     """
-    from megatron_ext.curriculum.plan import TrainingPlan
     from megatron_ext.launch.status import read_progress, situations
 
     config = run_config(run)
-    progress = read_progress(config, TrainingPlan.from_config(config))
+    progress = read_progress(config, config.plan())
     [situation] = situations([(config.run_dir, progress)])
     values = _values(config, progress, situation)
     if as_json:
@@ -77,8 +76,8 @@ def _values(config: "RunConfig", progress: "Progress", situation: "Situation") -
         "total_tokens": progress.total_tokens,
         "tokens_per_s": progress.tokens_per_s,
         "eta_s": progress.eta_seconds,
-        "loss": _finite(progress.loss),
-        "valid_loss": _finite(progress.valid_loss),
+        "loss": finite_or_none(progress.loss),
+        "valid_loss": finite_or_none(progress.valid_loss),
         "checkpoint": checkpoint.name if checkpoint else None,
         "checkpoint_age_s": time.time() - checkpoint.stat().st_mtime if checkpoint else None,
     }
@@ -86,8 +85,6 @@ def _values(config: "RunConfig", progress: "Progress", situation: "Situation") -
 
 def _lines(values: dict[str, Any]) -> dict[str, str]:
     """What is known, in words."""
-    from megatron_ext.cli.experiment_tables import duration
-
     share = f" ({values['tokens'] / values['total_tokens']:.1%} of the tokens)"
     lines = {"run": values["run_dir"], "state": values["state"] + (f": {values['note']}" if values["note"] else "")}
     if values["job"]:
@@ -97,13 +94,13 @@ def _lines(values: dict[str, Any]) -> dict[str, str]:
     if values["tokens_per_s"] is not None:
         lines["speed"] = f"{values['tokens_per_s']:,.0f} tokens/s"
     if values["eta_s"] is not None and values["state"] != "finished":
-        lines["to the end"] = f"{duration(values['eta_s'])} at this speed"
+        lines["to the end"] = f"{format_duration(values['eta_s'])} at this speed"
     if values["loss"] is not None:
         lines["loss"] = f"{values['loss']:.4f}"
     if values["valid_loss"] is not None:
         lines["validation"] = f"{values['valid_loss']:.4f}"
     if values["checkpoint"]:
-        lines["checkpoint"] = f"{values['checkpoint']}, {duration(values['checkpoint_age_s'])} ago"
+        lines["checkpoint"] = f"{values['checkpoint']}, {format_duration(values['checkpoint_age_s'])} ago"
     return lines
 
 
@@ -120,7 +117,3 @@ def _job(values: dict[str, Any]) -> str:
     if values["restarts"]:
         parts.append(f"restarted {values['restarts']} time(s)")
     return ", ".join(parts)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -29,6 +29,9 @@ Include = Annotated[
 Exclude = Annotated[
     str, typer.Option("--exclude", help="All but these hosts or slots, in the same form.", show_default=False)
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Two steps at the longest length: peak memory, tokens/s, then stop.")
+]
 Launcher = Annotated[str, typer.Option("--launcher", help="How other hosts are reached: pdsh.")]
 
 
@@ -42,6 +45,7 @@ def command(
     include: Include = "",
     exclude: Exclude = "",
     launcher: Launcher = "pdsh",
+    dry_run: DryRun = False,
 ) -> None:
     """Train a model; continues from the newest checkpoint of the run directory by itself.
 
@@ -60,7 +64,7 @@ def command(
     target = target_of(nproc=nproc, master_port=master_port, hostfile=hostfile, include=include, exclude=exclude)
     from megatron_ext.launch.launcher import launch
 
-    raise typer.Exit(launch(target, run))
+    raise typer.Exit(launch(target, run, worker_options=("--dry-run",) if dry_run else ()))
 
 
 def target_of(

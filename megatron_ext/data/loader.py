@@ -1,23 +1,65 @@
 """Batches for one rank: a planned step's slices of the samples, and the fixed sequences of a validation.
 
 Both are functions of a step number and a layout. There is no other state, so resuming needs nothing from a checkpoint,
-and the global batch is the same for any number of data-parallel ranks.
+and the global batch is the same for any number of data-parallel ranks. A thread prepares the steps to come.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_ext.curriculum.plan import PlannedStep, Tail, TrainingPlan
-from megatron_ext.curriculum.sampler import batch_slices, check_batches_divide, micro_batch_sizes, rank_block
-from megatron_ext.curriculum.skips import SkippedSamples
+from megatron_ext.curriculum.pacing import Tail
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
+from megatron_ext.curriculum.sampler import (
+    SkippedSamples,
+    batch_slices,
+    check_batches_divide,
+    micro_batch_sizes,
+    rank_block,
+)
 from megatron_ext.data.datasets import Samples
-from megatron_ext.data.prefetch import Prefetcher
+
+T = TypeVar("T")
+
+
+class Prefetcher(Generic[T]):
+    """Calls ``produce`` on each of ``items`` in order, by a thread, up to ``depth`` results ahead of :meth:`next`.
+
+    The thread ends on :meth:`close` and when the prefetcher is garbage.
+    """
+
+    def __init__(self, produce: Callable[[int], T], items: Iterable[int], *, depth: int) -> None:
+        assert depth > 0
+        self._produce = produce
+        self._items = iter(items)
+        # One thread: items are produced in order, and a result that fails is met in its turn.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pending: deque[Future[T]] = deque()
+        self._submit(depth)
+
+    def next(self) -> T:
+        """The next item's result. What ``produce`` raised for it is raised here, with the traceback of the thread.
+
+        Not to be called more often than there are items.
+        """
+        first = self._pending.popleft()
+        self._submit(1)  # before the wait, so that the thread never idles while its queue has room
+        return first.result()
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; at most one ``produce`` call is waited for."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, count: int) -> None:
+        self._pending.extend(self._thread.submit(self._produce, item) for item in islice(self._items, count))
 
 
 @dataclass(frozen=True)
@@ -50,17 +92,21 @@ class _Assembler:
     skipped: SkippedSamples
 
     def batch(self, step: PlannedStep) -> Batch:
+        # The global batch is computed on every rank and cut afterwards: the records name the samples of all ranks.
         slices = self.skipped.applied(batch_slices(step, seq_len=self.seq_len, tail=self.tail))
         block = rank_block(slices, self.rank, self.ranks)
-        rows = np.empty((2, len(block), step.seq_len), dtype=np.int64)
+
+        # New memory each time, since the copy to the device may still read from the batch before.
+        rows = np.empty((2, len(block), step.seq_len), dtype=np.int64)  # tokens and labels, [2, rank's sequences, s]
         for row in range(len(block)):
             offset = int(block.offsets[row])
             here = min(step.seq_len, self.seq_len - offset)
             _read(self.dataset, int(block.samples[row]), offset, rows[:, row, :here])
-            if here < step.seq_len:
+            if here < step.seq_len:  # recycle: the stream goes on in its next sample
                 _read(self.dataset, int(block.next_samples[row]), 0, rows[:, row, here:])
+
         tokens, labels = torch.from_numpy(rows[0]), torch.from_numpy(rows[1])
-        if self.pin_memory:
+        if self.pin_memory:  # here, in the thread: pinning copies the batch
             tokens, labels = tokens.pin_memory(), labels.pin_memory()
         return Batch(tokens=tokens, labels=labels, samples=slices.samples, offsets=slices.offsets)
 
@@ -95,7 +141,7 @@ class TrainLoader:
         """
         assert dataset.seq_len == plan.seq_len
         assert len(dataset) >= plan.samples
-        check_batches_divide(plan, data_size)  # told now, not when the step comes
+        check_batches_divide(plan, data_size)  # now, not when the step comes
         self._plan = plan
         self._depth = prefetch
         self._ahead: Prefetcher[_Prefetched] | None = None
@@ -158,8 +204,10 @@ class TrainLoader:
                 self.close()
                 raise
             self._ahead_step += 1
+            # The step that is asked for may be of a newer plan than the one the thread worked from.
             if _same_batch(found.step, step):
                 return found.batch
+        # The thread is sent to the steps after this one, and this one is made here meanwhile.
         self._restart_after(step.step)
         return self._assembler.batch(step)
 
@@ -221,7 +269,7 @@ class ValidationLoader:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[ValidationBatch]:
-        first = self.data_rank * sum(self.sizes)
+        first = self.data_rank * sum(self.sizes)  # ranks read contiguous blocks, as in training
         for size in self.sizes:
             yield self._micro_batch(first, size)
             first += size
@@ -229,6 +277,7 @@ class ValidationLoader:
     def _micro_batch(self, first: int, size: int) -> ValidationBatch:
         last = len(self.dataset) - 1
         rows = np.empty((2, size, self.dataset.seq_len), dtype=np.int64)
+        # Beyond the last sample it is read again, with weight 0.
         for row in range(size):
             _read(self.dataset, min(first + row, last), 0, rows[:, row])
         weights = (np.arange(first, first + size) <= last).astype(np.float32)
@@ -239,7 +288,8 @@ class ValidationLoader:
 
 def _read(dataset: Samples, sample: int, offset: int, into: npt.NDArray[np.int64]) -> None:
     """Read a sample's tokens from ``offset`` on, and those one further on as labels, into [2, length]."""
-    tokens = dataset.read(sample, offset, into.shape[1] + 1)
+    # One token more than asked for, so that the last label is the corpus's next token also at a cut.
+    tokens = dataset.read(sample, offset, into.shape[1] + 1)  # [length + 1]
     into[0] = tokens[:-1]
     into[1] = tokens[1:]
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -46,7 +46,7 @@ class PreprocessOptions:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PreprocessProgress:
     """State after another chunk; the last one of a finished run has ``finished`` set."""
 
     bytes_read: int
@@ -133,12 +133,12 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def preprocess(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Progress:
+def preprocess(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> PreprocessProgress:
     """Like :func:`preprocess_steps`, all at once: the last progress, with ``finished`` set."""
     return deque(preprocess_steps(files, output, options), maxlen=1)[0]
 
 
-def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Iterator[Progress]:
+def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Iterator[PreprocessProgress]:
     """Write PREFIX.bin, .idx and .json for ``output`` = PREFIX, yielding the progress after every chunk.
 
     Memory is bounded by the chunks under way (about 256 KiB each, :data:`_AHEAD` per worker) and the longest document.
@@ -156,7 +156,7 @@ def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessO
     encoded = _in_workers(chunks, options) if options.workers > 1 else _in_place(chunks, tokenizer, options)
     writer = TokenFileWriter(output, dtype=token_dtype(tokenizer.vocab_size))
     with _writing(output), closing(encoded) as results, writer:
-        done = Progress(bytes_read=0, documents=0, tokens=0, empty=0, invalid=0)
+        done = PreprocessProgress(bytes_read=0, documents=0, tokens=0, empty=0, invalid=0)
         for result in results:
             if result.problems and not options.skip_invalid:
                 raise UserError(f"{result.problems[0]}; --skip-invalid goes on without such records")
@@ -172,20 +172,12 @@ def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessO
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod if options.append_eod else None,
         )
-    yield Progress(
-        bytes_read=done.bytes_read,
-        documents=done.documents,
-        tokens=done.tokens,
-        empty=done.empty,
-        invalid=done.invalid,
-        first_invalid=done.first_invalid,
-        finished=finished,
-    )
+    yield replace(done, finished=finished)
 
 
 @contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """Say what is wrong with the place of the output; reading has told its own errors by then."""
+    """Say what is wrong with the place of the output; reading has said its own errors by then."""
     try:
         yield
     except OSError as error:
@@ -195,8 +187,8 @@ def _writing(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _advance(done: Progress, result: _Encoded, writer: TokenFileWriter) -> Progress:
-    return Progress(
+def _advance(done: PreprocessProgress, result: _Encoded, writer: TokenFileWriter) -> PreprocessProgress:
+    return PreprocessProgress(
         bytes_read=done.bytes_read + result.bytes_read,
         documents=writer.documents,
         tokens=writer.tokens,

@@ -1,13 +1,18 @@
-"""One tokenized corpus: opened, and checked before a run relies on it."""
+"""Token files opened and checked, and which of their documents a run trains and validates on.
 
+Imports no torch, so that what is wrong with the data is said before there are ranks.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ext.config.data import DataConfig, DataSource
 from megatron_ext.data.index_cache import Arrays, IndexCache
 from megatron_ext.data.token_files import (
     DTYPES,
@@ -18,7 +23,7 @@ from megatron_ext.data.token_files import (
     file_sha256,
     read_sidecar,
 )
-from megatron_ext.data.tokenizers import Tokenizer
+from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 
 _SCAN_TOKENS = 1 << 24
@@ -191,3 +196,98 @@ def _token_range(source: TokenSource, cache: IndexCache) -> tuple[int, int]:
     }
     low, high = cache.get(key, scan)["range"].tolist()
     return low, high
+
+
+Use = Literal["train", "valid"]
+
+_PLACES: Final[dict[Use, int]] = {"train": 0, "valid": 1}
+"""Where a use's share stands in ``data.split``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of documents of one corpus, for training or for validation."""
+
+    source: TokenSource
+    first: int
+    end: int
+    weight: float
+    use: Use
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its documents."""
+        return self.source.tokens_between(self.first, self.end)
+
+    def samples(self, seq_len: int) -> int:
+        """Whole samples in one pass; the last token of each is the first one of the next."""
+        return (self.tokens - 1) // seq_len
+
+
+def check_data(data: DataConfig, *, seq_len: int, vocab_size: int) -> None:
+    """Find what is wrong with the data of a run, as every rank would.
+
+    Args:
+        data: The corpora.
+        seq_len: Tokens of a full sample (``training.seq_len``).
+        vocab_size: Rows of the model's embedding that stand for tokens (``model.vocab_size``).
+
+    Raises:
+        UserError: files missing, damaged or of another tokenizer; ids beyond ``vocab_size``; too little data for one
+            sample of ``seq_len + 1`` tokens in training or validation; index cache not writable.
+    """
+    open_parts(data, ("train", "valid"), seq_len=seq_len, vocab_size=vocab_size, cache=index_cache(data))
+
+
+def index_cache(data: DataConfig) -> IndexCache:
+    """Where the index is kept: ``data.index_cache``, by default beside the first training corpus."""
+    if data.index_cache is not None:
+        return IndexCache(Path(data.index_cache))
+    return IndexCache(Path(_entries(data, "train")[0].prefix).parent / "index_cache")
+
+
+def _entries(data: DataConfig, use: Use) -> Sequence[DataSource]:
+    entries = data.sources or (data.train if use == "train" else data.valid)
+    assert entries, "checked with the config"
+    return entries
+
+
+def open_parts(
+    data: DataConfig, uses: Sequence[Use], *, seq_len: int, vocab_size: int, cache: IndexCache
+) -> list[list[Part]]:
+    """The documents of each use, every corpus opened and checked once. Raises as :func:`check_data` does."""
+    prefixes = dict.fromkeys(entry.prefix for use in uses for entry in _entries(data, use))
+    opened = {prefix: open_source(prefix) for prefix in prefixes}
+    described = any(source.sidecar for source in opened.values())
+    tokenizer = load_tokenizer(data.tokenizer) if described else None
+    for source in opened.values():
+        check_tokens(source, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
+    parts: list[list[Part]] = []
+    for use in uses:
+        parts.append([])
+        for entry in _entries(data, use):
+            source = opened[entry.prefix]
+            first, end = _share(source.documents, data.split, use) if data.sources else (0, source.documents)
+            part = Part(source=source, first=first, end=end, weight=entry.weight, use=use)
+            _check_part(part, seq_len=seq_len, split=data.split if data.sources else None)
+            parts[-1].append(part)
+    return parts
+
+
+def _share(documents: int, split: tuple[float, float, float], use: Use) -> tuple[int, int]:
+    """Documents [first, end) of a use, with megatron-core's rounding."""
+    place = _PLACES[use]
+    edges = np.cumsum([0.0, *split]) / sum(split)
+    return round(edges[place] * documents), round(edges[place + 1] * documents)
+
+
+def _check_part(part: Part, *, seq_len: int, split: tuple[float, float, float] | None) -> None:
+    if part.samples(seq_len) > 0:
+        return
+    prefix, use, total = part.source.prefix, part.use, part.source.documents
+    shares = f" of {total:,} under data.split {list(split)}" if split else ""
+    remedy = "give data.split another share or name more data" if split else "name more data"
+    raise UserError(
+        f"data source {prefix}: its {part.end - part.first:,} {use} documents{shares} hold {part.tokens:,} tokens, "
+        f"less than one sample of training.seq_len + 1 = {seq_len + 1:,}; lower training.seq_len, {remedy}"
+    )

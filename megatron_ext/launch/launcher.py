@@ -27,9 +27,8 @@ from typing import Self
 from megatron_ext.config.cluster import ClusterConfig
 from megatron_ext.config.resolved import resolved_json
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import possible_plans
 from megatron_ext.curriculum.sampler import check_batches_divide, data_parallel_size
-from megatron_ext.data.parts import check_data
+from megatron_ext.data.sources import check_data
 from megatron_ext.errors import UserError
 from megatron_ext.launch.forwarding import choose_variables, environment_file, remote_argument
 from megatron_ext.launch.hosts import (
@@ -95,7 +94,7 @@ def launch(
     """
     # Said here, at once; starting ranks takes many seconds.
     check_run(config, target.ranks)
-    check_data(config)
+    check_data(config.data, seq_len=config.training.seq_len, vocab_size=config.model.vocab_size)
     with start_ranks(target, config, worker_options=worker_options) as ranks:
         return ranks.wait(stop or StopRequest())
 
@@ -103,7 +102,7 @@ def launch(
 def check_run(config: RunConfig, ranks: int) -> None:
     """Raise UserError where ``ranks`` cannot share every batch that the run may have."""
     data_size = data_parallel_size(ranks, tensor=config.parallel.tensor)
-    for plan in possible_plans(config).values():
+    for plan in config.possible_plans().values():
         check_batches_divide(plan, data_size)
 
 

@@ -88,8 +88,7 @@ def read_progress(config: RunConfig, plan: TrainingPlan) -> Progress:
         UserError: a file in its directory cannot be read.
     """
     from megatron_ext.checkpoint.store import newest_checkpoint
-    from megatron_ext.metrics.columns import read_columns
-    from megatron_ext.metrics.jsonl import FILE_NAME
+    from megatron_ext.metrics.jsonl import FILE_NAME, read_columns
 
     file = config.run_dir / FILE_NAME
     names = ("step", "tokens", "loss", "loss_ratio", "step_time_s", "tokens_per_s")
@@ -125,7 +124,7 @@ def _is_finished(
     config: RunConfig, checkpoint: Path | None, evaluations: "Mapping[str, npt.NDArray[np.float64]]"
 ) -> bool:
     """Whether a checkpoint or a validation stands at the end of the run, or where ``training.stop_after`` ends it."""
-    from megatron_ext.checkpoint.manifest import read_manifest
+    from megatron_ext.checkpoint.store import read_manifest
 
     reached: list[tuple[float, float]] = []
     if checkpoint is not None:

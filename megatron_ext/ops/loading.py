@@ -15,9 +15,8 @@ from megatron_ext.ops import (
     softmax,
 )
 from megatron_ext.ops.building.builder import Library, build_library, cached_library, fitting_library, prebuilt_library
-from megatron_ext.ops.building.problem import KernelsUnavailableError
-from megatron_ext.ops.building.recipe import recipe_for
-from megatron_ext.ops.building.sources import Backend
+from megatron_ext.ops.building.recipe import Backend, recipe_for
+from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 from megatron_ext.runtime.device import compute_capabilities
 from megatron_ext.runtime.environment import kernel_environment
 

@@ -1,5 +1,6 @@
 """Which device a rank computes on, and through which backend it talks to the others."""
 
+import resource
 import time
 from dataclasses import dataclass
 
@@ -30,6 +31,17 @@ class Device:
         """Wait until the device has done everything that it was given."""
         if self.is_gpu:
             torch.cuda.synchronize(self.torch_device)
+
+    def peak_memory(self) -> int:
+        """Bytes held at most since the last call: on a GPU by tensors; on a CPU by the process since its start.
+
+        The host waits for nothing: both are counted where memory is allocated.
+        """
+        if not self.is_gpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+        peak = torch.cuda.max_memory_allocated(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        return peak
 
 
 def select_device(local_rank: int) -> Device:

@@ -1,10 +1,14 @@
-"""Files that are whole or not there: forced to disk, and replaced in one go."""
+"""Files and directories that are whole or not there: forced to disk, and given their names in one go."""
 
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_EXISTS = frozenset({errno.EEXIST, errno.ENOTEMPTY})
 
 
 def sync(path: Path) -> None:
@@ -47,3 +51,39 @@ def replace_text(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def publish_directory(source: Path, target: Path, *, keep: Callable[[Path], bool] = lambda _there: True) -> bool:
+    """Give a finished directory its name, forced to disk: whoever sees ``target`` sees all of it, also after a crash.
+
+    Args:
+        source: Beside ``target``, on the same file system; what was written there is done.
+        target: Its name from now on.
+        keep: Called with a directory that has the name already: whether it stays. If not, as where it is damaged, it
+            is moved away and replaced.
+
+    Returns:
+        Whether ``source`` is ``target`` now; False where another process was first, and then ``source`` is removed.
+
+    Raises:
+        OSError: it cannot be read or renamed.
+    """
+    for path in (*source.rglob("*"), source):
+        sync(path)
+    while True:
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno not in _EXISTS:
+                raise
+        else:
+            sync(target.parent)
+            return True
+        if keep(target):
+            shutil.rmtree(source)
+            return False
+        # Moved before it is deleted: a deletion takes time and may be cut short.
+        aside = source.with_name(f"{source.name}.old")
+        with suppress(FileNotFoundError):
+            target.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

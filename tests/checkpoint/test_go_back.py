@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.manifest import read_manifest
-from megatron_ext.checkpoint.store import complete_checkpoints, drop_after
+from megatron_ext.checkpoint.store import complete_checkpoints, drop_after, read_manifest
 from megatron_ext.config.run import RunConfig
 from megatron_ext.parallel.groups import destroy_parallel
 from megatron_ext.runtime.files import replace_text

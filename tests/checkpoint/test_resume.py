@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_ext.checkpoint.checkpointer import Checkpointer
+from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import destroy_parallel
@@ -23,7 +23,20 @@ STOP = 13  # in the middle of the length warmup, and of Adam's own warmup
 def checkpointer_of(setup: Setup) -> Checkpointer:
     group = dist.new_group(backend="gloo")
     processes = Processes(info=rank_info(), host_group=group, store=dist.HashStore())  # type: ignore[attr-defined]
-    return Checkpointer(setup.config, setup.engine, streams=setup.streams, layout=setup.layout, processes=processes)
+    config = setup.config
+    layout = {"tensor": config.parallel.tensor, "zero_stage": config.parallel.zero_stage}
+    return Checkpointer(
+        config.run_dir / "checkpoints",
+        setup.engine,
+        streams=setup.streams,
+        processes=processes,
+        identity=RunIdentity(
+            config=config.model_dump(mode="json"),
+            determining=config.determining_values(),
+            layout=layout | {"world_size": processes.info.world_size},
+        ),
+        keep_last=config.checkpoint.keep_last,
+    )
 
 
 def whole_run(_rank: int, _world_size: int, config: str) -> Curve:

@@ -11,19 +11,18 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.checkpoint.manifest import Manifest, write_manifest
+from megatron_ext.checkpoint.store import Manifest, write_manifest
 from megatron_ext.cli import app
 from megatron_ext.cli.experiment_runs import statuses, train_all
-from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, load_experiment
 from megatron_ext.launch import launcher
 from megatron_ext.launch.launcher import Target
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest
-from tests.config.test_experiment import load
+from tests.experiments.test_config import load
 from tests.metrics.test_records import train_record
 from tests.train.small_run import cli, records, started, wait_for_step, write_config, write_corpus
 
@@ -177,7 +176,7 @@ def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: 
     code, out, _ = command("experiment", "status", str(study.source), "--json")
     assert code == 0
     first, second, *_ = json.loads(out)
-    left = TrainingPlan.from_config(study.runs[0].config).tokens - 40 * 4 * 64
+    left = study.runs[0].config.plan().tokens - 40 * 4 * 64
     assert first.pop("eta_s") == pytest.approx(left / train_record().tokens_per_s)
     assert first == {
         "run": "base-seed1",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.data.datasets import Samples
+from megatron_ext.data.datasets import Datasets, Samples, build_datasets
 from megatron_ext.data.token_files import TokenFileWriter, TokenPaths
 
 SEPARATOR = 0
@@ -52,6 +52,18 @@ def run_config(data: dict[str, Any], **sections: Any) -> RunConfig:
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     return RunConfig.model_validate_json(json.dumps(tree))
+
+
+def build(config: RunConfig) -> Datasets:
+    """The datasets of a whole run."""
+    return build_datasets(
+        config.data,
+        seq_len=config.training.seq_len,
+        vocab_size=config.model.vocab_size,
+        samples=config.plan().samples,
+        valid_samples=config.validation.samples,
+        seed=config.seed,
+    )
 
 
 def whole(samples: Samples, index: int) -> npt.NDArray[np.integer[Any]]:

@@ -1,5 +1,6 @@
-"""Datasets: megatron-core's own samples, splits and blends; the corpus whole; bad data told before a run."""
+"""Datasets: megatron-core's own samples, splits and blends; the corpus whole; bad data found before a run."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.data import datasets, index_cache
-from megatron_ext.data.datasets import (
-    Blend,
-    Datasets,
-    GPTSamples,
-    Samples,
-    build_datasets,
-    build_validation,
-)
-from megatron_ext.data.sample_index import _Vocabulary
+from megatron_ext.data.datasets import Blend, GPTSamples, Samples, _Vocabulary, build_training, build_validation
+from megatron_ext.data.sources import check_data
 from megatron_ext.errors import UserError
-from tests.data.corpora import SEPARATOR, documents, run_config, whole, write_tokens
+from tests.data.corpora import SEPARATOR, VOCABULARY, build, documents, run_config, whole, write_tokens
 from tests.ranks import run_ranks
-
-
-def _build(config: RunConfig) -> Datasets:
-    return build_datasets(config, TrainingPlan.from_config(config))
 
 
 def _all(samples: Samples) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -43,10 +32,14 @@ def _config(tmp_path: Path, count: int = 300, **sections: Any) -> RunConfig:
     return run_config({"sources": [{"prefix": prefix}], "split": [90, 10, 0]}, **sections)
 
 
+def _assert_equal(one: Samples, other: Samples) -> None:
+    np.testing.assert_array_equal(_all(one), _all(other))
+
+
 @pytest.mark.parametrize("steps", [10, 100, 400])  # part of an epoch, more than one, many
 def test_samples_are_those_of_megatron(tmp_path: Path, steps: int) -> None:
     config = _config(tmp_path, training={"duration": {"steps": steps}}, seed=1234)
-    ours = _build(config)
+    ours = build(config)
     theirs = BlendedMegatronDatasetBuilder(
         GPTDataset,
         [steps * 8, 5, 0],
@@ -89,12 +82,12 @@ def one_pass(tmp_path_factory: pytest.TempPathFactory) -> Samples:
         builder.add_document(doc, [len(doc)])
     builder.finalize(str(folder / "corpus.idx"))
     config = run_config({"sources": [{"prefix": str(folder / "corpus")}]}, training={"duration": {"steps": 10}})
-    return _build(config).train
+    return build(config).train
 
 
 def test_documents_are_split_and_none_is_in_two_parts(tmp_path: Path) -> None:
     docs = documents(300)
-    datasets = _build(_config(tmp_path, training={"duration": {"steps": 200}}, validation={"samples": 1000}))
+    datasets = build(_config(tmp_path, training={"duration": {"steps": 200}}, validation={"samples": 1000}))
     train, valid = set(_all(datasets.train).ravel()), set(_all(datasets.valid).ravel())
     assert train - {SEPARATOR} == set(np.concatenate(docs[:270])) - {SEPARATOR}
     assert valid - {SEPARATOR} <= set(np.concatenate(docs[270:]))
@@ -103,16 +96,19 @@ def test_documents_are_split_and_none_is_in_two_parts(tmp_path: Path) -> None:
     assert len(datasets.valid) == (tokens - 1) // 16
 
 
-def test_validation_is_as_long_as_asked_and_the_same_for_every_seed(tmp_path: Path) -> None:
-    first, second = _config(tmp_path, seed=1), _config(tmp_path, seed=2)
-    assert len(build_validation(first)) == 5
-    np.testing.assert_array_equal(_all(build_validation(first)), _all(build_validation(second)))
-    np.testing.assert_array_equal(_all(build_validation(first)), _all(_build(first).valid))
-    assert not np.array_equal(_all(_build(first).train), _all(_build(second).train))
+def test_seed_orders_training_and_not_validation(tmp_path: Path) -> None:
+    config = _config(tmp_path, seed=1)
+    first, second = build(config), build(run_config(config.data.model_dump(), seed=2))
+    assert len(first.valid) == 5
+    _assert_equal(first.valid, second.valid)
+    assert not np.array_equal(_all(first.train), _all(second.train))
+    alone = {"seq_len": 16, "vocab_size": VOCABULARY}
+    _assert_equal(build_validation(config.data, samples=5, **alone), first.valid)
+    _assert_equal(build_training(config.data, samples=160, seed=1, **alone), first.train)
 
 
 def test_every_sample_is_a_piece_of_the_corpus(tmp_path: Path) -> None:
-    samples = _all(_build(_config(tmp_path, training={"duration": {"steps": 200}})).train)
+    samples = _all(build(_config(tmp_path, training={"duration": {"steps": 200}})).train)
     before, after = samples[:, :-1], samples[:, 1:]
     # Ids count up within a document and the next document begins after a separator.
     assert np.all((after == before + 1) | (after == SEPARATOR) | (before == SEPARATOR))
@@ -120,7 +116,7 @@ def test_every_sample_is_a_piece_of_the_corpus(tmp_path: Path) -> None:
 
 def test_more_samples_than_one_pass_use_every_token_equally(tmp_path: Path) -> None:
     config = _config(tmp_path, training={"duration": {"steps": 1000}})
-    samples = _all(_build(config).train)
+    samples = _all(build(config).train)
     counts = Counter(samples[:, :-1].ravel().tolist())
     del counts[SEPARATOR]
     passes = len(samples) * 16 / sum(map(len, documents(300)[:270]))
@@ -134,7 +130,7 @@ def test_corpora_given_apart(tmp_path: Path) -> None:
     train = write_tokens(tmp_path / "train", docs[:150])
     valid = write_tokens(tmp_path / "valid", docs[150:])
     config = run_config({"train": [{"prefix": train}], "valid": [{"prefix": valid}]})
-    datasets = _build(config)
+    datasets = build(config)
     assert set(_all(datasets.train).ravel()) <= set(np.concatenate(docs[:150]))
     assert set(_all(datasets.valid).ravel()) <= set(np.concatenate(docs[150:]))
 
@@ -151,7 +147,7 @@ def _blend_config(tmp_path: Path, weights: tuple[float, ...], **sections: Any) -
 
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1e-6)])
 def test_blend_keeps_to_its_weights_from_the_start(tmp_path: Path, weights: tuple[float, ...]) -> None:
-    train = _build(_blend_config(tmp_path, weights, training={"duration": {"steps": 50}})).train
+    train = build(_blend_config(tmp_path, weights, training={"duration": {"steps": 50}})).train
     assert isinstance(train, Blend)
     assert len(train) == 400
     docs = documents(300)
@@ -167,7 +163,7 @@ def test_blend_keeps_to_its_weights_from_the_start(tmp_path: Path, weights: tupl
 
 
 def test_blend_has_the_order_of_megatron(tmp_path: Path) -> None:
-    train = _build(_blend_config(tmp_path, (3.0, 1.0), training={"duration": {"steps": 50}})).train
+    train = build(_blend_config(tmp_path, (3.0, 1.0), training={"duration": {"steps": 50}})).train
     assert isinstance(train, Blend)
     assert isinstance(train.parts[0], GPTSamples)
     theirs = BlendedDataset(list(train.parts), [3.0, 1.0], 400, train.parts[0].config)
@@ -175,17 +171,24 @@ def test_blend_has_the_order_of_megatron(tmp_path: Path) -> None:
     np.testing.assert_array_equal(theirs.dataset_sample_index, train.index_of)
 
 
-def test_large_index_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _save_pickled(build: index_cache.Build, folder: Path) -> dict[str, int]:
+    """As another process would, whose start takes seconds: that it is one is test_index_cache's matter."""
+    return index_cache._save(pickle.loads(pickle.dumps(build)), folder)
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_large_index_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool) -> None:
     config = _blend_config(tmp_path, (3.0, 1.0))
-    here = _build(config).train
+    here = build(config).train
     monkeypatch.setattr(index_cache, "_LARGE", 300)  # the blend, and the larger of the two indexes
-    apart = _build(run_config(config.model_dump()["data"] | {"index_cache": str(tmp_path / "apart")})).train
-    np.testing.assert_array_equal(_all(apart), _all(here))
+    if not real:
+        monkeypatch.setattr(index_cache, "_save_apart", _save_pickled)
+    _assert_equal(build(run_config(config.model_dump()["data"] | {"index_cache": str(tmp_path / "b")})).train, here)
 
 
 def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path)
-    before = _all(_build(config).train)
+    before = build(config).train
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for name in ("corpus.bin", "corpus.idx"):
@@ -196,13 +199,13 @@ def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.Mon
         "index_cache": str(tmp_path / "index_cache"),
     }
 
-    def no_building(_request: object) -> None:
+    def no_building(*_: object, **__: object) -> None:
         raise RuntimeError("built again")
 
     monkeypatch.setattr(datasets, "build_index", no_building)
-    np.testing.assert_array_equal(_all(_build(run_config(data)).train), before)
+    _assert_equal(build(run_config(data)).train, before)
     with pytest.raises(RuntimeError, match="built again"):
-        _build(run_config(data, seed=99))
+        build(run_config(data, seed=99))
 
 
 @pytest.mark.parametrize(
@@ -219,28 +222,27 @@ def test_index_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_index_of_other_settings_is_never_taken(tmp_path: Path, changed: dict[str, Any]) -> None:
     prefix = write_tokens(tmp_path / "corpus", documents(300))
     data = {"sources": [{"prefix": prefix}], "split": [90, 10, 0]}
-    _build(run_config(data))  # leaves its index in the cache beside the corpus
+    build(run_config(data))  # leaves its index in the cache beside the corpus
     other = {**data, **changed.get("data", {})}
     sections = {name: section for name, section in changed.items() if name != "data"}
-    cached = _build(run_config(other, **sections))
-    fresh = _build(run_config({**other, "index_cache": str(tmp_path / "empty")}, **sections))
-    for one, two in ((cached.train, fresh.train), (cached.valid, fresh.valid)):
-        np.testing.assert_array_equal(_all(one), _all(two))
+    cached = build(run_config(other, **sections))
+    fresh = build(run_config({**other, "index_cache": str(tmp_path / "empty")}, **sections))
+    _assert_equal(cached.train, fresh.train)
+    _assert_equal(cached.valid, fresh.valid)
 
 
 def test_changed_corpus_gets_a_new_index(tmp_path: Path) -> None:
     data = {"sources": [{"prefix": str(tmp_path / "corpus")}], "split": [90, 10, 0]}
     write_tokens(tmp_path / "corpus", documents(300))
-    _build(run_config(data))
+    build(run_config(data))
     write_tokens(tmp_path / "corpus", documents(300, seed=1))
-    cached, fresh = _build(run_config(data)), _build(run_config({**data, "index_cache": str(tmp_path / "empty")}))
-    np.testing.assert_array_equal(_all(cached.train), _all(fresh.train))
+    _assert_equal(build(run_config(data)).train, build(run_config({**data, "index_cache": str(tmp_path / "b")})).train)
 
 
 def test_building_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    _build(_config(tmp_path))
+    build(_config(tmp_path))
     assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
     assert [w for w in recwarn if "pad" in str(w.message)] == []
 
@@ -249,7 +251,7 @@ def _on_rank(rank: int, size: int, config: RunConfig, shared: bool) -> list[list
     if not shared:
         data = config.data.model_copy(update={"index_cache": f"{config.data.index_cache}-{rank}"})
         config = config.model_copy(update={"data": data})
-    datasets = _build(config)
+    datasets = build(config)
     return [whole(datasets.train, 3).tolist(), whole(datasets.valid, 1).tolist()]
 
 
@@ -262,22 +264,26 @@ def test_ranks_build_the_same_with_and_without_a_shared_disk(tmp_path: Path, sha
     assert first == _on_rank(0, 1, config, True)
 
 
-def test_too_little_data_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"its 3 train documents of 3.* less than one sample of training\.seq_len \+ 1"):
-        _build(_config(tmp_path, count=3, training={"seq_len": 512}))
-    prefix = write_tokens(tmp_path / "b", documents(300))
-    with pytest.raises(UserError, match=r"its 0 valid documents of 300 under data\.split \[90\.0, 0\.1, 0\.0\]"):
-        _build(run_config({"sources": [{"prefix": prefix}], "split": [90, 0.1, 0]}))
-
-
-def test_small_vocabulary_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.vocab_size 100 is too small for the data"):
-        _build(_config(tmp_path, model={"vocab_size": 100}))
-
-
-def test_tokenizer_is_checked_where_the_files_name_theirs(tmp_path: Path) -> None:
-    prefix = write_tokens(tmp_path / "a", documents(50), sidecar=True)
-    with pytest.raises(UserError, match="made with another tokenizer"):
-        _build(run_config({"sources": [{"prefix": prefix}], "tokenizer": "gpt2"}))
-    with pytest.raises(UserError, match=r"nowhere\.json: no such file"):
-        _build(run_config({"sources": [{"prefix": prefix}], "tokenizer": "nowhere.json"}))
+@pytest.mark.parametrize(
+    ("data", "sections", "message"),
+    [
+        (
+            {"split": [1, 99, 0]},
+            {"training": {"seq_len": 512}},
+            r"its 3 train documents of 300.* less than one sample of training\.seq_len \+ 1 = 513",
+        ),
+        ({"split": [90, 0.1, 0]}, {}, r"its 0 valid documents of 300 under data\.split \[90\.0, 0\.1, 0\.0\]"),
+        ({}, {"model": {"vocab_size": 100}}, r"model\.vocab_size 100 is too small for the data"),
+        ({"tokenizer": "gpt2"}, {}, "made with another tokenizer"),
+        ({"tokenizer": "nowhere.json"}, {}, r"nowhere\.json: no such file"),
+    ],
+)
+def test_bad_data_is_found_before_and_in_a_run(
+    tmp_path: Path, data: dict[str, Any], sections: dict[str, Any], message: str
+) -> None:
+    prefix = write_tokens(tmp_path / "corpus", documents(300), sidecar="tokenizer" in data)
+    config = run_config({"sources": [{"prefix": prefix}], **data}, **sections)
+    with pytest.raises(UserError, match=message):
+        build(config)
+    with pytest.raises(UserError, match=message):
+        check_data(config.data, seq_len=config.training.seq_len, vocab_size=config.model.vocab_size)

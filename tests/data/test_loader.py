@@ -1,7 +1,12 @@
 """Loaders: every step's tokens checked against the corpus, for any number of ranks, from any step, in any order."""
 
+import gc
 import threading
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,13 @@ import pytest
 import torch
 
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.segments import Stretch, cut
-from megatron_ext.data.datasets import Datasets, Samples, build_datasets
-from megatron_ext.data.loader import Batch, TrainLoader, ValidationLoader
+from megatron_ext.curriculum.segments import Phase, cut
+from megatron_ext.data.datasets import Datasets, Samples
+from megatron_ext.data.loader import Batch, Prefetcher, TrainLoader, ValidationLoader
 from megatron_ext.errors import UserError
-from tests.data.corpora import SEPARATOR, documents, run_config, whole, write_tokens
+from tests.data.corpora import SEPARATOR, build, documents, run_config, whole, write_tokens
 
+STEPS = 60
 GROWING = {"pacing": "linear", "start": 4, "multiple": 4, "duration": {"steps": 20}}
 
 
@@ -25,19 +31,35 @@ class Run:
     plan: TrainingPlan
     data: Datasets
 
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Every step's batch, by the plainest loader there is."""
+        return _batches(self, range(self.plan.steps), prefetch=0)
 
-def _run(tmp_path: Path, tail: str, **sections: Any) -> Run:
-    prefix = write_tokens(tmp_path / "corpus", documents(300))
+
+def _run(folder: Path, tail: str, **sections: Any) -> Run:
+    prefix = write_tokens(folder / "corpus", documents(300))
     data = {"sources": [{"prefix": prefix}], "split": [90, 10, 0], "tail": tail}
-    training = {"seq_len": 16, "batch_size": 12, "duration": {"steps": 60}}
+    training = {"seq_len": 16, "batch_size": 12, "duration": {"steps": STEPS}}
     config = run_config(data, **{"training": training, "curriculum": GROWING, **sections})
-    plan = TrainingPlan.from_config(config)
-    return Run(plan=plan, data=build_datasets(config, plan))
+    return Run(plan=config.plan(), data=build(config))
+
+
+@pytest.fixture(scope="module")
+def truncate(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run(tmp_path_factory.mktemp("truncate"), "truncate")
+
+
+@pytest.fixture(scope="module")
+def recycle(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _run(tmp_path_factory.mktemp("recycle"), "recycle")
 
 
 @pytest.fixture(params=["truncate", "recycle"])
-def run(tmp_path: Path, request: pytest.FixtureRequest) -> Run:
-    return _run(tmp_path, request.param)
+def run(request: pytest.FixtureRequest) -> Run:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Run)
+    return found
 
 
 def _batches(run: Run, steps: range, **options: Any) -> list[Batch]:
@@ -50,43 +72,40 @@ def _assert_same(one: Batch, other: Batch) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
+def _threads() -> int:
+    return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
 def test_batches_have_the_planned_shape(run: Run) -> None:
-    lengths = set()
-    for step, batch in enumerate(_batches(run, range(60))):
-        planned = run.plan[step]
+    for planned, batch in zip(run.plan, run.batches, strict=True):
         assert batch.tokens.shape == batch.labels.shape == (12, planned.seq_len)
         assert batch.tokens.dtype == batch.labels.dtype == torch.int64
         assert len(batch.samples) == len(batch.offsets) == 12
-        lengths.add(planned.seq_len)
-    assert lengths == {4, 8, 12, 16}
+    assert {batch.tokens.shape[1] for batch in run.batches} == {4, 8, 12, 16}
 
 
 def test_labels_are_the_next_tokens_of_the_corpus(run: Run) -> None:
-    for batch in _batches(run, range(60)):
+    for batch in run.batches:
         tokens, labels = batch.tokens.numpy(), batch.labels.numpy()
         # Ids count up within a document: the label is known from the token alone, at a cut too.
         assert np.all((labels == tokens + 1) | (labels == SEPARATOR) | (tokens == SEPARATOR))
 
 
-def test_truncate_reads_the_beginning_of_a_new_sample_for_every_sequence(tmp_path: Path) -> None:
-    run = _run(tmp_path, "truncate")
-    drawn = 0
-    for step, batch in enumerate(_batches(run, range(60))):
-        length = run.plan[step].seq_len
+def test_truncate_reads_the_beginning_of_a_new_sample_for_every_sequence(truncate: Run) -> None:
+    for step, batch in enumerate(truncate.batches):
+        length = truncate.plan[step].seq_len
         for row in range(12):
-            sample = whole(run.data.train, drawn + row)
+            sample = whole(truncate.data.train, 12 * step + row)
             assert batch.tokens[row].tolist() == sample[:length].tolist()
             assert batch.labels[row].tolist() == sample[1 : length + 1].tolist()
-        drawn += 12
 
 
-def test_recycle_reads_every_token_of_every_sample_once(tmp_path: Path) -> None:
-    run = _run(tmp_path, "recycle")
-    batches = _batches(run, range(60))
-    for lane in range(12):
-        tokens = np.concatenate([batch.tokens[lane].numpy() for batch in batches])
-        labels = np.concatenate([batch.labels[lane].numpy() for batch in batches])
-        samples = [whole(run.data.train, index) for index in range(lane, run.plan.samples, 12)]
+def test_recycle_reads_every_token_of_every_sample_once(recycle: Run) -> None:
+    batches = recycle.batches
+    for stream in range(12):
+        tokens = np.concatenate([batch.tokens[stream].numpy() for batch in batches])
+        labels = np.concatenate([batch.labels[stream].numpy() for batch in batches])
+        samples = [whole(recycle.data.train, index) for index in range(stream, recycle.plan.samples, 12)]
         expected = np.concatenate([sample[:-1] for sample in samples])
         np.testing.assert_array_equal(tokens, expected[: len(tokens)])
         np.testing.assert_array_equal(labels, np.concatenate([sample[1:] for sample in samples])[: len(labels)])
@@ -94,70 +113,58 @@ def test_recycle_reads_every_token_of_every_sample_once(tmp_path: Path) -> None:
     assert any(batch.offsets[0] + batch.tokens.shape[1] > 16 for batch in batches)  # some go on in the next sample
 
 
-def test_any_number_of_ranks_has_the_same_global_batch(run: Run) -> None:
-    alone = _batches(run, range(60))
-    for ranks in (2, 3, 12):
-        parts = [_batches(run, range(60), data_rank=rank, data_size=ranks) for rank in range(ranks)]
-        for step, expected in enumerate(alone):
-            mine = [part[step] for part in parts]
-            assert {batch.tokens.shape[0] for batch in mine} == {12 // ranks}
-            joined = replace(
-                mine[0],
-                tokens=torch.cat([batch.tokens for batch in mine]),
-                labels=torch.cat([batch.labels for batch in mine]),
-            )
-            _assert_same(joined, expected)
-            _assert_same(replace(mine[-1], tokens=expected.tokens, labels=expected.labels), expected)
+@pytest.mark.parametrize("ranks", [2, 3, 12])
+def test_any_number_of_ranks_has_the_same_global_batch(run: Run, ranks: int) -> None:
+    parts = [_batches(run, range(STEPS), data_rank=rank, data_size=ranks) for rank in range(ranks)]
+    for expected, *mine in zip(run.batches, *parts, strict=True):
+        assert {batch.tokens.shape[0] for batch in mine} == {12 // ranks}
+        tokens, labels = (torch.cat([getattr(batch, name) for batch in mine]) for name in ("tokens", "labels"))
+        for batch in mine:
+            _assert_same(replace(batch, tokens=tokens, labels=labels), expected)
 
 
 @pytest.mark.parametrize("first", [1, 7, 33, 59])
 def test_resumed_run_sees_what_the_uninterrupted_one_does(run: Run, first: int) -> None:
-    for ours, theirs in zip(_batches(run, range(first, 60)), _batches(run, range(60))[first:], strict=True):
+    for ours, theirs in zip(_batches(run, range(first, STEPS)), run.batches[first:], strict=True):
         _assert_same(ours, theirs)
 
 
 def test_any_order_of_steps_gives_each_step_its_own(run: Run) -> None:
-    expected = _batches(run, range(60), prefetch=0)
-    order = [5, 6, 6, 7, 3, 59, 0, 1, 2, 2, 40]
     with TrainLoader(run.data.train, run.plan, prefetch=2) as loader:
-        for step in order:
-            _assert_same(loader.batch(run.plan[step]), expected[step])
+        for step in (5, 6, 6, 7, 3, 59, 0, 1, 2, 2, 40):
+            _assert_same(loader.batch(run.plan[step]), run.batches[step])
 
 
 def test_step_that_departs_from_the_plan_is_obeyed(run: Run) -> None:
     with TrainLoader(run.data.train, run.plan) as loader:
         loader.batch(run.plan[3])
-        changed = replace(run.plan[4], seq_len=16)
-        assert loader.batch(changed).tokens.shape == (12, 16)
-        other_rate = replace(run.plan[5], lr=0.5)
-        _assert_same(loader.batch(other_rate), _batches(run, range(5, 6))[0])
+        assert loader.batch(replace(run.plan[4], seq_len=16)).tokens.shape == (12, 16)
+        _assert_same(loader.batch(replace(run.plan[5], lr=0.5)), run.batches[5])
 
 
 def test_another_version_of_the_plan_is_followed_from_the_next_step_on(run: Run) -> None:
-    held = [Stretch(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
+    held = [Phase(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
     other = replace(run.plan, segments=cut(held, run.plan.duration))
     assert other[8] == run.plan[8]
     assert other[30].seq_len < run.plan[30].seq_len
-    expected = _batches(replace(run, plan=other), range(60), prefetch=0)
+    expected = Run(plan=other, data=run.data).batches
     with TrainLoader(run.data.train, run.plan, prefetch=3) as loader:
         for step in range(9):
             _assert_same(loader.batch(run.plan[step]), expected[step])
         loader.follow(other)
-        for step in range(9, 60):
+        for step in range(9, STEPS):
             _assert_same(loader.batch(other[step]), expected[step])
 
 
 def test_samples_repeat_only_after_the_whole_corpus(tmp_path: Path) -> None:
     run = _run(tmp_path, "truncate", training={"seq_len": 16, "batch_size": 12, "duration": {"steps": 200}})
-    per_pass = (sum(map(len, documents(300)[:270])) - 1) // 16
-    assert run.plan.samples > 4 * per_pass
-    batches = _batches(run, range(200))
-    ids = np.concatenate([batch.samples for batch in batches])
+    assert run.plan.samples > 4 * (sum(map(len, documents(300)[:270])) - 1) // 16
+    ids = np.concatenate([batch.samples for batch in run.batches])
     np.testing.assert_array_equal(ids, np.arange(2400))
-    assert batches[-1].tokens.min() >= 0
+    assert run.batches[-1].tokens.min() >= 0
 
 
-def test_batch_that_does_not_divide_is_told_at_once(run: Run) -> None:
+def test_batch_that_does_not_divide_is_found_at_once(run: Run) -> None:
     with pytest.raises(UserError, match="12 sequences does not divide evenly over 5 data-parallel ranks"):
         TrainLoader(run.data.train, run.plan, data_size=5)
 
@@ -182,46 +189,78 @@ class _Failing:
         return self.inner.read(index, first, count)
 
 
-def test_error_in_the_thread_is_raised_in_its_step(tmp_path: Path) -> None:
-    run = _run(tmp_path, "truncate")
-    with TrainLoader(_Failing(run.data.train, bad=5 * 12 + 1), run.plan, prefetch=3) as loader:
+def test_error_in_the_thread_is_raised_in_its_step(truncate: Run) -> None:
+    plan = truncate.plan
+    with TrainLoader(_Failing(truncate.data.train, bad=5 * 12 + 1), plan, prefetch=3) as loader:
         for step in range(5):
-            loader.batch(run.plan[step])
+            loader.batch(plan[step])
         for _ in range(2):  # asking again fails again and does not hang
-            with pytest.raises(OSError, match="disk on fire"):
-                loader.batch(run.plan[5])
-        _assert_same(loader.batch(run.plan[6]), _batches(run, range(6, 7))[0])
+            with pytest.raises(OSError, match="disk on fire") as caught:
+                loader.batch(plan[5])
+            assert "in read" in "".join(traceback.format_tb(caught.value.__traceback__))
+        _assert_same(loader.batch(plan[6]), truncate.batches[6])
 
 
 def test_no_thread_is_left_when_the_run_stops_early(run: Run) -> None:
     with TrainLoader(run.data.train, run.plan, prefetch=2) as loader:
         loader.batch(run.plan[0])
-        assert any(thread.name == "prefetch" for thread in threading.enumerate())
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
-    _assert_same(loader.batch(run.plan[1]), _batches(run, range(1, 2))[0])
+        assert _threads() == 1
+    assert _threads() == 0
+    _assert_same(loader.batch(run.plan[1]), run.batches[1])  # it starts another
     loader.close()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("samples", [1, 5, 8])
-def test_validation_covers_every_sample_once_in_equal_micro_batches(tmp_path: Path, ranks: int, samples: int) -> None:
+def test_validation_covers_every_sample_once_in_equal_micro_batches(tmp_path: Path, samples: int) -> None:
     valid = _run(tmp_path, "truncate", validation={"samples": samples}).data.valid
     assert len(valid) == samples
-    loaders = [ValidationLoader(valid, 3 * 16, data_rank=rank, data_size=ranks) for rank in range(ranks)]
-    assert len({loader.sizes for loader in loaders}) == 1
-    seen = []
-    for loader in loaders:
-        batches = list(loader)
-        assert len(batches) == len(loader)
-        assert [len(batch.tokens) for batch in batches] == list(loader.sizes)
-        assert max(loader.sizes) <= 3
-        for batch in batches:
-            assert batch.tokens.shape == batch.labels.shape == (len(batch.weights), 16)
-            seen += [
-                (row.tolist(), labels.tolist())
-                for row, labels, weight in zip(batch.tokens, batch.labels, batch.weights, strict=True)
-                if weight
-            ]
-    assert sum(float(batch.weights.sum()) for loader in loaders for batch in loader) == samples
     expected = [whole(valid, index) for index in range(samples)]
-    assert seen == [(sample[:-1].tolist(), sample[1:].tolist()) for sample in expected]
+    for ranks in (1, 2, 3, 4, 7):
+        loaders = [ValidationLoader(valid, 3 * 16, data_rank=rank, data_size=ranks) for rank in range(ranks)]
+        (sizes,) = {loader.sizes for loader in loaders}
+        assert max(sizes) <= 3
+        seen: list[tuple[Any, Any]] = []
+        for loader in loaders:
+            batches = list(loader)
+            assert [len(batch.tokens) for batch in batches] == list(sizes)
+            assert len(batches) == len(loader)
+            for batch in batches:
+                assert batch.tokens.shape == batch.labels.shape == (len(batch.weights), 16)
+                assert set(batch.weights.tolist()) <= {0.0, 1.0}
+                real = batch.weights.bool()
+                seen += zip(batch.tokens[real].tolist(), batch.labels[real].tolist(), strict=True)
+        assert seen == [(sample[:-1].tolist(), sample[1:].tolist()) for sample in expected]
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_prefetched_results_come_in_order() -> None:
+    prefetcher = Prefetcher(lambda n: n * n, range(100), depth=3)
+    assert [prefetcher.next() for _ in range(100)] == [n * n for n in range(100)]
+    prefetcher.close()
+    assert _threads() == 0
+
+
+def test_prefetching_is_bounded() -> None:
+    made: list[int] = []
+    prefetcher = Prefetcher(made.append, range(100), depth=3)
+    _wait_until(lambda: len(made) == 3)
+    time.sleep(0.05)
+    assert len(made) == 3
+    prefetcher.next()
+    _wait_until(lambda: len(made) == 4)
+    prefetcher.close()
+
+
+def test_forgotten_prefetcher_ends_its_thread() -> None:
+    prefetcher = Prefetcher(lambda n: n, range(1000), depth=1)
+    prefetcher.next()
+    assert _threads() == 1
+    del prefetcher
+    gc.collect()
+    _wait_until(lambda: _threads() == 0)

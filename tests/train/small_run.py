@@ -97,7 +97,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def train_records(run: Path) -> list[dict[str, Any]]:
     """Train records without what the clock decides."""
-    clocked = {"step_time_s", "tokens_per_s"}
+    clocked = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
     kept = [record for record in records(run) if record["kind"] == "train"]
     return [{key: value for key, value in record.items() if key not in clocked} for record in kept]
 

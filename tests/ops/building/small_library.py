@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.ops.building.builder import Library, build_library
-from megatron_ext.ops.building.recipe import Recipe, recipe_for
-from megatron_ext.ops.building.sources import digest
+from megatron_ext.ops.building.recipe import Recipe, digest, recipe_for
 from megatron_ext.runtime.environment import KernelEnvironment
 
 _COMPILER = """#!/bin/sh
