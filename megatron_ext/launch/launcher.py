@@ -45,7 +45,7 @@ from megatron_ext.launch.hosts import (
     signal_job_on,
 )
 from megatron_ext.launch.supervisor import Orders
-from megatron_ext.runtime.environment import PRIVATE_VARIABLES, current_environment
+from megatron_ext.runtime.environment import PRIVATE_VARIABLES, current_environment, find_program
 from megatron_ext.runtime.network import is_local
 from megatron_ext.runtime.signals import StopRequest
 
@@ -206,7 +206,9 @@ def start_ranks(
     Raises:
         UserError: pdsh or the launcher is not installed, or a host is not fit; every unfit host is named.
     """
-    deepspeed = program_beside_python("deepspeed", remedy="pip install deepspeed")
+    deepspeed = find_program("deepspeed")
+    if deepspeed is None:
+        raise UserError("the deepspeed launcher is not installed beside this Python; pip install deepspeed")
     if target.over_ssh and shutil.which("pdsh") is None:
         raise UserError("--hostfile needs pdsh, which is not installed here; install it (Debian: apt install pdsh)")
     job = secrets.token_hex(8)
@@ -222,7 +224,7 @@ def start_ranks(
             environment, where = variables, ["--num_gpus", str(target.ranks), "--master_addr", "127.0.0.1"]
         arguments = [str(file), "--directory", str(Path.cwd()), *worker_options]
         command = [
-            *(sys.executable, str(deepspeed), *where, "--master_port", str(reports[0].port)),
+            *(sys.executable, deepspeed, *where, "--master_port", str(reports[0].port)),
             *("--no_local_rank", "--log_level", "critical", "--module", WORKER),
             *(map(remote_argument, arguments) if target.over_ssh else arguments),
         ]
@@ -237,19 +239,6 @@ def start_ranks(
     except BaseException:
         folder.remove()
         raise
-
-
-def program_beside_python(name: str, *, remedy: str) -> Path:
-    """Path of a program that is installed with this Python, or on PATH.
-
-    Raises:
-        UserError: there is none.
-    """
-    beside = Path(sys.executable).parent / name
-    found = beside if beside.is_file() else shutil.which(name)
-    if found is None:
-        raise UserError(f"the program {name} is not installed beside this Python; {remedy}")
-    return Path(found)
 
 
 class _Folder:

@@ -6,6 +6,8 @@ The one place that reads and sets environment variables.
 import json
 import os
 import re
+import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -216,6 +218,12 @@ def take_private_variables() -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"the variables of cluster.environment cannot be read on this host: {error}") from error
     os.environ.update(variables)
+
+
+def find_program(name: str) -> str | None:
+    """Path of a program that is installed beside this Python, or else on PATH; None where there is none."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.is_file() else shutil.which(name)
 
 
 def current_environment() -> dict[str, str]:

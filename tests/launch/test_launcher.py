@@ -34,7 +34,7 @@ _RANK = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.
 def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program in the place of deepspeed's launcher; what its one rank does stands in a file beside it."""
     (tmp_path / "deepspeed").write_text(f"RANK = {_RANK!r}\n{_DEEPSPEED}")
-    monkeypatch.setattr(launcher, "program_beside_python", lambda *_args, **_options: tmp_path / "deepspeed")
+    monkeypatch.setattr(launcher, "find_program", lambda name: str(tmp_path / name))
     return tmp_path
 
 
