@@ -24,7 +24,8 @@ from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
 from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
-from megatron_ext.ops.kernels import Kernels, choose_kernels
+from megatron_ext.ops.choice import choose_kernels
+from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
