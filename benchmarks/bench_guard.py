@@ -23,8 +23,7 @@ from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.engine.engine import MicroBatch
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import select_device
+from megatron_ext.runtime.device import mark, seconds_between, select_device
 from megatron_ext.runtime.environment import prepare_libraries, rank_info
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 256, 8

@@ -19,6 +19,7 @@ from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.engine import Engine
+from megatron_ext.metrics.adam_variance import AdamVariance
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
 from megatron_ext.model.counts import step_flops
@@ -30,7 +31,6 @@ from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.profiler import StepProfiler
-from megatron_ext.stability.adam_variance import AdamVariance
 
 
 @dataclass(frozen=True)

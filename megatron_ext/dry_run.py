@@ -12,8 +12,7 @@ from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.ops.kernels import choose_kernels
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.device import Device, mark, seconds_between
 from megatron_ext.runtime.process_group import Processes
 
 _MOST_SEGMENTS = 100_000

@@ -16,8 +16,7 @@ from megatron_ext.curriculum.sampler import micro_batch_sizes, positions_between
 from megatron_ext.engine.engine import MicroBatch, cut_micro_batches
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.metrics.step_log import FinishedStep, train_record
-from megatron_ext.runtime.clock import mark
-from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.device import Device, mark
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes, StopAgreement
 from megatron_ext.runtime.signals import StopRequest

@@ -130,12 +130,12 @@ def study_checkpoint(
     from megatron_ext.checkpoint.weights import load_model
 
     with load_model(path, device) as loaded:
-        full = loaded.config.training.seq_len
+        config, full = loaded.config, loaded.config.training.seq_len
         settings = StudySettings(
             lengths=doubling_lengths(full) if lengths is None else tuple(lengths),
             tokens=4 * full if tokens is None else tokens,
             batches=batches,
-            micro_batch_tokens=max(full, loaded.config.micro_batch_tokens),
+            micro_batch_tokens=max(full, config.micro_batch_tokens),
         )
         check_settings(settings, seq_len=full)
         dataset = build_training(

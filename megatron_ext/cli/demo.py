@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_ext.cli import generate, preprocess, report, tokenizer, train
+from megatron_ext.cli import generate, preprocess, report, tokenizer
 
 if TYPE_CHECKING:
     from megatron_ext.config.data import DataConfig
@@ -27,6 +27,7 @@ def command(
     Example: megatron-ext demo
     """
     from megatron_ext.config.loading import load_config
+    from megatron_ext.launch.launcher import launch, this_machine
 
     run = load_config(config)
     prefix = _make_data(run.data, vocab_size=run.model.vocab_size)
@@ -34,7 +35,7 @@ def command(
         typer.echo(f"token files: {prefix}.bin, .idx; vocabulary: {run.data.tokenizer}")
         return
     _say(f"train {config} --nproc {nproc}")
-    status = train.start(config, nproc=nproc)
+    status = launch(this_machine(nproc), run)
     if status:
         raise typer.Exit(status)
     _say(f'generate {run.run_dir} --prompt "{_PROMPT}"')

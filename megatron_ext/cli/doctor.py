@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
 import typer
 from packaging.requirements import Requirement
 
 from megatron_ext.cli.common import AsJson
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.environment import find_program
 
 _TOOL_TIMEOUT_SECONDS = 20
 _REQUIRED = ("deepspeed", "megatron-core", "numpy", "pydantic", "tokenizers", "safetensors")
@@ -77,7 +77,7 @@ def examine() -> list[Finding]:
     findings += _torch()
     findings += [package(name, required=True) for name in _REQUIRED]
     launcher = "pip install deepspeed into the environment of this Python; it brings the launcher"
-    findings.append(_found("launcher", _program("deepspeed"), launcher, required=True))
+    findings.append(_found("launcher", find_program("deepspeed"), launcher, required=True))
     findings += [_found(name, tool_version(name), remedy) for name, remedy in _COMPILERS.items()]
     findings += _kernels()
     missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
@@ -157,15 +157,9 @@ def _torch() -> list[Finding]:
     return [version, Finding("GPUs", "none: training runs on the CPU with gloo", remedy)]
 
 
-def _program(name: str) -> str | None:
-    """Path of a program: the one beside this Python, or else the one on PATH."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else shutil.which(name)
-
-
 def tool_version(name: str) -> str | None:
     """First version number that ``name --version`` prints and the tool's path; None when it is missing or fails."""
-    path = _program(name)
+    path = find_program(name)
     if path is None:
         return None
     try:

@@ -5,7 +5,6 @@ Everything is read off the run directories, so that a status is right whoever tr
 keeps two processes from training the same experiment, and ``configs/RUN.json``, what each run was started with.
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from megatron_ext.cli.progress import Progress, Situation, State, read_progress, situations
+from megatron_ext.config.resolved import resolved_json
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, ExperimentRun
+from megatron_ext.launch.slurm import QueuedJob
+from megatron_ext.launch.status import Progress, Situation, State, read_progress, situations
 from megatron_ext.runtime.files import replace_text
-from megatron_ext.slurm.commands import QueuedJob
+from megatron_ext.runtime.run_lock import HeldError, file_lock, is_held
 from megatron_ext.text import finite_or_none
 
 if TYPE_CHECKING:
@@ -164,10 +165,11 @@ def _train_twice(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, sto
 
 def _train(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
     """Exit status of the run, and what to say of it if that is not 0."""
-    from megatron_ext.cli.train import start
+    from megatron_ext.launch.launcher import launch, this_machine
 
     try:
-        exit_status = start(ledger.write_config(run), nproc=nproc, stop=stop)
+        ledger.write_config(run)
+        exit_status = launch(this_machine(nproc), run.config, stop=stop)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         return _BAD_INPUT, str(error)
@@ -238,14 +240,9 @@ class Ledger:
 
     def running(self) -> str | None:
         """Name of the run that a process is training now."""
-        try:
-            with self._lock.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        if not is_held(self._lock):
             return None
-        except BlockingIOError:
-            return next((name for name, entry in self._read().items() if "began" in entry), None)
-        return None
+        return next((name for name, entry in self._read().items() if "began" in entry), None)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -255,21 +252,19 @@ class Ledger:
             UserError: another process holds it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self._folder}: another process is training this experiment; wait for it, or stop it first"
-                ) from None
-            yield
+        try:
+            with file_lock(self._lock):
+                yield
+        except HeldError as holder:
+            raise UserError(
+                f"{self._folder}: another process is training this experiment ({holder}); wait for it, or stop it first"
+            ) from None
 
-    def write_config(self, run: ExperimentRun) -> Path:
-        """Write the run's resolved config and return its path."""
+    def write_config(self, run: ExperimentRun) -> None:
+        """Write down what the run is started with."""
         path = self._folder / "configs" / f"{run.config.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run.config.model_dump(mode="json"), indent=1) + "\n")
-        return path
+        replace_text(path, resolved_json(run.config))
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -16,7 +16,7 @@ from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
-from megatron_ext.curriculum.sampler import micro_batch_sizes
+from megatron_ext.curriculum.sampler import check_batches_divide, data_parallel_size, micro_batch_sizes
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.errors import UserError
 from megatron_ext.model.counts import (
@@ -197,19 +197,10 @@ def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> Plan
 
 
 def _check(machine: Machine, plan: TrainingPlan) -> None:
-    if machine.ranks % machine.tensor:
-        raise UserError(
-            f"--ranks is {machine.ranks}, no multiple of parallel.tensor {machine.tensor}: "
-            f"pass {max(machine.data_size, 1) * machine.tensor} or another multiple"
-        )
-    data_size = machine.data_size
-    for batch_size in sorted({segment.batch_size for segment in plan.segments}):
-        if batch_size % data_size:
-            raise UserError(
-                f"--ranks {machine.ranks} make {data_size} data-parallel ranks, which do not divide a batch of "
-                f"{batch_size} sequences: pass fewer ranks, or make training.batch_size (and "
-                f"training.batch_size_warmup) multiples of {data_size}"
-            )
+    try:
+        check_batches_divide(plan, data_parallel_size(machine.ranks, tensor=machine.tensor))
+    except UserError as error:
+        raise UserError(f"--ranks is {machine.ranks}: {error}") from None
     if machine.device_tflops is not None and machine.device_tflops <= 0:
         raise UserError(f"--device-tflops is {machine.device_tflops:g}: pass a positive rate")
     if not 0 < machine.mfu <= 1:

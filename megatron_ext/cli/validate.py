@@ -3,18 +3,31 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.messages import ConfigError
+from megatron_ext.config.resolved import resolved_json
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the resolved config, every value in one file, for ranks that another launcher starts.",
+        show_default=False,
+    ),
+]
 
-def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False) -> None:
+
+def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False, output: Output = None) -> None:
     """Check a run config and say in a few lines what it describes.
 
     Prints every problem it finds, each with its key, the value found and what to write, and exits with 2.
@@ -30,6 +43,11 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
         problems = error.problems if isinstance(error, ConfigError) else (str(error),)
         typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
         raise typer.Exit(2) from None
+    if output is not None:
+        try:
+            output.write_text(resolved_json(run), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error}") from None
     if as_json:
         totals = {"steps": plan.steps, "tokens": plan.tokens, "samples": plan.samples}
         answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}

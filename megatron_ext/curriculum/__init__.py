@@ -8,7 +8,7 @@ from megatron_ext.base import Duration
 from megatron_ext.curriculum.adaptive import AdaptiveSchedule, Decision, Schedule, open_schedule
 from megatron_ext.curriculum.guards import Guard, GuardsConfig, GuardStop, Incident, LossRatioGuard
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
-from megatron_ext.curriculum.loss_ratio import LossRatio, LossRatioSummary
+from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.pacing import BatchSizeWarmup, Pacing, RunSpec
 from megatron_ext.curriculum.pacings import (
     PACINGS,
@@ -49,7 +49,6 @@ __all__ = [
     "LinearPacing",
     "LossRatio",
     "LossRatioGuard",
-    "LossRatioSummary",
     "MixedPacing",
     "Pacing",
     "PlanArrays",

@@ -27,7 +27,7 @@ A loss that is not finite counts as infinite.
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, Final, Literal
 
@@ -56,11 +56,11 @@ class Decision:
     action: Action
     """What the measurements ask for; the bounds may keep the length from following."""
 
-    previous: int
-    """Length of the step before, in tokens."""
-
     seq_len: int
     """Length from here on, in tokens."""
+
+    previous: int
+    """Length of the step before, in tokens."""
 
     loss_ratio: float | None
     """Largest in the interval (see above)."""
@@ -73,14 +73,7 @@ class Decision:
 
     def details(self) -> dict[str, object]:
         """What the event in the metrics says, beside step and tokens."""
-        return {
-            "action": self.action,
-            "seq_len": self.seq_len,
-            "previous": self.previous,
-            "loss_ratio": self.loss_ratio,
-            "variance_ratio": self.variance_ratio,
-            "reason": self.reason,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "step"}
 
 
 class Schedule:

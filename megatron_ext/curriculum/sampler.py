@@ -79,6 +79,19 @@ def rank_block(batch: BatchSlices, rank: int, ranks: int) -> BatchSlices:
     return BatchSlices(**arrays, seq_len=batch.seq_len)
 
 
+def data_parallel_size(ranks: int, *, tensor: int) -> int:
+    """Ranks among which a batch is divided, where ``tensor`` ranks each hold a part of the model.
+
+    Raises UserError if the ranks do not form whole groups of ``tensor``.
+    """
+    if ranks % tensor:
+        raise UserError(
+            f"parallel.tensor is {tensor}, which does not divide the {ranks} rank(s): start a multiple of {tensor} "
+            "ranks or lower parallel.tensor"
+        )
+    return ranks // tensor
+
+
 def check_batches_divide(plan: TrainingPlan, ranks: int) -> None:
     """Raise UserError if a batch of the plan does not divide evenly over ``ranks`` data-parallel ranks."""
     for batch_size in plan.batch_sizes:

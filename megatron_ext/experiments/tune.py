@@ -11,56 +11,21 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from megatron_ext.base import describe_differences
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.tune_jobs import Runner
 from megatron_ext.experiments.tune_search import Candidate, Grid, Outcome, Point, Verdict, next_step, verdict_of
 from megatron_ext.experiments.tune_space import TuneRun, probe_name
 from megatron_ext.metrics.jsonl import FILE_NAME as METRICS_FILE
 from megatron_ext.metrics.jsonl import Column, read_columns
 from megatron_ext.runtime.files import replace_text
-from megatron_ext.runtime.launcher import LaunchOptions, start_ranks
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.text import spell_non_finite
-
-
-class Job(Protocol):
-    """A run that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit status, or None while it goes on."""
-
-    def ask_to_stop(self) -> bool:
-        """Ask it to finish its step, save and exit; whether it could be asked yet. May be asked again."""
-
-    def close(self) -> None:
-        """Leave nothing of it behind."""
-
-
-class Runner(Protocol):
-    """Starts runs. Their directories are visible to the process that searches."""
-
-    def start(self, config: Path, *, output: Path) -> Job:
-        """Start the run in the file ``config``; what it prints is appended to ``output``.
-
-        Raises:
-            UserError: it cannot be started.
-        """
-
-
-@dataclass(frozen=True)
-class LocalRunner:
-    """Runs on this machine through the deepspeed launcher."""
-
-    options: LaunchOptions
-
-    def start(self, config: Path, *, output: Path) -> Job:
-        """Start the run's ranks."""
-        return start_ranks(self.options, [str(config)], output=output)
-
 
 FILE_NAME = "tune.json"
 _FORMAT = 1
@@ -94,11 +59,10 @@ def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, Prob
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): remove it, or choose another --output") from error
     # Both through JSON, where tuples are lists.
-    differing = _differing(there, json.loads(json.dumps(identity)))
-    if differing:
+    changes = describe_differences(there, json.loads(json.dumps(identity)))
+    if changes:
         raise UserError(
-            f"{path} holds probes of another search: {'; '.join(differing)}. Choose another --output, or restore "
-            "those values"
+            f"{path} holds probes of another search: {changes}. Choose another --output, or restore those values"
         )
     return {result.candidate: result for result in results}
 
@@ -129,17 +93,6 @@ def _from_json(item: dict[str, Any]) -> ProbeResult:
         ),
         points=tuple(Point(int(step), float(perplexity)) for step, perplexity in item["validations"]),
     )
-
-
-def _differing(there: Any, here: Any, prefix: str = "") -> list[str]:
-    if there == here:
-        return []
-    if not isinstance(there, dict) or not isinstance(here, dict):
-        return [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
-    parts: list[str] = []
-    for key in sorted(there.keys() | here.keys()):
-        parts += _differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
-    return parts
 
 
 _POLL_SECONDS = 0.5
@@ -197,12 +150,11 @@ class Tuning:
         probes = self.folder / "probes"
         probes.mkdir(exist_ok=True)
         config = self.tune_run.probe_config(candidate, output_dir=str(probes))
-        file, output = probes / f"{probe_name(candidate)}.json", probes / f"{probe_name(candidate)}.out"
-        file.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        output = probes / f"{probe_name(candidate)}.out"
         last = min(self.tune_run.settings.steps, self.tune_run.plan(candidate).steps)
         status = 0
         if not self._decided(config, candidate, last=last):
-            with closing(self.runner.start(file, output=output)) as job:
+            with closing(self.runner.start(config, output=output)) as job:
                 asked = False
                 while (polled := job.poll()) is None:
                     began = time.monotonic()

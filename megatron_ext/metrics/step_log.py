@@ -15,7 +15,7 @@ from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.data.loader import Batch
 from megatron_ext.engine.engine import StepResult
 from megatron_ext.metrics.records import TrainRecord
-from megatron_ext.runtime.clock import Mark, seconds_between
+from megatron_ext.runtime.device import Mark, seconds_between
 
 Values = torch.Tensor | float | None
 

@@ -12,11 +12,13 @@ import psutil
 import pytest
 
 from megatron_ext.checkpoint.store import Manifest, write_manifest
-from megatron_ext.cli import app, train
+from megatron_ext.cli import app
 from megatron_ext.cli.experiment_runs import statuses, train_all
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, load_experiment
+from megatron_ext.launch import launcher
+from megatron_ext.launch.launcher import Target
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest
@@ -86,9 +88,8 @@ def fake_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     stop_once = SimpleNamespace(done=False)
 
-    def start(config: Path, *, nproc: int | None, stop: StopRequest) -> int:
-        assert nproc == 3
-        run = RunConfig.model_validate_json(config.read_text())
+    def launch(target: Target, run: RunConfig, *, stop: StopRequest) -> int:
+        assert target.ranks == 3
         asked.append(run.name)
         if run.name == "base-seed2":
             if not stop_once.done:
@@ -102,7 +103,7 @@ def fake_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         leave_traces(run, step=100)
         return 0
 
-    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(launcher, "launch", launch)
     return asked
 
 

@@ -101,10 +101,10 @@ def test_adaptive_pacing_shows_the_plans_that_bound_it(command_line: CommandLine
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--ranks", "3"], ["--ranks 3", "4096"]),
+        (["--ranks", "3"], ["--ranks is 3", "4,096"]),
         (
             ["--ranks", "6", "--set", "parallel.tensor=5", "--set", "model.vocab_multiple=640"],
-            ["--ranks is 6", "parallel.tensor 5", "pass 5"],
+            ["--ranks is 6", "parallel.tensor is 5", "multiple of 5"],
         ),
         (["--device-tflops", "-1"], ["--device-tflops is -1"]),
         (["--mfu", "1.5"], ["--mfu is 1.5"]),

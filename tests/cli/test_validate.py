@@ -9,7 +9,9 @@ import pytest
 import typer
 
 from megatron_ext.cli.validate import command, summary
+from megatron_ext.config.loading import load_config
 from megatron_ext.config.messages import ConfigError
+from megatron_ext.config.resolved import read_config
 from megatron_ext.errors import UserError
 from tests.config.builders import small_config, small_tree, write
 
@@ -34,6 +36,14 @@ def test_a_wrong_config_raises_all_problems(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         command(write(tmp_path / "run.json", small_tree(seed=-1, lr=3)))
     assert len(caught.value.problems) == 2
+
+
+def test_the_resolved_config_is_written_for_other_launchers(tmp_path: Path) -> None:
+    path, output = write(tmp_path / "run.json", small_tree()), tmp_path / "resolved.json"
+    command(path, ["name=mine"], output=output)
+    assert read_config(output) == load_config(path, ["name=mine"])
+    with pytest.raises(UserError, match="cannot be written"):
+        command(path, output=tmp_path)
 
 
 def test_json_has_the_resolved_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.engine.engine import StepResult
 from megatron_ext.metrics.step_log import FetchedStep, FinishedStep, PendingSteps
-from megatron_ext.runtime.clock import Mark
+from megatron_ext.runtime.device import Mark
 
 doubles = st.floats(width=64, allow_nan=False)
 tensors = doubles.map(lambda value: torch.tensor(value, dtype=torch.float64)) | st.floats(

@@ -1,7 +1,7 @@
 """The model on one rank: initialization, padding, causality, dropout, recomputation, precision, state dict."""
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.ops.building.recipe import recipe_for
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +17,7 @@ LOAD = """
 from megatron_ext.ops.building.recipe import recipe_for
 from megatron_ext.ops.building.recipe import source_folder
 from megatron_ext.ops.loading import load_operators
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 library = load_operators("cpu")
 print(source_folder())
 print(library.path)
