@@ -74,7 +74,18 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
 
 def test_make_offers_its_targets() -> None:
     described = make("help")
-    for target in ("demo", "test", "check", "test-slow", "test-gpu", "test-lowest", "test-newest", "bench", "clean", "venv"):
+    for target in (
+        "demo",
+        "test",
+        "check",
+        "test-slow",
+        "test-gpu",
+        "test-lowest",
+        "test-newest",
+        "bench",
+        "clean",
+        "venv",
+    ):
         assert re.search(rf"\b{target}\b", described), target
 
 
