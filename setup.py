@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 def asked_for() -> list[Any]:
     """The backends to compile ahead of time."""
     from megatron_ext.ops.building.recipe import BACKENDS
-    from megatron_ext.runtime.kernel_environment import AHEAD_VARIABLE, kernel_environment
+    from megatron_ext.runtime.environment import AHEAD_VARIABLE, kernel_environment
 
     names = re.split(r"[,;\s]+", kernel_environment().ahead or "")
     wanted = [name for name in names if name]
@@ -54,7 +54,7 @@ def compiled(backend: Any) -> Path:
     from megatron_ext.ops.building.builder import build_library, cached_library
     from megatron_ext.ops.building.recipe import recipe_for
     from megatron_ext.ops.building.toolchain import KernelsUnavailableError
-    from megatron_ext.runtime.kernel_environment import kernel_environment
+    from megatron_ext.runtime.environment import kernel_environment
 
     environment = kernel_environment()
     try:

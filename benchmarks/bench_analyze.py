@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from measuring import median_seconds, parser_of
-from megatron_ext.metrics.columns import read_columns
-from megatron_ext.metrics.jsonl import read_metrics
+from megatron_ext.analysis.statistics import AnalysisSettings, Steps, analyze, loss_ratios
+from megatron_ext.metrics.jsonl import read_columns, read_metrics
 from megatron_ext.metrics.records import EvalRecord, TrainRecord, encode
-from megatron_ext.stability.analysis import Settings, Steps, analyze, loss_ratios
 
 NAMES = ("step", "tokens", "loss", "loss_ratio", "adam_var_l1", "adam_var_max")
 
@@ -70,7 +69,7 @@ def main() -> None:
         rows = [
             ("the command", lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)),
             ("read_columns", lambda: read_columns(path, NAMES)),
-            ("analyze", lambda: analyze(Steps.from_columns(columns, NAMES[4:]), Settings())),
+            ("analyze", lambda: analyze(Steps.from_columns(columns, NAMES[4:]), AnalysisSettings())),
             ("read_metrics", lambda: read_metrics(path)),
         ]
         sys.stdout.write(f"{steps:,} steps, {path.stat().st_size / 1e6:.0f} MB; load average {os.getloadavg()[0]:.1f} ")

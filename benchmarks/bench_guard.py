@@ -16,16 +16,15 @@ import torch
 import torch.distributed as dist
 
 from measuring import parser_of
-from megatron_ext.config.guards import GuardsConfig
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.guards import Guard, GuardsConfig
+from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.engine.engine import MicroBatch
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import select_device
+from megatron_ext.runtime.device import mark, seconds_between, select_device
 from megatron_ext.runtime.environment import prepare_libraries, rank_info
-from megatron_ext.stability.guard import UpdateGuard
-from megatron_ext.trainer import build_engine
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 256, 8
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": VOCABULARY}
@@ -67,7 +66,7 @@ def measure(steps: int, model: dict[str, int]) -> tuple[list[float], list[float]
     layout = initialize_parallel(1, 2.0)
     streams = seed_streams(config.seed, layout, device.torch_device)
     engine = build_engine(config, layout, streams, device=device)
-    guard = UpdateGuard(GuardsConfig(non_finite="log"))
+    guard = Guard(GuardsConfig(non_finite="log"), LossRatio())
     generator = torch.Generator().manual_seed(1)
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(2 * (steps + 3)):

@@ -69,7 +69,7 @@ def main() -> None:
         for tail in ("truncate", "recycle"):
             for length in (8, 64, 512, 1024):
                 run = config(prefix, length, tail)
-                plan = TrainingPlan.from_config(run)
+                plan = run.plan()
                 sizes = {"seq_len": plan.seq_len, "samples": plan.samples, "valid_samples": 1}
                 datasets = build_datasets(run.data, **sizes, vocab_size=VOCABULARY, seed=run.seed)
                 seconds, rate = measure(plan, datasets, enough)

@@ -7,8 +7,7 @@ import sys
 
 from measuring import median_seconds, parser_of
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import SamplePlan
+from megatron_ext.curriculum.sampler import global_batch
 
 
 def config(steps: int) -> RunConfig:
@@ -29,13 +28,13 @@ def main() -> None:
     quick = parser_of(__doc__).parse_args().quick
     steps = 9_000 if quick else 300_000
     run = config(steps)
-    plan = TrainingPlan.from_config(run)
+    plan = run.plan()
     assert plan.steps == steps
     middle, repeats = steps * 2 // 5, 1 if quick else 20
     rows = [
-        ("build", median_seconds(lambda: TrainingPlan.from_config(run), repeats)),
+        ("build", median_seconds(run.plan, repeats)),
         ("plan[t]", median_seconds(lambda: plan[middle], 100 * repeats)),
-        ("slices(t)", median_seconds(lambda: SamplePlan(plan).slices(middle), 100 * repeats)),
+        ("slices(t)", median_seconds(lambda: global_batch(plan, middle), 100 * repeats)),
         ("arrays", median_seconds(plan.arrays, repeats)),
     ]
     sys.stdout.write(f"{steps:,} steps in {len(plan.segments)} segments\n")

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 from measuring import parser_of
-from megatron_ext.metrics.report_data import read_run
-from megatron_ext.metrics.report_html import report_page
-from megatron_ext.metrics.report_table import compare
+from megatron_ext.analysis.comparison import compare
+from megatron_ext.analysis.report import report_page
+from megatron_ext.analysis.run_data import read_run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.metrics.report_runs import write_metrics
+from tests.analysis.runs import write_metrics
 
 THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
 

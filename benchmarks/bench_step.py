@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from measuring import parser_of
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.model.gpt import build_gpt
@@ -25,7 +26,6 @@ from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device, select_device
 from megatron_ext.runtime.environment import prepare_libraries, rank_info
 from megatron_ext.runtime.process_group import process_group
-from megatron_ext.trainer import build_engine
 
 SEQ_LEN, VOCABULARY = 256, 8192
 

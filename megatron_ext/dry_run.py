@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import islice
 
+from megatron_ext.build import build_engine, build_samples
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
@@ -11,10 +12,8 @@ from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.ops.kernels import choose_kernels
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.device import Device, mark, seconds_between
 from megatron_ext.runtime.process_group import Processes
-from megatron_ext.trainer import build_engine, build_samples
 
 _MOST_SEGMENTS = 100_000
 """Segments looked at: of mixed lengths, which have one for each step, many cycles."""

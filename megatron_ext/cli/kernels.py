@@ -51,7 +51,7 @@ def _built(backend: "Backend", *, force: bool) -> str:
     """Build one library; a line about it."""
     from megatron_ext.ops.building.builder import build_library, cached_library
     from megatron_ext.ops.building.recipe import CUDA, recipe_for
-    from megatron_ext.runtime.kernel_environment import kernel_environment
+    from megatron_ext.runtime.environment import kernel_environment
 
     devices = []
     if backend == CUDA:

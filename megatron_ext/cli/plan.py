@@ -15,8 +15,8 @@ from rich.table import Table
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan, possible_plans
-from megatron_ext.curriculum.sampler import micro_batch_sizes
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
+from megatron_ext.curriculum.sampler import check_batches_divide, data_parallel_size, micro_batch_sizes
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.errors import UserError
 from megatron_ext.model.counts import (
@@ -27,11 +27,11 @@ from megatron_ext.model.counts import (
     full_length_flops,
     run_flops,
 )
+from megatron_ext.text import format_count, format_duration
 
 _ROWS = 12
 """Rows of the table of lengths."""
 
-_UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 _COLORS: Final = ("#0072B2", "#D55E00")
 _FORMATS: Final = (".png", ".pdf", ".svg")
@@ -76,7 +76,7 @@ def command(
     Example: megatron-ext plan configs/gpt2/1.5b_slw.json --ranks 64 --device-tflops 312 --plot plan.png
     """
     run = load_config(config, overrides or ())
-    plans, tensor = possible_plans(run), run.parallel.tensor
+    plans, tensor = run.possible_plans(), run.parallel.tensor
     machine = Machine(ranks=ranks or tensor, tensor=tensor, device_tflops=device_tflops, mfu=mfu)
     reports = {which: plan_report(run, plan, machine) for which, plan in plans.items()}
     if plot is not None:
@@ -197,19 +197,10 @@ def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> Plan
 
 
 def _check(machine: Machine, plan: TrainingPlan) -> None:
-    if machine.ranks % machine.tensor:
-        raise UserError(
-            f"--ranks is {machine.ranks}, no multiple of parallel.tensor {machine.tensor}: "
-            f"pass {max(machine.data_size, 1) * machine.tensor} or another multiple"
-        )
-    data_size = machine.data_size
-    for batch_size in sorted({segment.batch_size for segment in plan.segments}):
-        if batch_size % data_size:
-            raise UserError(
-                f"--ranks {machine.ranks} make {data_size} data-parallel ranks, which do not divide a batch of "
-                f"{batch_size} sequences: pass fewer ranks, or make training.batch_size (and "
-                f"training.batch_size_warmup) multiples of {data_size}"
-            )
+    try:
+        check_batches_divide(plan, data_parallel_size(machine.ranks, tensor=machine.tensor))
+    except UserError as error:
+        raise UserError(f"--ranks is {machine.ranks}: {error}") from None
     if machine.device_tflops is not None and machine.device_tflops <= 0:
         raise UserError(f"--device-tflops is {machine.device_tflops:g}: pass a positive rate")
     if not 0 < machine.mfu <= 1:
@@ -279,7 +270,7 @@ def _length_table(report: PlanReport) -> Table:
             _span(first.batch_size, last.batch_size),
             _span(min(tokens), max(tokens), short=True),
             _span(min(micro), max(micro)),
-            _short(last.end_tokens),
+            format_count(last.end_tokens),
         )
     return table
 
@@ -309,7 +300,7 @@ def _cost_table(report: PlanReport) -> Table:
         table.add_row("  offloaded", f"{_gib(memory.host)} of host memory")
     if report.seconds is not None:
         rate = f"{machine.device_tflops:g} TFLOP/s a device at {machine.mfu:.0%} utilization"
-        table.add_row("time", f"{_duration(report.seconds)} ({rate})")
+        table.add_row("time", f"{format_duration(report.seconds)} ({rate})")
     return table
 
 
@@ -321,27 +312,12 @@ def _pairs(title: str) -> Table:
 
 
 def _span(first: int, last: int, *, short: bool = False) -> str:
-    write = _short if short else "{:,}".format
+    write = format_count if short else "{:,}".format
     return write(first) if first == last else f"{write(first)}-{write(last)}"
-
-
-def _short(number: int) -> str:
-    """The number in at most four digits and a letter, exact below 10,000."""
-    if number < 10_000:
-        return f"{number:,}"
-    size, letter = next(unit for unit in _UNITS if number >= unit[0])
-    return f"{number / size:.4g}{letter}"
 
 
 def _gib(amount: int) -> str:
     return f"{amount / 2**30:,.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"
 
 
 def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:

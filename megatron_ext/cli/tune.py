@@ -12,7 +12,8 @@ from megatron_ext.cli.common import ConfigPath, Overrides
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ext.experiments.tune import Runner, Tuning
+    from megatron_ext.experiments.tune import Tuning
+    from megatron_ext.experiments.tune_jobs import Runner
     from megatron_ext.experiments.tune_search import Candidate, Grid
     from megatron_ext.experiments.tune_space import TuneRun
 
@@ -61,7 +62,8 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
 ]
 Nproc = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU.")
+    int | None,
+    typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU."),
 ]
 Slurm = Annotated[
     str | None,
@@ -174,18 +176,15 @@ def _announce(tune_run: "TuneRun", grid: "Grid") -> None:
 
 
 def _runner(nproc: int | None, slurm: str | None) -> "Runner":
-    from megatron_ext.experiments.tune import LocalRunner
-    from megatron_ext.experiments.tune_slurm import SlurmRunner
-    from megatron_ext.runtime.device import gpu_names
-    from megatron_ext.runtime.launcher import LaunchOptions
+    from megatron_ext.experiments.tune_jobs import LocalRunner, SlurmRunner
+    from megatron_ext.launch.launcher import this_machine
 
-    if slurm is not None:
-        try:
-            return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
-        except ValueError as error:
-            raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
-    gpus = len(gpu_names())
-    return LocalRunner(LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus))
+    if slurm is None:
+        return LocalRunner(this_machine(nproc))
+    try:
+        return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
+    except ValueError as error:
+        raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
 
 
 def _tune(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:

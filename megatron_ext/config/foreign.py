@@ -80,16 +80,13 @@ ALIASES: Final[dict[str, str]] = {alias: key for key, aliases in _BY_KEY.items()
 """What another framework calls a key -> our dotted key."""
 
 _HINTS: Final[dict[str, str]] = {
-    **dict.fromkeys(("training.duration", "learning_rate.decay_duration"), '{"tokens": n} or {"steps": n}'),
-    **dict.fromkeys(
-        ("training.stop_after", "learning_rate.warmup", "validation.every", "checkpoint.every"),
-        '{"steps": n} or {"tokens": n}',
-    ),
+    **dict.fromkeys(("training.duration", "training.stop_after"), '{"steps": n} or {"tokens": n}'),
+    **dict.fromkeys(("learning_rate.warmup", "learning_rate.decay_duration"), '{"steps": n} or {"tokens": n}'),
+    **dict.fromkeys(("validation.every", "checkpoint.every", "curriculum.duration"), '{"steps": n} or {"tokens": n}'),
     **dict.fromkeys(("data.sources", "data.train", "data.valid"), '[{"prefix": "PREFIX"}]'),
     "training.batch_size_warmup": '{"start": sequences, "increment": sequences, "duration": {"tokens": n}}',
     "training.precision": '"fp32", "bf16" or "fp16"',
     "curriculum": '{"pacing": "linear", "start": n, "duration": {"steps": T}}',
-    "curriculum.duration": '{"steps": T} or {"tokens": T}',
     "optimizer.betas": "[0.9, 0.95]",
     "learning_rate.decay": '"cosine", "linear", "constant" or "wsd"',
     "parallel.zero_stage": "0, 1, 2 or 3",

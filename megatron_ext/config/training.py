@@ -1,4 +1,4 @@
-"""Sections that say how much and how to train: budget, optimizer, learning rate, validation, checkpoints, metrics."""
+"""Sections that say how much and how to train: budget, optimizer, validation, checkpoints, metrics."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from megatron_ext.base import (
     PositiveInt,
     Section,
 )
-from megatron_ext.config.curriculum import BatchSizeWarmup
+from megatron_ext.curriculum.pacing import BatchSizeWarmup
 
 
 class TrainingConfig(Section):
@@ -58,29 +58,6 @@ class OptimizerConfig(Section):
     implementation: Literal["auto", "torch", "deepspeed_fused", "deepspeed_cpu"] = "auto"
     """Adam kernel: torch's fused AdamW (auto, nothing to compile), or DeepSpeed's FusedAdam (GPU) or CPUAdam, which
     are compiled at first use; offloading the optimizer needs DeepSpeed's CPUAdam and auto picks it."""
-
-
-class LearningRateConfig(Section):
-    """Linear warmup, then decay by consumed tokens."""
-
-    peak: PositiveFloat
-    """Learning rate at the end of the warmup."""
-
-    min: NonNegativeFloat = 0.0
-    """Learning rate from the end of the decay on; at most ``peak``."""
-
-    warmup: Duration | None = None
-    """Linear warmup from 0; under SLW in steps (paper, A.2). None starts at the peak."""
-
-    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the decay. wsd (warmup, stable, decay) stays at the peak and falls linearly over ``cooldown``."""
-
-    decay_duration: Duration | None = None
-    """When the decay ends, counted from the start of the run; by default with the run. Progress between the end of
-    the warmup and this point is measured in consumed tokens (paper, A.2)."""
-
-    cooldown: Duration | None = None
-    """Last part of the decay in which wsd falls from ``peak`` to ``min``; needed with wsd and with nothing else."""
 
 
 class ValidationConfig(Section):
@@ -149,15 +126,20 @@ class MetricsConfig(Section):
     """Also record the gradient variance of each layer and of each kind of parameter."""
 
     profile: ProfileConfig | None = None
-    """Trace some steps with torch.profiler; None: no trace."""
+    """Trace some steps with torch.profiler; null: no trace."""
 
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""
 
-    def problems(self, *, seq_len: int) -> Iterator[str]:
-        """What contradicts ``training.seq_len``."""
+    def problems(self, *, seq_len: int, variance_limit: float) -> Iterator[str]:
+        """What contradicts ``training.seq_len``, or a pacing that asks for the variance."""
         if (self.prefix or 0) > seq_len:
             yield (
                 f"metrics.prefix is {self.prefix}, more than training.seq_len {seq_len}: write at most {seq_len}, or "
                 "null for the first length of the run"
+            )
+        if variance_limit and not self.adam_variance_every:
+            yield (
+                f"curriculum.variance_above is {variance_limit:g}, but metrics.adam_variance_every 0 measures no "
+                "variance: write its interval in steps, or curriculum.variance_above 0"
             )

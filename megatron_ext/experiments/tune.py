@@ -4,7 +4,6 @@ Finished probes stand in ``tune.json`` of the search's directory, so that a sear
 """
 
 import json
-import math
 import shutil
 import time
 from collections import deque
@@ -12,53 +11,21 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
+
+from megatron_ext.base import describe_differences
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.tune_jobs import Runner
 from megatron_ext.experiments.tune_search import Candidate, Grid, Outcome, Point, Verdict, next_step, verdict_of
 from megatron_ext.experiments.tune_space import TuneRun, probe_name
 from megatron_ext.metrics.jsonl import FILE_NAME as METRICS_FILE
-from megatron_ext.metrics.jsonl import Metrics, read_metrics
+from megatron_ext.metrics.jsonl import Column, read_columns
 from megatron_ext.runtime.files import replace_text
-from megatron_ext.runtime.launcher import LaunchOptions, start_ranks
 from megatron_ext.runtime.signals import StopRequest
-
-
-class Job(Protocol):
-    """A run that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit status, or None while it goes on."""
-
-    def ask_to_stop(self) -> bool:
-        """Ask it to finish its step, save and exit; whether it could be asked yet. May be asked again."""
-
-    def close(self) -> None:
-        """Leave nothing of it behind."""
-
-
-class Runner(Protocol):
-    """Starts runs. Their directories are visible to the process that searches."""
-
-    def start(self, config: Path, *, output: Path) -> Job:
-        """Start the run in the file ``config``; what it prints is appended to ``output``.
-
-        Raises:
-            UserError: it cannot be started.
-        """
-
-
-@dataclass(frozen=True)
-class LocalRunner:
-    """Runs on this machine through the deepspeed launcher."""
-
-    options: LaunchOptions
-
-    def start(self, config: Path, *, output: Path) -> Job:
-        """Start the run's ranks."""
-        return start_ranks(self.options, [str(config)], output=output)
-
+from megatron_ext.text import spell_non_finite
 
 FILE_NAME = "tune.json"
 _FORMAT = 1
@@ -92,11 +59,10 @@ def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, Prob
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): remove it, or choose another --output") from error
     # Both through JSON, where tuples are lists.
-    differing = _differing(there, json.loads(json.dumps(identity)))
-    if differing:
+    changes = describe_differences(there, json.loads(json.dumps(identity)))
+    if changes:
         raise UserError(
-            f"{path} holds probes of another search: {'; '.join(differing)}. Choose another --output, or restore "
-            "those values"
+            f"{path} holds probes of another search: {changes}. Choose another --output, or restore those values"
         )
     return {result.candidate: result for result in results}
 
@@ -113,9 +79,9 @@ def _to_json(result: ProbeResult) -> dict[str, Any]:
         "start": result.candidate.start,
         "duration_steps": result.candidate.duration,
         "fluctuated_at": verdict.fluctuated_at,
-        "worst_ratio": _number_to_json(verdict.worst_ratio),
+        "worst_ratio": spell_non_finite(verdict.worst_ratio),
         "tokens": verdict.tokens,
-        "validations": [[point.step, _number_to_json(point.perplexity)] for point in result.points],
+        "validations": [[point.step, spell_non_finite(point.perplexity)] for point in result.points],
     }
 
 
@@ -127,22 +93,6 @@ def _from_json(item: dict[str, Any]) -> ProbeResult:
         ),
         points=tuple(Point(int(step), float(perplexity)) for step, perplexity in item["validations"]),
     )
-
-
-def _number_to_json(value: float) -> float | str:
-    """The number, or its spelling ("inf", "nan"), for which JSON has none."""
-    return value if math.isfinite(value) else str(value)
-
-
-def _differing(there: Any, here: Any, prefix: str = "") -> list[str]:
-    if there == here:
-        return []
-    if not isinstance(there, dict) or not isinstance(here, dict):
-        return [f"{prefix} is {json.dumps(there)} there and {json.dumps(here)} here"]
-    parts: list[str] = []
-    for key in sorted(there.keys() | here.keys()):
-        parts += _differing(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else key)
-    return parts
 
 
 _POLL_SECONDS = 0.5
@@ -200,12 +150,11 @@ class Tuning:
         probes = self.folder / "probes"
         probes.mkdir(exist_ok=True)
         config = self.tune_run.probe_config(candidate, output_dir=str(probes))
-        file, output = probes / f"{probe_name(candidate)}.json", probes / f"{probe_name(candidate)}.out"
-        file.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        output = probes / f"{probe_name(candidate)}.out"
         last = min(self.tune_run.settings.steps, self.tune_run.plan(candidate).steps)
         status = 0
         if not self._decided(config, candidate, last=last):
-            with closing(self.runner.start(file, output=output)) as job:
+            with closing(self.runner.start(config, output=output)) as job:
                 asked = False
                 while (polled := job.poll()) is None:
                     began = time.monotonic()
@@ -228,23 +177,27 @@ class Tuning:
         return not result.verdict.stable or bool(result.points and result.points[-1].step >= last)
 
     def _result(self, config: RunConfig, candidate: Candidate) -> ProbeResult:
-        metrics = _metrics(config.run_dir)
-        points = tuple(Point(record.step, record.perplexity) for record in metrics.evaluations)
+        train, valid = _columns(config.run_dir)
+        steps, perplexities = valid["step"].astype(int).tolist(), valid["perplexity"].tolist()
+        points = tuple(map(Point, steps, perplexities))
+        # A step that fp16's loss scale left out did no harm.
+        broken = ~np.isfinite(train["loss"]) & (train["skipped"] != 1)
         verdict = verdict_of(
             points,
             threshold=self.tune_run.settings.threshold,
             initial=float(config.model.vocab_size),
-            tokens=metrics.train[-1].tokens if metrics.train else 0,
-            # A step that fp16's loss scale left out did no harm.
-            broken_steps=[r.step for r in metrics.train if not r.skipped and not math.isfinite(r.loss)],
+            tokens=int(train["tokens"][-1]) if len(train["tokens"]) else 0,
+            broken_steps=train["step"][broken].astype(int).tolist(),
         )
         return ProbeResult(candidate, verdict, points)
 
 
-def _metrics(run_dir: Path) -> Metrics:
+def _columns(run_dir: Path) -> tuple[dict[str, Column], dict[str, Column]]:
+    """What is needed of a probe's train and eval records, of none where it has not begun."""
+    train, valid = ("step", "tokens", "loss", "skipped"), ("step", "perplexity")
     if not (run_dir / METRICS_FILE).is_file():
-        return Metrics(train=(), evaluations=(), events=())
-    return read_metrics(run_dir)
+        return {name: np.empty(0) for name in train}, {name: np.empty(0) for name in valid}
+    return read_columns(run_dir, train), read_columns(run_dir, valid, kind="eval")
 
 
 def _failure(candidate: Candidate, status: int, output: Path) -> Exception:

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_ext.config.curriculum import LinearPacing, RootPacing
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer, Tree
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_search import Candidate, Grid
-
-_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -47,18 +44,7 @@ class TuneRun:
 
     def curriculum(self, candidate: Candidate) -> dict[str, Any]:
         """The curriculum section with the candidate's start and duration; linear unless the run's is root."""
-        given = self.config.curriculum
-        tree: dict[str, Any] = {
-            "pacing": "linear",
-            "start": candidate.start,
-            "multiple": getattr(given, "multiple", _MULTIPLE),
-            "duration": {"steps": candidate.duration},
-        }
-        if isinstance(given, LinearPacing | RootPacing) and given.end is not None:
-            tree["end"] = given.end
-        if isinstance(given, RootPacing):
-            tree |= {"pacing": "root", "degree": given.degree}
-        return tree
+        return self.config.curriculum.tuned(start=candidate.start, steps=candidate.duration)
 
     def tuned(self, candidate: Candidate) -> RunConfig:
         """The run with the candidate's curriculum.
@@ -77,7 +63,7 @@ class TuneRun:
         Raises:
             UserError: they contradict each other, as where T does not fit into the run.
         """
-        return TrainingPlan.from_config(self.tuned(candidate))
+        return self.tuned(candidate).plan()
 
     def probe_tokens(self, candidate: Candidate, *, steps: int | None = None) -> int:
         """Tokens of a probe's first ``steps``; by default of a whole one, that is, one without a fluctuation."""
@@ -137,8 +123,7 @@ def unit_of(config: RunConfig, *, start: int) -> int:
 def default_starts(config: RunConfig, *, parameters: int) -> tuple[int, ...]:
     """Start lengths worth probing: from 8, or from 64 for a billion parameters; multiples below the full length."""
     curriculum = config.curriculum
-    multiple = getattr(curriculum, "multiple", _MULTIPLE)
-    full = getattr(curriculum, "end", None) or config.training.seq_len
+    multiple, full = curriculum.step_between_lengths, curriculum.last_length(config.training.seq_len)
     wanted = (64, 80, 96, 128, 256) if parameters >= 10**9 else (8, 16, 32, 64, 128)
     found = tuple(start for start in wanted if start % multiple == 0 and start < full)
     if not found:

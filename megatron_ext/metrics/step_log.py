@@ -13,8 +13,9 @@ import torch
 
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.data.loader import Batch
+from megatron_ext.engine.engine import StepResult
 from megatron_ext.metrics.records import TrainRecord
-from megatron_ext.runtime.clock import Mark, seconds_between
+from megatron_ext.runtime.device import Mark, seconds_between
 
 Values = torch.Tensor | float | None
 
@@ -31,6 +32,9 @@ class FinishedStep:
     end: Mark
     skipped: bool = False
     """Whether the weights were left alone."""
+
+    loss_ratio: float | None = None
+    """Its loss ratio, where a guard has asked for the loss already."""
 
     peak_memory_bytes: int | None = None
     """Peak memory of this rank's device during the step."""
@@ -65,21 +69,13 @@ class PendingSteps:
     def __len__(self) -> int:
         return len(self._infos)
 
-    def add(
-        self,
-        info: FinishedStep,
-        *,
-        loss: torch.Tensor | float,
-        grad_norm: Values,
-        prefix_loss: Values = None,
-        adam_variance: torch.Tensor | None = None,
-    ) -> None:
-        """Add a finished step. Tensors are copied, for an engine may reuse its buffers.
+    def add(self, info: FinishedStep, result: StepResult, *, adam_variance: torch.Tensor | None = None) -> None:
+        """Add a finished step. The result's 0-d tensors are copied, for an engine may reuse its buffers.
 
-        All hold one element each but ``adam_variance`` [n], which is kept as it is.
+        ``adam_variance`` [n] is what ``AdamVariance.measure`` returned after the step, and is kept as it is.
         """
         self._infos.append(info)
-        self._scalars += [_copied(loss), _copied(grad_norm), _copied(prefix_loss)]
+        self._scalars += [_copied(result.loss), _copied(result.grad_norm), _copied(result.prefix_loss)]
         self._vectors.append(adam_variance)
 
     def drain(self) -> list[FetchedStep]:

@@ -78,8 +78,8 @@ class Gpt(torch.nn.Module):
             skip_weight_param_allocation=model.tie_embeddings,
             tp_group=layout.tensor_group,
         )
-        self.register_state_dict_post_hook(_drop_extra_state)
-        self.register_load_state_dict_post_hook(_expect_no_extra_state)
+        self.register_state_dict_post_hook(_drop_extra_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_extra_state)  # type: ignore[no-untyped-call]
 
     def forward(
         self, tokens: torch.Tensor, labels: torch.Tensor | None = None, *, last_only: bool = False

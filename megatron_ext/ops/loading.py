@@ -18,7 +18,7 @@ from megatron_ext.ops.building.builder import Library, build_library, cached_lib
 from megatron_ext.ops.building.recipe import Backend, recipe_for
 from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 from megatron_ext.runtime.device import compute_capabilities
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 
 _OPERATIONS = (layer_norm, add_layer_norm, softmax, bias_gelu, bias_dropout_add, cross_entropy, adam_variance)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.errors import UserError
+from megatron_ext.curriculum.sampler import data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,7 @@ def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
     """
     assert dist.is_initialized(), "torch.distributed must be initialized first"
     world_size = dist.get_world_size()
-    if world_size % tensor:
-        raise UserError(
-            f"parallel.tensor is {tensor}, which does not divide the {world_size} rank(s) started; "
-            f"start a multiple of {tensor} ranks or lower parallel.tensor"
-        )
+    data_size = data_parallel_size(world_size, tensor=tensor)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         distributed_timeout_minutes=timeout_minutes,
@@ -46,7 +42,7 @@ def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor,
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=world_size // tensor,
+        data_size=data_size,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
     )
@@ -64,7 +60,8 @@ def single_rank_layout() -> Iterator[Layout]:
     Needs neither a launcher nor variables, a port or a device: the store is in this process, and the gloo group of one
     rank never communicates. torch.distributed must not be initialized; afterwards it is not either.
     """
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield initialize_parallel(1, timeout_minutes=30.0)
     finally:

@@ -1,6 +1,7 @@
 """Which device a rank computes on, and through which backend it talks to the others."""
 
 import resource
+import time
 from dataclasses import dataclass
 
 import torch
@@ -81,3 +82,27 @@ def device_title(device: Device) -> str:
         return "CPU"
     properties = torch.cuda.get_device_properties(device.torch_device)
     return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in the device's queue (GPU) or in time (CPU)."""
+
+    at: float
+    event: torch.cuda.Event | None = None
+
+
+def mark(device: Device) -> Mark:
+    """Put a mark behind everything that has been queued so far."""
+    if not device.is_gpu:
+        return Mark(at=time.perf_counter())
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return Mark(at=time.perf_counter(), event=event)
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Seconds from ``start`` to ``end``. On a GPU both must have been reached: call it after a host sync."""
+    if start.event is None or end.event is None:
+        return end.at - start.at
+    return float(start.event.elapsed_time(end.event)) / 1000.0

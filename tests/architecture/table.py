@@ -7,6 +7,7 @@ from collections.abc import Mapping
 LAYERS: Mapping[str, int] = {
     "errors": -2,
     "base": -1,
+    "text": -1,
     "curriculum": 0,
     "config": 1,
     "runtime": 2,
@@ -15,14 +16,12 @@ LAYERS: Mapping[str, int] = {
     "data": 4,
     "model": 4,
     "engine": 5,
-    "stability": 6,
     "metrics": 6,
     "checkpoint": 7,
     "evaluate": 8,
-    "trainer": 9,
+    "build": 9,
+    "trainer": 10,
     "dry_run": 10,
-    "preflight": 11,
-    "slurm": 11,
     "launch": 11,
     "analysis": 11,
     "worker": 12,
@@ -44,6 +43,8 @@ DOORS: Mapping[str, frozenset[str]] = {
     "torch.cuda": frozenset({"runtime"}),
     "torch.utils.cpp_extension": frozenset({"ops"}),
     "deepspeed": frozenset({"engine"}),
+    # Reads the files of ZeRO 3 without an engine.
+    "deepspeed.utils.zero_to_fp32": frozenset({"checkpoint"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.core.tensor_parallel": frozenset({"parallel"}),
     # The linear layers and the embedding are what a model is made of; groups, mappings and streams are not.
@@ -57,12 +58,13 @@ DOORS: Mapping[str, frozenset[str]] = {
 }
 
 # Parts that never import torch or what imports it, not even inside a function.
-TORCH_FREE = frozenset({"errors", "base", "config", "curriculum"})
+TORCH_FREE = frozenset({"errors", "base", "text", "config", "curriculum"})
 # Modules that do not import it when they are imported (a function may).
 TORCH_FREE_AT_IMPORT = (
     "__init__",
     "errors",
     "base",
+    "text",
     "config",
     "curriculum",
     "cli",
@@ -71,6 +73,9 @@ TORCH_FREE_AT_IMPORT = (
     "model.counts",
 )
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
+
+# Parts that people import from their own programs: their __init__ re-exports what is public.
+LIBRARIES = frozenset({"curriculum"})
 
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
 NO_ITEM_IN = frozenset({"trainer", "engine.deepspeed_engine"})

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.foreign import translate_data_efficiency, translate_legacy
@@ -80,21 +80,12 @@ def test_the_tutorials_file_is_answered_key_by_key() -> None:
 
 
 def test_fixed_root_and_fixed_discrete_are_translated() -> None:
-    assert translate_legacy(legacy(**ROOT)).curriculum == {
-        "pacing": "root",
-        "degree": 2,
-        "start": 8,
-        "end": 1024,
-        "multiple": 8,
-        "duration": {"steps": 15000},
-    }
+    wanted = {"pacing": "root", "degree": 2, "start": 8, "end": 1024, "multiple": 8, "duration": {"steps": 15000}}
+    assert translate_legacy(legacy(**ROOT)).curriculum == wanted
     translated = translate_legacy(legacy(**DISCRETE))
     # "at step 1-5 difficulty 1 is used, at step 6-10 difficulty 2 is used, from step 11 difficulty 3 is used"
-    assert translated.curriculum == {
-        "pacing": "discrete",
-        "stages": [{"seq_len": 1, "duration": {"steps": 5}}, {"seq_len": 2, "duration": {"steps": 5}}],
-        "multiple": 1,
-    }
+    stages = [{"seq_len": 1, "duration": {"steps": 5}}, {"seq_len": 2, "duration": {"steps": 5}}]
+    assert translated.curriculum == {"pacing": "discrete", "stages": stages, "multiple": 1}
     assert translated.remarks == ("the last length, 3, is training.seq_len",)
 
 
@@ -157,14 +148,9 @@ def test_what_has_no_counterpart_says_why_and_what_to_write(block: Any, reason: 
     assert 'write "curriculum": {"pacing": "linear"' in message
 
 
-def test_a_block_that_is_off_is_to_be_removed() -> None:
-    assert problems({"curriculum_learning": legacy(enabled=False)}) == [
-        "deepspeed.curriculum_learning may not be set here: remove it; it is not enabled"
-    ]
-
-
-def test_the_data_efficiency_librarys_lengths_are_translated() -> None:
-    metric = {
+@pytest.mark.parametrize(("metric", "tail"), [("seqlen_truncate", "truncate"), ("seqlen_reshape", "recycle")])
+def test_the_data_efficiency_librarys_lengths_are_translated(metric: str, tail: str) -> None:
+    values = {
         "difficulty_type": "value",
         "clustering_type": "single_cluster",
         "min_difficulty": 80,
@@ -172,26 +158,27 @@ def test_the_data_efficiency_librarys_lengths_are_translated() -> None:
         "schedule_type": "fixed_linear",
         "schedule_config": {"total_curriculum_step": 110000, "difficulty_step": 8},
     }
-    translated = translate_data_efficiency(data_efficiency(seqlen_truncate=metric))
-    assert translated.curriculum == {
-        "pacing": "linear",
-        "start": 80,
-        "end": 2048,
-        "multiple": 8,
-        "duration": {"steps": 110000},
-    }
-    assert translated.remarks == ('write "tail": "truncate" in data',)
-    reshaped = translate_data_efficiency(data_efficiency(seqlen_reshape=metric))
-    assert reshaped.curriculum == translated.curriculum
-    assert reshaped.remarks == ('write "tail": "recycle" in data',)
+    translated = translate_data_efficiency(data_efficiency(**{metric: values}))
+    wanted = {"pacing": "linear", "start": 80, "end": 2048, "multiple": 8, "duration": {"steps": 110000}}
+    assert translated.curriculum == wanted
+    assert translated.remarks == (f'write "tail": "{tail}" in data',)
 
 
 def test_other_metrics_of_the_data_efficiency_library_are_refused() -> None:
     [message] = problems({"data_efficiency": data_efficiency(vocabularyrarity={"min_difficulty": 1})})
     assert "vocabularyrarity" in message
     assert "only the sequence length is a curriculum here" in message
-    [message] = problems({"data_efficiency": {"enabled": False}})
-    assert message.endswith("remove it; it turns on no curriculum")
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"curriculum_learning": legacy(enabled=False)}, "it is not enabled"),
+        ({"data_efficiency": {"enabled": False}}, "it turns on no curriculum"),
+    ],
+)
+def test_a_block_that_is_off_is_to_be_removed(block: dict[str, Any], reason: str) -> None:
+    assert problems(block) == [f"deepspeed.{next(iter(block))} may not be set here: remove it; {reason}"]
 
 
 HARMLESS = {
@@ -208,10 +195,21 @@ HARMLESS = {
 }
 
 
-def test_harmless_settings_pass() -> None:
-    config = small_config(deepspeed=HARMLESS)
-    assert config.deepspeed == HARMLESS
-    assert problems({"fp16": {"initial_scale_power": 12, "hysteresis": 4}}, training={"precision": "fp16"}) == []
+@pytest.mark.parametrize(
+    ("block", "sections"),
+    [
+        (HARMLESS, {}),
+        ({"fp16": {"initial_scale_power": 12, "hysteresis": 4}}, {"training": {"precision": "fp16"}}),
+        # Overlapped communication passes where DeepSpeed allows it, details of offloading with offloading.
+        ({"zero_optimization": {"overlap_comm": True}}, {"parallel": {"zero_stage": 2}}),
+        (
+            {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}},
+            {"parallel": {"offload_optimizer": "cpu"}},
+        ),
+    ],
+)
+def test_harmless_settings_pass(block: dict[str, Any], sections: dict[str, Any]) -> None:
+    assert small_config(deepspeed=block, **sections).deepspeed == block
 
 
 @pytest.mark.parametrize(
@@ -244,21 +242,16 @@ def test_harmless_settings_pass() -> None:
         ({"train_micro_batch_size_per_gpu": 4}, "write parallel.micro_batch_tokens"),
         ({"amp": {"enabled": True}}, "DeepSpeed no longer has it"),
         ({"wall_clock_brakedown": True}, "did you mean deepspeed.wall_clock_breakdown?"),
+        (
+            {"zero_optimization": {"mics_shard_size": 2}},
+            "mics_shard_size may not be set here: DeepSpeed no longer has it",
+        ),
         ({"qqq": True}, "is not among the settings passed to DeepSpeed: these are aio,"),
     ],
 )
 def test_what_other_sections_decide_is_refused_with_the_key_to_use(block: dict[str, Any], message: str) -> None:
     [problem] = problems(block)
     assert message in problem
-
-
-def test_overlapped_communication_passes_where_deepspeed_allows_it() -> None:
-    assert problems({"zero_optimization": {"overlap_comm": True}}, parallel={"zero_stage": 2}) == []
-
-
-def test_offload_details_pass_with_offload() -> None:
-    block = {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}
-    assert problems(block, parallel={"offload_optimizer": "cpu"}) == []
 
 
 json_values = st.recursive(
@@ -275,6 +268,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(
     st.sampled_from(
         ["zero_optimization", "fp16", "optimizer", "scheduler", "curriculum_learning", "data_efficiency", "seed", "x"]

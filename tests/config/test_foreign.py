@@ -1,5 +1,7 @@
 """Foreign names lead to keys that exist."""
 
+import pytest
+
 from megatron_ext.config.foreign import ALIASES, hint_for, key_for
 from megatron_ext.config.merging import dotted
 from megatron_ext.config.messages import all_keys
@@ -14,12 +16,14 @@ def test_every_alias_leads_to_a_key_and_is_none_itself() -> None:
         assert alias == alias.lower()
 
 
-def test_spelling_variants_of_command_line_flags_are_understood() -> None:
-    assert key_for("--global-batch-size") == "training.batch_size"
-    assert key_for("Max_LR") == "learning_rate.peak"
+@pytest.mark.parametrize(
+    ("name", "key", "hint"),
+    [
+        ("--global-batch-size", "training.batch_size", ""),
+        ("Max_LR", "learning_rate.peak", ""),
+        ("train_iters", "training.duration", ' ({"steps": n} or {"tokens": n})'),
+    ],
+)
+def test_a_flag_is_understood_and_hints_at_a_value_of_another_form(name: str, key: str, hint: str) -> None:
+    assert (key_for(name), hint_for(key)) == (key, hint)
     assert key_for("something_else") is None
-
-
-def test_a_hint_is_only_given_where_the_value_has_another_form() -> None:
-    assert hint_for("training.duration") == ' ({"tokens": n} or {"steps": n})'
-    assert hint_for("training.seq_len") == ""

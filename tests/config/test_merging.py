@@ -97,22 +97,22 @@ def test_an_override_that_names_no_key_is_refused(text: str) -> None:
         parse_overrides([text])
 
 
-def test_a_curriculum_whose_pacing_changes_is_replaced() -> None:
-    base = {"curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 3}}}
-    assert merge(base, {"curriculum": {"pacing": "constant"}}) == {"curriculum": {"pacing": "constant"}}
-    kept = merge(base, {"curriculum": {"pacing": "linear", "start": 16}})
-    assert kept["curriculum"] == {"pacing": "linear", "start": 16, "duration": {"steps": 3}}
-    assert merge(base, {"curriculum": {"start": 16}}) == kept
+LINEAR = {"pacing": "linear", "start": 8, "duration": {"steps": 3}}
 
 
-def test_a_duration_in_another_unit_replaces_the_old_one() -> None:
-    base = {"training": {"duration": {"tokens": 5}, "seq_len": 8}}
-    merged = merge(base, {"training": {"duration": {"steps": 3}}})
-    assert merged == {"training": {"duration": {"steps": 3}, "seq_len": 8}}
-
-
-def test_lists_are_replaced() -> None:
-    assert merge({"a": [1, 2, 3]}, {"a": [4]}) == {"a": [4]}
+@pytest.mark.parametrize(
+    ("base", "later", "merged"),
+    [
+        # A curriculum with another pacing and a duration in another unit are replaced, and so are lists.
+        ({"c": LINEAR}, {"c": {"pacing": "constant"}}, {"c": {"pacing": "constant"}}),
+        ({"c": LINEAR}, {"c": {"pacing": "linear", "start": 16}}, {"c": {**LINEAR, "start": 16}}),
+        ({"c": LINEAR}, {"c": {"start": 16}}, {"c": {**LINEAR, "start": 16}}),
+        ({"d": {"tokens": 5}, "n": 8}, {"d": {"steps": 3}}, {"d": {"steps": 3}, "n": 8}),
+        ({"a": [1, 2, 3]}, {"a": [4]}, {"a": [4]}),
+    ],
+)
+def test_what_is_replaced_whole(base: dict[str, Any], later: dict[str, Any], merged: dict[str, Any]) -> None:
+    assert merge(base, later) == merged
 
 
 def test_dotted_paths_read_as_they_are_written() -> None:

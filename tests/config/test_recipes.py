@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.curriculum import DiscretePacing, LinearPacing
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.pacings import DiscretePacing, LinearPacing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"base.json", "large_batch.json"}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,23 @@ def test_no_line_of_a_play_is_lost(tmp_path: Path) -> None:
 
 
 def test_standard_library_is_the_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "lib"
+    for name in (
+        "abc.py",
+        "json/decoder.py",
+        "site-packages/a.py",
+        "test/b.py",
+        "json/test/c.py",
+        "latin.py",
+        "void.py",
+    ):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_bytes({"latin": b"# \xff", "void": b"\n"}.get(Path(name).stem, b"import os\n"))
     monkeypatch.setattr(corpus, "_PLAYS_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(library)}.__getitem__)
     summary = write_demo_corpus(tmp_path / "python.jsonl")
-    documents = _documents(tmp_path / "python.jsonl")
-    assert summary.source == "python"
-    assert len(documents) == summary.documents > 300
-    names = {d["name"] for d in documents}
-    assert "json/decoder.py" in names
-    assert not any("site-packages" in name or "/test/" in name for name in names)
+    assert (summary.source, summary.documents, summary.characters) == ("python", 2, 20)
+    assert {d["name"]: d["text"] for d in _documents(tmp_path / "python.jsonl")} == {
+        "abc.py": "import os\n",
+        "json/decoder.py": "import os\n",
+    }

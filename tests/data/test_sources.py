@@ -1,4 +1,4 @@
-"""Opening a corpus: whole files pass, every kind of damage is told with the file's name."""
+"""Opening a corpus: whole files pass, every kind of damage is named with its file."""
 
 import os
 import struct
@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.data.index_cache import IndexCache
 from megatron_ext.data.sources import check_tokens, open_source
-from megatron_ext.data.tokenizers import Tokenizer, save_tokenizer, train_tokenizer
+from megatron_ext.data.tokenizers import train_tokenizer
 from megatron_ext.errors import UserError
 from tests.data.corpora import documents, write_tokens
 
@@ -55,31 +55,22 @@ def test_missing_file(prefix: str, suffix: str) -> None:
     Path(prefix + suffix).unlink()
     with pytest.raises(UserError, match=rf"v1\.0\{suffix} does not exist; megatron-ext preprocess"):
         open_source(prefix)
-
-
-def test_prefix_with_extension(prefix: str) -> None:
     with pytest.raises(UserError, match=r"give the prefix without \.bin or \.idx"):
         open_source(prefix + ".bin")
 
 
-def test_cut_off_bin(prefix: str) -> None:
-    size = Path(prefix + ".bin").stat().st_size
-    os.truncate(prefix + ".bin", size - 2)
-    with pytest.raises(UserError, match=rf"v1\.0\.bin: cut off, {size - 2:,} bytes where .*\.idx calls for {size:,}"):
-        open_source(prefix)
-
-
-def test_bin_of_another_index(prefix: str) -> None:
-    with Path(prefix + ".bin").open("ab") as file:
-        file.write(b"more")
-    with pytest.raises(UserError, match="do not belong together"):
-        open_source(prefix)
-
-
-@pytest.mark.parametrize("keep", [0, 20, 34, 500])
-def test_cut_off_index(prefix: str, keep: int) -> None:
-    os.truncate(prefix + ".idx", keep)
-    with pytest.raises(UserError, match=r"v1\.0\.idx: (cut off|not an index)"):
+@pytest.mark.parametrize(
+    ("suffix", "size", "message"),
+    [
+        (".bin", -2, r"v1\.0\.bin: cut off, [\d,]+ bytes where .*\.idx calls for"),
+        (".bin", +4, r"v1\.0\.bin: .*do not belong together"),
+        *((".idx", keep, r"v1\.0\.idx: (cut off|not an index)") for keep in (0, 20, 34, 500)),
+    ],
+)
+def test_file_of_another_size(prefix: str, suffix: str, size: int, message: str) -> None:
+    path = Path(prefix + suffix)
+    os.truncate(path, size + (path.stat().st_size if suffix == ".bin" else 0))
+    with pytest.raises(UserError, match=message):
         open_source(prefix)
 
 
@@ -100,15 +91,13 @@ def test_damaged_index(prefix: str, offset: int, data: bytes, message: str) -> N
         open_source(prefix)
 
 
-def test_empty_corpora(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("documents", "missing"), [(0, "document"), (1, "token")])
+def test_empty_corpus(tmp_path: Path, documents: int, missing: str) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "e.bin"), dtype=np.uint16)
+    for _ in range(documents):
+        builder.add_document(np.array([], dtype=np.int32), [0])
     builder.finalize(str(tmp_path / "e.idx"))
-    with pytest.raises(UserError, match=r"e\.idx: empty corpus, it holds no document"):
-        open_source(str(tmp_path / "e"))
-    builder = IndexedDatasetBuilder(str(tmp_path / "e.bin"), dtype=np.uint16)
-    builder.add_document(np.array([], dtype=np.int32), [0])
-    builder.finalize(str(tmp_path / "e.idx"))
-    with pytest.raises(UserError, match="empty corpus, it holds no token"):
+    with pytest.raises(UserError, match=rf"e\.idx: empty corpus, it holds no {missing}"):
         open_source(str(tmp_path / "e"))
 
 
@@ -121,16 +110,10 @@ def test_sidecar_of_other_files(tmp_path: Path) -> None:
         open_source(prefix)
 
 
-def _tokenizer(tmp_path: Path) -> Tokenizer:
-    tokenizer = train_tokenizer(["a b c"], vocab_size=257)
-    save_tokenizer(tokenizer, tmp_path / "tok.json")
-    return tokenizer
-
-
 def test_tokens_of_another_tokenizer(tmp_path: Path, cache: IndexCache) -> None:
     source = open_source(write_tokens(tmp_path / "a", documents(5), sidecar=True))
     with pytest.raises(UserError, match=r"made with another tokenizer \(a\.json, 60,000 ids\) than data\.tokenizer"):
-        check_tokens(source, tokenizer=_tokenizer(tmp_path), vocab_size=60_000, cache=cache)
+        check_tokens(source, tokenizer=train_tokenizer(["a"], vocab_size=257), vocab_size=60_000, cache=cache)
 
 
 def test_ids_beyond_the_vocabulary_are_found_without_a_sidecar(prefix: str, cache: IndexCache) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import SamplePlan, micro_batch_sizes, rank_block
+from megatron_ext.curriculum.sampler import global_batch, micro_batch_sizes, rank_block
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.ops.kernels import Kernels
@@ -15,7 +16,6 @@ from megatron_ext.ops.loading import load_operators
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
-from megatron_ext.trainer import build_engine
 
 VOCABULARY = 96
 SEQ_LEN = 32
@@ -74,17 +74,16 @@ def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
     if kernels == "fused":
         load_operators("cpu")
     engine = build_engine(config, layout, streams, device=CPU, kernels=kernels, prefix=prefix)
-    return Setup(config, TrainingPlan.from_config(config), layout, streams, engine)
+    return Setup(config, config.plan(), layout, streams, engine)
 
 
 def run_steps(setup: Setup, first: int = 0, last: int | None = None) -> Curve:
     """Train steps [first, last) of the plan on tokens that depend on the sample alone."""
     corpus = _corpus(setup.plan.samples)
-    sampler = SamplePlan(setup.plan)
     curve = Curve([], [], [], [], [])
     for step in range(first, setup.plan.steps if last is None else last):
         planned = setup.plan[step]
-        block = rank_block(sampler.slices(step), setup.layout.data_rank, setup.layout.data_size)
+        block = rank_block(global_batch(setup.plan, step), setup.layout.data_rank, setup.layout.data_size)
         rows = corpus[torch.from_numpy(block.samples)]
         tokens, labels = rows[:, : planned.seq_len], rows[:, 1 : planned.seq_len + 1]
         sizes = micro_batch_sizes(len(block), planned.seq_len, setup.config.micro_batch_tokens)

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.messages import ConfigError
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, load_experiment, variants_of
 from tests.config.test_recipes import EXPERIMENTS
@@ -149,7 +148,7 @@ def test_a_missing_base_is_named(tmp_path: Path) -> None:
 def test_shipped_experiments_are_valid(path: Path) -> None:
     directories = set()
     for run in load_experiment(path).runs:
-        TrainingPlan.from_config(run.config)
+        run.config.plan()
         directories.add(run.config.run_dir)
     assert len(directories) == len(load_experiment(path).runs)
 

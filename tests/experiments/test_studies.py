@@ -7,7 +7,6 @@ import numpy.typing as npt
 import pytest
 
 from megatron_ext.config.loading import load_config
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.experiments.config import Experiment, load_experiment
 
 EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments"
@@ -77,7 +76,7 @@ def test_gpt2_stability_grid(size: str, start: int, duration: int, short: int) -
     assert len(experiment.runs) == 18
     for run in experiment.runs:
         variant, _, peak = run.variant.partition("_peak=")
-        plan = TrainingPlan.from_config(run.config)
+        plan = run.config.plan()
         assert (plan.steps, plan.tokens) == wanted[variant], run.variant
         assert run.config.learning_rate.peak == float(peak)
         assert run.config.training.batch_size == int(variant.rpartition("-")[2])
@@ -97,7 +96,7 @@ def test_gpt3_with_ten_times_less_data() -> None:
         "slw-lr-4x": totals(slw, GPT3_TOKENS // 10),
         "slw-lr-40x": totals(slw, GPT3_TOKENS // 10),
     }
-    found = {run.variant: TrainingPlan.from_config(run.config) for run in experiment.runs}
+    found = {run.variant: run.config.plan() for run in experiment.runs}
     assert {name: (plan.steps, plan.tokens) for name, plan in found.items()} == wanted
     for run in experiment.runs:
         factor = int(run.variant.rpartition("-lr-")[2].removesuffix("x")) if "-lr-" in run.variant else 1
@@ -114,7 +113,7 @@ def test_gpt3_with_ten_times_less_data() -> None:
     ],
 )
 def test_totals_that_a_cluster_is_asked_for(name: str, runs: int, steps: int, tokens: int) -> None:
-    plans = [TrainingPlan.from_config(run.config) for run in study(name).runs]
+    plans = [run.config.plan() for run in study(name).runs]
     assert (len(plans), sum(plan.steps for plan in plans), sum(plan.tokens for plan in plans)) == (runs, steps, tokens)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.kernels.abi import DTYPES
 from tests.kernels.backends import KernelBackend
+from tests.kernels.interface import DTYPES
 
 SEED_TYPE = torch.int64
 

@@ -1,15 +1,12 @@
 """LayerNorm of every backend against float64: output, statistics and gradients."""
 
-from collections.abc import Collection
-
 import pytest
 import torch
 from torch.nn import functional
 
-from tests.kernels.accuracy import FLOATS, check, cpu, normal
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, normal
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import layer_norm_backward, layer_norm_forward
-from tests.kernels.thinning import Everywhere
 
 EPS = 1e-5
 # (rows, cols). With two partitions, rows are more than what the blocks of a backward pass take at once, twice over, so
@@ -31,8 +28,16 @@ SHAPES = [
 WIDE = [(7, 6000), (5, 8200), (3, 16384), (3, 16392)]
 PARTITIONS = 2
 
-_ONCE: dict[str, Collection[object]] = {"shape": [(1100, 8), (17, 1024), (9, 31), (5, 8200)], "dtype": [torch.float16]}
-EVERYWHERE: Everywhere = {"test_forward": _ONCE, "test_backward": _ONCE}
+EVERYWHERE = {
+    "test_forward": [
+        ((5, 1), F32), ((1100, 8), F16), ((9, 31), BF16), ((21, 768), F32), ((17, 1024), F16),
+        ((5, 8200), BF16), ((3, 16384), F32), ((3, 16392), F16),
+    ],
+    "test_backward": [
+        ((5, 1), F32), ((1100, 8), F16), ((9, 31), BF16), ((21, 768), F32), ((17, 1024), F16),
+        ((5, 8200), BF16), ((3, 16384), F32), ((3, 16392), F16),
+    ],
+}  # fmt: skip
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

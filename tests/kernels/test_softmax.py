@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.accuracy import FLOATS, check, cpu, dropout_factors, normal, same_bits
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, dropout_factors, normal, same_bits
 from tests.kernels.backends import KernelBackend, KernelError
 from tests.kernels.calls import (
     QUIET,
@@ -11,7 +11,6 @@ from tests.kernels.calls import (
     causal_softmax_backward,
     causal_softmax_forward,
 )
-from tests.kernels.thinning import Everywhere
 
 SCALE = 0.3
 NAN, INF = float("nan"), float("inf")
@@ -30,10 +29,15 @@ LONG = [
 ]
 NOISE = Noise(probability=0.2, seed=0x123456789ABCDEF)
 
-EVERYWHERE: Everywhere = {
-    "test_causal": {"shape": [(5, 7, 7), (40, 8, 8), (2, 5, 1025), (1, 3, 2056)], "dtype": [torch.float16]},
-    "test_causal_with_dropout": {"shape": [(5, 7, 7), (9, 24, 24), (2, 5, 1024)], "dtype": [torch.float32]},
-}
+EVERYWHERE = {
+    "test_causal": [
+        ((3, 1, 1), F32), ((5, 7, 7), F16), ((40, 8, 8), BF16), ((1, 200, 200), F32), ((1, 33, 264), F16),
+        ((2, 5, 1025), BF16), ((1, 3, 2056), F16), ((1, 2, 16384), F32),
+    ],
+    "test_causal_with_dropout": [
+        ((5, 7, 7), F32), ((40, 8, 8), F16), ((2, 5, 1024), BF16), ((2, 5, 1025), F32),
+    ],
+}  # fmt: skip
 
 
 def _beyond(sq: int, sk: int) -> torch.Tensor:

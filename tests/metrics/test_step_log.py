@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ext.curriculum.plan import PlannedStep
+from megatron_ext.engine.engine import StepResult
 from megatron_ext.metrics.step_log import FetchedStep, FinishedStep, PendingSteps
-from megatron_ext.runtime.clock import Mark
+from megatron_ext.runtime.device import Mark
 
 doubles = st.floats(width=64, allow_nan=False)
 tensors = doubles.map(lambda value: torch.tensor(value, dtype=torch.float64)) | st.floats(
@@ -24,6 +25,10 @@ def finished(step: int) -> FinishedStep:
     return FinishedStep(planned, (4,), start=Mark(0.0), end=Mark(1.0))
 
 
+def result(loss: Tensor | float, grad_norm: Tensor | float | None) -> StepResult:
+    return StepResult(loss=loss, grad_norm=grad_norm, skipped=False)  # type: ignore[arg-type]
+
+
 def number(value: Tensor | float | None) -> float | None:
     return value.item() if isinstance(value, Tensor) else value
 
@@ -32,7 +37,7 @@ def number(value: Tensor | float | None) -> float | None:
 def test_a_drain_keeps_values_and_order(values: list[tuple[Tensor | float, Tensor | float | None]]) -> None:
     pending = PendingSteps()
     for step, (loss, norm) in enumerate(values):
-        pending.add(finished(step), loss=loss, grad_norm=norm)
+        pending.add(finished(step), result(loss, norm))
     found = [(step.loss, step.grad_norm) for step in pending.drain()]
     assert found == [(number(loss), number(norm)) for loss, norm in values]
 
@@ -55,7 +60,7 @@ def test_tensors_of_a_drain_are_copied_together(monkeypatch: pytest.MonkeyPatch)
     for step in range(5):
         vector = torch.ones(3, dtype=torch.float64) if step == 2 else None
         norm = torch.tensor(0.5, dtype=torch.bfloat16)
-        pending.add(finished(step), loss=torch.tensor(float(step)), grad_norm=norm, adam_variance=vector)
+        pending.add(finished(step), result(torch.tensor(float(step)), norm), adam_variance=vector)
     assert copies == []
     assert [step.loss for step in pending.drain()] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert copies == [(13,)]
@@ -63,8 +68,8 @@ def test_tensors_of_a_drain_are_copied_together(monkeypatch: pytest.MonkeyPatch)
 
 def test_drain_returns_steps_once_and_in_order() -> None:
     pending = PendingSteps()
-    pending.add(finished(0), loss=torch.tensor(2.0, requires_grad=True), grad_norm=1.5)
-    pending.add(finished(1), loss=torch.tensor(math.inf), grad_norm=None)
+    pending.add(finished(0), result(torch.tensor(2.0, requires_grad=True), 1.5))
+    pending.add(finished(1), result(torch.tensor(math.inf), None))
     assert len(pending) == 2
     assert pending.drain() == [FetchedStep(finished(0), 2.0, 1.5), FetchedStep(finished(1), math.inf, None)]
     assert len(pending) == 0
@@ -76,7 +81,7 @@ def test_vectors_come_with_the_steps_that_have_one() -> None:
     vectors = {1: [1.0, math.inf, 3.0], 3: [0.1]}
     for step in range(4):
         vector = torch.tensor(vectors[step], dtype=torch.float64) if step in vectors else None
-        pending.add(finished(step), loss=torch.tensor(float(step)), grad_norm=None, adam_variance=vector)
+        pending.add(finished(step), result(torch.tensor(float(step)), None), adam_variance=vector)
     steps = pending.drain()
     assert [step.loss for step in steps] == [0.0, 1.0, 2.0, 3.0]
     assert [step.adam_variance for step in steps] == [None, (1.0, math.inf, 3.0), None, (0.1,)]
@@ -86,6 +91,6 @@ def test_a_buffer_that_is_used_again_does_not_change_what_was_added() -> None:
     buffer = torch.tensor(1.0)
     pending = PendingSteps()
     for step in range(3):
-        pending.add(finished(step), loss=buffer, grad_norm=buffer)
+        pending.add(finished(step), result(buffer, buffer))
         buffer += 1
     assert [(step.loss, step.grad_norm) for step in pending.drain()] == [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import astuple
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_no_position_sees_a_later_one(layout: Layout, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_recomputation_is_bitwise_equal_and_leaves_the_streams_equal(layout: Layout, backend: str) -> None:
     tokens, labels = random_tokens(3, 21), random_tokens(3, 21, seed=1)
-    rates = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
+    rates: dict[str, Any] = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
     results = []
     for recompute in get_args(Recomputation):
         model = build_small(layout, recompute=recompute, attention=backend, **rates)

@@ -71,7 +71,10 @@ def _flags(_rank: int, _world: int) -> dict[str, tuple[bool, int | None]]:
 
     model = build_small(initialize_parallel(2, 5.0), tie_embeddings=False)
     return {
-        name: (is_model_parallel_parameter(p), p.partition_dim if is_model_parallel_parameter(p) else None)
+        name: (
+            is_model_parallel_parameter(p),
+            getattr(p, "partition_dim", None) if is_model_parallel_parameter(p) else None,
+        )
         for name, p in model.named_parameters()
     }
 

@@ -1,6 +1,8 @@
 """Kernels are chosen once, the same on every rank, with a reason where they are not the fused ones."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -66,20 +68,20 @@ def test_auto_falls_back_and_says_why_and_fused_ends_the_run(
         choose_kernels("fused", device=CPU, processes=processes())
 
 
-def _choose(rank: int, _world: int, wanted: Wanted) -> str:
+def _choose(rank: int, _world: int) -> list[str]:
     library = Library("cpu", Path("library.so"), 1.0, False, ())
     with patch.object(loading, "load_operators", broken if rank == 1 else lambda _backend: library):
-        try:
-            return choose_kernels(wanted, device=CPU, processes=processes())
-        except UserError as error:
-            return str(error)
+        group = processes()
+        with pytest.raises(UserError) as refused:
+            choose_kernels("fused", device=CPU, processes=group)
+        return [choose_kernels("auto", device=CPU, processes=group), str(refused.value)]
 
 
 def test_one_rank_without_them_decides_for_all() -> None:
-    assert run_ranks(_choose, 2, "auto") == ["reference"] * 2
-    first, second = run_ranks(_choose, 2, "fused")
-    assert first == second
-    assert "(rank 1)" in first
+    (kernels, refusal), second = run_ranks(_choose, 2)
+    assert second == [kernels, refusal]
+    assert kernels == "reference"
+    assert "(rank 1)" in refusal
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +91,11 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loading, "find_library", lambda _backend: library)
     with pytest.raises(KernelsUnavailableError, match=r"does not load .* kernels build --cpu --force"):
         loading.load_operators.__wrapped__("cpu")
+
+
+def test_a_run_on_the_reference_imports_nothing_of_the_build() -> None:
+    operations = "kernels, add_layer_norm, bias_dropout_add, bias_gelu, cross_entropy, softmax, adam_variance"
+    look = f"import sys; from megatron_ext.ops import {operations}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert "megatron_ext.ops.loading" not in done.stdout
+    assert "megatron_ext.ops.building" not in done.stdout

@@ -103,7 +103,7 @@ def train_records(run: Path) -> list[dict[str, Any]]:
 
 
 def rank_processes(run: Path) -> list[int]:
-    """Ids of the processes whose command line names the run's config and the worker."""
+    """Ids of the processes whose command line names the run's resolved config and the worker."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -112,7 +112,7 @@ def rank_processes(run: Path) -> list[int]:
             command = (entry / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "megatron_ext.worker" in command and str(run.parent / "run.json") in command:
+        if "megatron_ext.worker" in command and any(part.startswith(f"{run}/.launch-") for part in command):
             found.append(int(entry.name))
     return found
 

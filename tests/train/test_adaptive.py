@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.build import build_run
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import process_group
 from megatron_ext.runtime.signals import StopRequest
-from megatron_ext.trainer import build_run, run_loop
+from megatron_ext.trainer import run_loop
 from tests.ranks import run_ranks
 from tests.train.small_run import records, train_records, write_config, write_corpus
 

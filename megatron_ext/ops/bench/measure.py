@@ -26,8 +26,7 @@ from megatron_ext.ops import (
 )
 from megatron_ext.ops.bench.figures import FUSED, Case, Measured, traffic
 from megatron_ext.ops.kernels import Kernels
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import Device
+from megatron_ext.runtime.device import Device, mark, seconds_between
 
 _EPS = 1e-5
 _DROPOUT = 0.1

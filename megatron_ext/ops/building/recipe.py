@@ -24,7 +24,7 @@ from megatron_ext.ops.building.toolchain import (
     find_torch,
     nvcc_architectures,
 )
-from megatron_ext.runtime.kernel_environment import KernelEnvironment
+from megatron_ext.runtime.environment import KernelEnvironment
 
 Backend = Literal["cpu", "cuda"]
 CPU: Backend = "cpu"

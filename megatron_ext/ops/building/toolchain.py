@@ -7,13 +7,12 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.kernel_environment import KernelEnvironment
+from megatron_ext.runtime.environment import KernelEnvironment, find_program
 
 _TIMEOUT_SECONDS = 60
 _OLDEST_COMPILER = (9, 0)
@@ -108,8 +107,7 @@ def find_ninja() -> Tool:
     Raises:
         KernelsUnavailableError: it is missing or does not run.
     """
-    beside = Path(sys.executable).with_name("ninja")
-    path = str(beside) if beside.is_file() else shutil.which("ninja")
+    path = find_program("ninja")
     if path is None:
         raise KernelsUnavailableError("ninja is not installed; pip install ninja")
     return Tool(path, _version(_output([path, "--version"]), r"(\d+)\.(\d+)(?:\.(\d+))?", path))

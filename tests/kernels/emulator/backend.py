@@ -5,10 +5,8 @@ from types import ModuleType
 
 import torch
 
-from tests.kernels.abi import addresses
 from tests.kernels.emulator.build import kernels
-from tests.kernels.guarded import Guarded, GuardedMemory
-from tests.kernels.interface import STREAM, Argument, KernelError, check_canaries
+from tests.kernels.interface import STREAM, Argument, Guarded, GuardedMemory, KernelError, addresses, check_canaries
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_ext.ops.building.toolchain import (
     find_torch,
     runs_on,
 )
-from megatron_ext.runtime.kernel_environment import KernelEnvironment, kernel_environment
+from megatron_ext.runtime.environment import KernelEnvironment, kernel_environment
 
 
 def environment(*, compiler: str = "g++", cuda_home: Path | None = None) -> KernelEnvironment:
