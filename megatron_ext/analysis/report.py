@@ -61,6 +61,7 @@ _PANELS = (
     _Panel("adam_var_max", "Gradient variance, maximum", "largest of Adam's √v"),
     _Panel("grad_norm", "Gradient norm", "before clipping", smoothed=True),
     _Panel("tokens_per_s", "Throughput", "tokens per second", zero=True, smoothed=True),
+    _Panel("peak_memory_gib", "Peak memory", "GiB on rank 0", zero=True),
 )
 
 
