@@ -104,7 +104,7 @@ def _flat_mean(values: Floats, half_width: int) -> Floats:
 def thin(x: Floats, y: Floats, bins: int) -> tuple[Floats, Floats]:
     """At most ``2 * bins + 2`` points of a curve that look the same: the extremes of each of ``bins`` columns.
 
-    Points that are not finite are left out, and so is the inside of a stretch in which ``y`` does not change. ``x``
+    Points that are not finite are left out, and so are those between two of the same ``y``. ``x``
     does not fall. The first and the last point are always kept, and every kept point is one of the curve's.
     """
     finite = np.isfinite(x) & np.isfinite(y)

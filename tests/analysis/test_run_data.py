@@ -60,7 +60,7 @@ def test_thinning_keeps_points_of_the_curve_and_each_columns_extremes(y: list[fl
     width = (x[finite][-1] - x[finite][0]) / bins
     for at, value in zip(x[finite], array[finite], strict=True):
         near = kept_y[np.abs(kept_x - at) <= width] if len(kept_x) < finite.sum() else kept_y
-        # A stretch without change may keep its ends alone, further off.
+        # Of equal values only the ends may be kept, further off.
         assert near.size == 0 or value <= near.max() or value in kept_y
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.metrics.console import ProgressBar
@@ -122,17 +121,3 @@ def test_steps_are_taken_back_and_kept_aside(tmp_path: Path, terminal: bool) -> 
         ("train", 4, 4.0),
         ("eval", 4, 4.0),
     ]
-
-
-def test_tensorboard_shows_the_steps_that_counted(tmp_path: Path) -> None:
-    recorder = Recorder(sinks_of(tmp_path, tensorboard=True))
-    for step in range(1, 5):
-        recorder.train(train_record(step=step, tokens=step * 64, loss=4.0))
-    recorder.roll_back(step=2, tokens=128)
-    recorder.train(train_record(step=3, tokens=192, loss=1.0))
-    recorder.close()
-    for axis, unit in (("by_step", 1), ("by_tokens", 64)):
-        shown = EventAccumulator(str(tmp_path / "tensorboard" / axis))
-        shown.Reload()
-        points = [(point.step // unit, point.value) for point in shown.Scalars("train/loss")]
-        assert points == [(1, 4.0), (2, 4.0), (3, 1.0)]
