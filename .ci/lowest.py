@@ -5,11 +5,15 @@ import sys
 import tomllib
 from pathlib import Path
 
-BOUNDED = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+)>=(?P<low>[0-9][0-9.]*),<(?P<high>[0-9][0-9.]*)$")
+BOUNDED = re.compile(
+    r"^(?P<name>[A-Za-z0-9_.-]+)>=(?P<low>[0-9][0-9.]*),<(?P<high>[0-9][0-9.]*)(?P<marker>; python_version [^;]+)?$"
+)
 
 
-def bounds(pyproject: Path, extras: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """Lower (inclusive) and upper (exclusive) bound of each dependency, and of those of ``extras``.
+def bounds(pyproject: Path, extras: tuple[str, ...]) -> dict[str, tuple[str, str, str]]:
+    """Lower (inclusive) and upper (exclusive) bound and marker ("" or "; python_version ...") of each dependency.
+
+    Those of ``extras`` too.
 
     Raises:
         ValueError: a requirement that is not written ``name>=low,<high``.
@@ -23,10 +27,10 @@ def bounds(pyproject: Path, extras: tuple[str, ...]) -> dict[str, tuple[str, str
         match = BOUNDED.match(requirement)
         if match is None:
             raise ValueError(f"{pyproject}: {requirement!r} is not written name>=low,<high")
-        found[match["name"]] = (match["low"], match["high"])
+        found[match["name"]] = (match["low"], match["high"], match["marker"] or "")
     return found
 
 
 if __name__ == "__main__":
     lowest = bounds(Path(__file__).parents[1] / "pyproject.toml", tuple(sys.argv[1:]))
-    sys.stdout.writelines(f"{name}=={low}\n" for name, (low, _) in sorted(lowest.items()))
+    sys.stdout.writelines(f"{name}=={low}{marker}\n" for name, (low, _, marker) in sorted(lowest.items()))

@@ -5,22 +5,19 @@ default interval (metrics.adam_variance_every). The step is as short as it gets:
 """
 
 import os
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from measuring import median_seconds, parser_of
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.runtime.device import Device
 
 SIZES = {"1M": (4, 128, 4, 256), "25M": (8, 512, 8, 256), "117M": (12, 768, 12, 1024)}
 """Name -> layers, width, heads, sequence length; tokens of one step are one sequence."""
-REPEATS = 7
 CPU = Device(torch_device=torch.device("cpu"), backend="gloo", accelerator="cpu")
 
 
@@ -41,22 +38,10 @@ def config(layers: int, width: int, heads: int, length: int) -> RunConfig:
     )
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of one call, after one that does not count."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def measure(name: str) -> None:
-    """Print one line."""
-    from megatron_ext.engine.engine import TrainEngine
-    from megatron_ext.engine.micro_batches import MicroBatch
-    from megatron_ext.model.gpt import build_gpt
+def measure(name: str, repeats: int) -> None:
+    """Print one line: medians of ``repeats`` calls, after one that does not count."""
+    from megatron_ext.build import build_engine
+    from megatron_ext.engine.engine import MicroBatch
     from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_ext.parallel.rng import seed_streams
     from megatron_ext.stability.adam_variance import AdamVariance
@@ -64,13 +49,20 @@ def measure(name: str) -> None:
     run = config(*SIZES[name])
     layout = initialize_parallel(1, 5.0)
     streams = seed_streams(run.seed, layout, CPU.torch_device)
-    engine = TrainEngine(run, build_gpt(run, layout, streams), layout=layout, device=CPU)
+    engine = build_engine(run, layout, streams, device=CPU)
     variance = AdamVariance(engine, run.metrics, CPU.torch_device)
     length = run.training.seq_len
     tokens = torch.randint(0, 4096, (1, length + 1))
     batch = [MicroBatch(tokens[:, :-1], tokens[:, 1:])]
-    step = median_seconds(lambda: engine.step(batch, global_tokens=length, lr=1e-4), REPEATS)
-    measurement = median_seconds(lambda: variance.summary(variance.measure().tolist()), REPEATS)
+
+    def train() -> object:
+        return engine.step(batch, global_tokens=length, lr=1e-4)
+
+    def look() -> object:
+        return variance.summary(variance.measure().tolist())
+
+    train(), look()
+    step, measurement = median_seconds(train, repeats), median_seconds(look, repeats)
     ratio, every = measurement / step, MetricsConfig().adam_variance_every
     parameters = sum(parameter.numel() for parameter in engine.module.parameters())
     sys.stdout.write(
@@ -83,13 +75,16 @@ def measure(name: str) -> None:
 
 def main() -> None:
     """Measure and print."""
-    names = sys.argv[1:] or list(SIZES)
+    parser = parser_of(__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
+    options = parser.parse_args()
+    names, repeats = (["1M"], 1) if options.quick else (options.only, 7)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
     sys.stdout.write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         for name in names:
-            measure(name)
+            measure(name, repeats)
         dist.destroy_process_group()
 
 

@@ -1,27 +1,23 @@
 """How long ``analyze`` takes on a metrics file of 300,000 steps: the whole command, and reading alone. Prints medians.
 
 The file is made by the project's own writer: a validation every 1,000 steps, Adam's variance every 10 (its default), a
-loss with noise and spikes. Run it as ``python benchmarks/bench_analyze.py [STEPS]``.
+loss with noise and spikes. Run it as ``python benchmarks/bench_analyze.py [--steps N]``.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.metrics.columns import read_columns
-from megatron_ext.metrics.jsonl import read_metrics
+from measuring import median_seconds, parser_of
+from megatron_ext.analysis.statistics import AnalysisSettings, Steps, analyze, loss_ratios
+from megatron_ext.metrics.jsonl import read_columns, read_metrics
 from megatron_ext.metrics.records import EvalRecord, TrainRecord, encode
-from megatron_ext.stability.analysis import Settings, Steps, analyze, loss_ratios
 
 NAMES = ("step", "tokens", "loss", "loss_ratio", "adam_var_l1", "adam_var_max")
-REPEATS = 5
 
 
 def write(path: Path, steps: int) -> None:
@@ -59,19 +55,12 @@ def write(path: Path, steps: int) -> None:
                 file.write(encode(evaluation) + "\n")
 
 
-def median(work: Callable[[], object]) -> float:
-    """Median wall time in seconds."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def main() -> None:
     """Measure and print."""
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 300_000
+    parser = parser_of(__doc__)
+    parser.add_argument("--steps", type=int, default=300_000)
+    options = parser.parse_args()
+    steps, repeats = (500, 1) if options.quick else (options.steps, 5)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         write(path, steps)
@@ -80,13 +69,13 @@ def main() -> None:
         rows = [
             ("the command", lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)),
             ("read_columns", lambda: read_columns(path, NAMES)),
-            ("analyze", lambda: analyze(Steps.from_columns(columns, NAMES[4:]), Settings())),
+            ("analyze", lambda: analyze(Steps.from_columns(columns, NAMES[4:]), AnalysisSettings())),
             ("read_metrics", lambda: read_metrics(path)),
         ]
         sys.stdout.write(f"{steps:,} steps, {path.stat().st_size / 1e6:.0f} MB; load average {os.getloadavg()[0]:.1f} ")
-        sys.stdout.write(f"on {os.cpu_count()} CPUs; medians of {REPEATS}\n")
+        sys.stdout.write(f"on {os.cpu_count()} CPUs; medians of {repeats}\n")
         for name, work in rows:
-            sys.stdout.write(f"{name:14} {median(work):7.2f} s\n")
+            sys.stdout.write(f"{name:14} {median_seconds(work, repeats):7.2f} s\n")
 
 
 if __name__ == "__main__":

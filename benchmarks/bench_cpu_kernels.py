@@ -10,6 +10,7 @@ what it has had ("kept", which the bars are about), and with glibc's defaults, w
 ("fresh").
 
     python benchmarks/bench_cpu_kernels.py [--only softmax] [--dtype bfloat16] [--threads 2] [--compile]
+    python benchmarks/bench_cpu_kernels.py --quick    # small tensors, one round, no bars: whether it runs at all
 """
 
 import argparse
@@ -33,18 +34,33 @@ from megatron_ext.ops.bias_gelu import bias_gelu
 from megatron_ext.ops.cross_entropy import VocabSlice, cross_entropy
 from megatron_ext.ops.layer_norm import layer_norm
 from megatron_ext.ops.loading import load_operators
-from megatron_ext.ops.softmax import causal_softmax, masked_softmax
+from megatron_ext.ops.softmax import causal_softmax
 
-TOKENS, HIDDEN, HEADS, VOCABULARY, PADDED = 4096, 768, 12, 50257, 50304
-LENGTHS = (1024, 256, 64, 8)
 DROPOUT, EPS, SCALE = 0.1, 1e-5, 0.125
-SECONDS = 0.05  # of CPU time in a round, at least
 KEPT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000",
 }
 COLUMNS = f"{'operation':32s} {'shape':22s} {'torch':>9s} {'compiled':>9s} {'fused':>9s} {'ratio':>7s} {'bar':>4s}"
 
 Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the tensors hold, and how long a round is."""
+
+    tokens: int = 4096
+    hidden: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
+    padded: int = 50304
+    lengths: tuple[int, ...] = (1024, 256, 64, 8)
+    moments: int = 20_000_000
+    seconds: float = 0.05
+    """Of CPU time in a round, at least."""
+
+
+QUICK = Sizes(32, 16, 2, 50, 64, (16, 8), 1000, 0.0)
 
 
 @dataclass(frozen=True)
@@ -72,15 +88,16 @@ def _leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype).requires_grad_()
 
 
-def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+def norm_cases(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     """LayerNorm, alone and after the residual add."""
-    shape = (4, TOKENS // 4, HIDDEN)
+    hidden = sizes.hidden
+    shape = (4, sizes.tokens // 4, hidden)
     x, residual = _leaf(*shape, dtype=dtype), _leaf(*shape, dtype=dtype)
-    weight, bias, x_bias = (_leaf(HIDDEN, dtype=dtype) for _ in range(3))
+    weight, bias, x_bias = (_leaf(hidden, dtype=dtype) for _ in range(3))
     dy, dsum = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     yield Case(
         "layer_norm",
-        lambda x, weight, bias: functional.layer_norm(x, (HIDDEN,), weight, bias, EPS),
+        lambda x, weight, bias: functional.layer_norm(x, (hidden,), weight, bias, EPS),
         lambda x, weight, bias: layer_norm(x, weight, bias, eps=EPS, kernels="fused"),
         (x, weight, bias),
         (dy,),
@@ -89,7 +106,7 @@ def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
 
         def own(*t: torch.Tensor, p: float = dropout) -> tuple[torch.Tensor, torch.Tensor]:
             total = t[2] + functional.dropout(t[0] + t[1], p)
-            return total, functional.layer_norm(total, (HIDDEN,), t[3], t[4], EPS)
+            return total, functional.layer_norm(total, (hidden,), t[3], t[4], EPS)
 
         def fused(*t: torch.Tensor, p: float = dropout) -> tuple[torch.Tensor, torch.Tensor]:
             return add_layer_norm(t[0], t[1], t[2], (t[3], t[4], EPS), dropout=p, kernels="fused")
@@ -105,10 +122,10 @@ def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def gelu_cases(dtype: torch.dtype) -> Iterator[Case]:
+def gelu_cases(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     """Bias and GELU in both forms."""
-    shape = (4, TOKENS // 4, 4 * HIDDEN)
-    inputs, dy = (_leaf(*shape, dtype=dtype), _leaf(4 * HIDDEN, dtype=dtype)), torch.randn(shape).to(dtype)
+    shape = (4, sizes.tokens // 4, 4 * sizes.hidden)
+    inputs, dy = (_leaf(*shape, dtype=dtype), _leaf(shape[-1], dtype=dtype)), torch.randn(shape).to(dtype)
     for exact, form in ((False, "tanh"), (True, "erf")):
         yield Case(
             f"bias_gelu, {form}",
@@ -120,22 +137,18 @@ def gelu_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def softmax_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Softmax of attention scores at every length, causal and with a mask of every sequence's own."""
-    for length in LENGTHS:
-        shape = (TOKENS // length, HEADS, length, length)
+def softmax_cases(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Softmax of attention scores at every length."""
+    for length in sizes.lengths:
+        shape = (sizes.tokens // length, sizes.heads, length, length)
         inputs, dy = (_leaf(*shape, dtype=dtype),), torch.randn(shape).to(dtype)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        mask = future.expand(shape[0], 1, length, length).contiguous()
 
-        def own(scores: torch.Tensor, hidden: torch.Tensor = future, p: float = 0.0) -> torch.Tensor:
-            return functional.dropout((scores * SCALE).masked_fill(hidden, -torch.inf).softmax(dim=-1), p)
+        def own(scores: torch.Tensor, future: torch.Tensor = future, p: float = 0.0) -> torch.Tensor:
+            return functional.dropout((scores * SCALE).masked_fill(future, -torch.inf).softmax(dim=-1), p)
 
         def fused(scores: torch.Tensor, p: float = 0.0) -> torch.Tensor:
             return causal_softmax(scores, scale=SCALE, dropout=p, kernels="fused")
-
-        def masked(scores: torch.Tensor, mask: torch.Tensor = mask) -> torch.Tensor:
-            return masked_softmax(scores, mask, scale=SCALE, dropout=0.0, kernels="fused")
 
         yield Case("causal_softmax", own, fused, inputs, (dy,), 2.0)
         yield Case(
@@ -146,21 +159,21 @@ def softmax_cases(dtype: torch.dtype) -> Iterator[Case]:
             (dy,),
             2.0,
         )
-        yield Case("masked_softmax", lambda scores, own=own, mask=mask: own(scores, mask), masked, inputs, (dy,), 2.0)
 
 
-def loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+def loss_cases(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     """Cross-entropy, whose kernels write the gradient over the logits, and the statistic of Adam's second moment."""
-    logits, labels = _leaf(TOKENS, PADDED, dtype=dtype), torch.randint(0, VOCABULARY, (TOKENS,))
+    logits = _leaf(sizes.tokens, sizes.padded, dtype=dtype)
+    labels = torch.randint(0, sizes.vocabulary, (sizes.tokens,))
     yield Case(
         "cross_entropy",
         lambda logits, labels: functional.cross_entropy(logits.float(), labels, reduction="none"),
-        lambda logits, labels: cross_entropy(logits, labels, VocabSlice(0, VOCABULARY), kernels="fused"),
+        lambda logits, labels: cross_entropy(logits, labels, VocabSlice(0, sizes.vocabulary), kernels="fused"),
         (logits, labels),
-        (torch.rand(TOKENS),),
+        (torch.rand(sizes.tokens),),
         2.0,
     )
-    roots = (torch.rand(20_000_000).to(dtype),)
+    roots = (torch.rand(sizes.moments).to(dtype),)
     yield Case(
         "adam_variance",
         lambda v: adam_variance(v, kernels="reference"),
@@ -180,7 +193,7 @@ def cpu_ms(run: Callable[[], object], times: int) -> float:
     return (time.process_time() - start) / times * 1e3
 
 
-def measure(case: Case, rounds: int, compiled: bool) -> list[float | None]:
+def measure(case: Case, rounds: int, seconds: float, *, compiled: bool) -> list[float | None]:
     """Medians for torch's way, the compiled one (None: not asked for, or it does not compile), and the kernels'."""
     functions: list[Function | None] = [case.own, torch.compile(case.own) if compiled else None, case.fused]
     times: list[int] = []
@@ -190,7 +203,7 @@ def measure(case: Case, rounds: int, compiled: bool) -> list[float | None]:
         except torch._dynamo.exc.TorchDynamoException as error:
             sys.stderr.write(f"{case.name}: torch.compile: {str(error).splitlines()[0]}\n")
             functions[place], first = None, 0.0
-        times.append(max(1, int(SECONDS * 1e3 / max(first, 1e-3))))
+        times.append(max(1, int(seconds * 1e3 / max(first, 1e-3))))
     seen: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for place, function in enumerate(functions):
@@ -204,10 +217,11 @@ def work(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     load_operators("cpu")
-    missed = 0
+    sizes, missed = QUICK if options.quick else Sizes(), 0
     for group in options.only or GROUPS:
-        for case in GROUPS[group](getattr(torch, options.dtype)):
-            own, compiled, fused = measure(case, options.rounds, options.compile)
+        for case in GROUPS[group](getattr(torch, options.dtype), sizes):
+            rounds = 1 if options.quick else options.rounds
+            own, compiled, fused = measure(case, rounds, sizes.seconds, compiled=options.compile)
             assert own is not None
             assert fused is not None
             ratio = own / fused
@@ -218,7 +232,7 @@ def work(options: argparse.Namespace) -> int:
                 f"{fused:9.3f} {ratio:6.2f}x {case.bar:4.0f}{'' if ratio >= case.bar else ' missed'}\n"
             )
             sys.stdout.flush()
-    return missed
+    return 0 if options.quick else missed
 
 
 def parse() -> argparse.Namespace:
@@ -230,6 +244,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="measure torch.compile too (a compiler run for every row)"
     )
+    parser.add_argument("--quick", action="store_true", help="small tensors, one round, no bars")
     parser.add_argument("--memory", choices=["kept", "fresh"], help="one of the two, in a process of its own")
     return parser.parse_args()
 
@@ -248,8 +263,8 @@ def main() -> int:
             f"load {os.getloadavg()[0]:.1f}\n{COLUMNS}\n"
         )
         sys.stdout.flush()
-        told = {"BENCH_CPU_KERNELS": json.dumps(sys.argv[1:]), "GOMP_SPINCOUNT": "0", **more}
-        done = subprocess.run([sys.executable, *sys.argv], env={**os.environ, **told}, check=False)
+        marked = {"BENCH_CPU_KERNELS": json.dumps(sys.argv[1:]), "GOMP_SPINCOUNT": "0", **more}
+        done = subprocess.run([sys.executable, *sys.argv], env={**os.environ, **marked}, check=False)
         if memory == "kept" or done.returncode not in {0, 1}:
             status = max(status, done.returncode)
     return status

@@ -6,34 +6,30 @@ One rank on this machine's device. Steps with and without take turns, so that wh
 the ratio is that of the medians.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import tempfile
-from pathlib import Path
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
 
-from megatron_ext.config.guards import GuardsConfig
+from measuring import parser_of
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import MicroBatch
-from megatron_ext.model.gpt import build_gpt
+from megatron_ext.curriculum.guards import Guard, GuardsConfig
+from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.engine.engine import MicroBatch
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
-from megatron_ext.runtime.clock import mark, seconds_between
-from megatron_ext.runtime.device import select_device
-from megatron_ext.stability.guard import UpdateGuard
+from megatron_ext.runtime.device import mark, seconds_between, select_device
+from megatron_ext.runtime.environment import prepare_libraries, rank_info
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 256, 8
+MODEL = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+TINY = MODEL | {"num_layers": 1, "hidden_size": 32}
 CONFIG = {
-    "model": {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": VOCABULARY},
     "data": {"sources": [{"prefix": "unused"}]},
     "training": {"seq_len": SEQ_LEN, "batch_size": BATCH, "duration": {"steps": 1000}},
     "learning_rate": {"peak": 1e-4},
@@ -43,15 +39,16 @@ CONFIG = {
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="What a guard costs.")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each kind")
-    steps = parser.parse_args().steps
-    os.environ.setdefault("LOCAL_RANK", "0")
+    options = parser.parse_args()
+    steps, model = (1, TINY) if options.quick else (options.steps, MODEL)
     device = select_device(0)
+    prepare_libraries(rank_info(), device.accelerator)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(device.backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
-            without, guarded = measure(steps)
+            without, guarded = measure(steps, model)
         finally:
             destroy_parallel()
             dist.destroy_process_group()
@@ -62,21 +59,21 @@ def main() -> None:
     )
 
 
-def measure(steps: int) -> tuple[list[float], list[float]]:
+def measure(steps: int, model: dict[str, int]) -> tuple[list[float], list[float]]:
     """Seconds of the steps (without, with) a guard."""
     device = select_device(0)
-    config = RunConfig.model_validate_json(json.dumps(CONFIG))
+    config = RunConfig.model_validate_json(json.dumps(CONFIG | {"model": model}))
     layout = initialize_parallel(1, 2.0)
     streams = seed_streams(config.seed, layout, device.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
-    guard = UpdateGuard(GuardsConfig(non_finite="log"))
+    engine = build_engine(config, layout, streams, device=device)
+    guard = Guard(GuardsConfig(non_finite="log"), LossRatio())
     generator = torch.Generator().manual_seed(1)
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(2 * (steps + 3)):
         rows = torch.randint(VOCABULARY, (BATCH, SEQ_LEN + 1), generator=generator)
         pieces = [MicroBatch(rows[:, :-1], rows[:, 1:])]
         start = mark(device)
-        engine.step(pieces, global_tokens=BATCH * SEQ_LEN, lr=1e-4, judge=guard if step % 2 else None)
+        engine.step(pieces, global_tokens=BATCH * SEQ_LEN, lr=1e-4, policy=guard if step % 2 else None)
         end = mark(device)
         if step >= 6:
             times[step % 2].append(seconds_between(start, end))

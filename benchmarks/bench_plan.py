@@ -3,53 +3,41 @@
 Run it as ``python benchmarks/bench_plan.py``.
 """
 
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
+from measuring import median_seconds, parser_of
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import SamplePlan
-
-STEPS = 300_000
+from megatron_ext.curriculum.sampler import global_batch
 
 
-def config() -> RunConfig:
+def config(steps: int) -> RunConfig:
     """GPT-2 1.5B's baseline length of run with a warmup over half of it, lengths 8 to 1024: 128 segments."""
     return RunConfig.model_validate(
         {
             "model": {"num_layers": 48, "hidden_size": 1600, "num_attention_heads": 25},
             "data": {"sources": ({"prefix": "corpus"},)},
-            "training": {"seq_len": 1024, "batch_size": 512, "duration": {"steps": STEPS}},
-            "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": STEPS // 2}},
+            "training": {"seq_len": 1024, "batch_size": 512, "duration": {"steps": steps}},
+            "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": steps // 2}},
             "learning_rate": {"peak": 1.5e-4, "min": 1e-5, "warmup": {"steps": 3000}},
         }
     )
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of one call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def main() -> None:
     """Measure and print."""
-    run = config()
-    plan = TrainingPlan.from_config(run)
-    assert plan.steps == STEPS
+    quick = parser_of(__doc__).parse_args().quick
+    steps = 9_000 if quick else 300_000
+    run = config(steps)
+    plan = run.plan()
+    assert plan.steps == steps
+    middle, repeats = steps * 2 // 5, 1 if quick else 20
     rows = [
-        ("build", median_seconds(lambda: TrainingPlan.from_config(run), 50)),
-        ("plan[t]", median_seconds(lambda: plan[123_456], 2000)),
-        ("slices(t)", median_seconds(lambda: SamplePlan(plan).slices(123_456), 2000)),
-        ("arrays", median_seconds(plan.arrays, 20)),
+        ("build", median_seconds(run.plan, repeats)),
+        ("plan[t]", median_seconds(lambda: plan[middle], 100 * repeats)),
+        ("slices(t)", median_seconds(lambda: global_batch(plan, middle), 100 * repeats)),
+        ("arrays", median_seconds(plan.arrays, repeats)),
     ]
-    sys.stdout.write(f"{STEPS:,} steps in {len(plan.segments)} segments\n")
+    sys.stdout.write(f"{steps:,} steps in {len(plan.segments)} segments\n")
     for name, seconds in rows:
         sys.stdout.write(f"{name:10} {seconds * 1e3:9.3f} ms\n")
 

@@ -15,15 +15,16 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from measuring import parser_of
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import cut_micro_batches
+from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device, select_device
-from megatron_ext.runtime.environment import prepare_deepspeed, rank_info
+from megatron_ext.runtime.environment import prepare_libraries, rank_info
 from megatron_ext.runtime.process_group import process_group
 
 SEQ_LEN, VOCABULARY = 256, 8192
@@ -48,7 +49,7 @@ def config_of(options: argparse.Namespace, zero_stage: int) -> RunConfig:
 
 def engine_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[torch.Tensor], object]:
     streams = seed_streams(config.seed, layout, device.torch_device)
-    engine = TrainEngine(config, build_gpt(config, layout, streams), layout=layout, device=device)
+    engine = build_engine(config, layout, streams, device=device)
     batch = config.training.batch_size
     sizes = (batch // 2, batch // 2)
     return lambda ids: engine.step(
@@ -58,7 +59,8 @@ def engine_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[
 
 def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[torch.Tensor], object]:
     streams = seed_streams(config.seed, layout, device.torch_device)
-    model = build_gpt(config, layout, streams).to(device.torch_device)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed, streams=streams)
+    model = model.to(device.torch_device)
     settings, batch = config.optimizer, config.training.batch_size
     optimizer = torch.optim.AdamW(
         parameter_groups(model.named_parameters(), settings.weight_decay),
@@ -69,7 +71,7 @@ def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[to
     )
 
     def step(ids: torch.Tensor) -> None:
-        for part in ids.split(batch // 2):
+        for part in torch.split(ids, batch // 2):
             (model(part[:, :-1], part[:, 1:]).sum() / (batch * SEQ_LEN)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
         optimizer.step()
@@ -79,14 +81,16 @@ def bare_step(config: RunConfig, layout: Layout, device: Device) -> Callable[[to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens a step, in two micro-batches")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     options = parser.parse_args()
+    if options.quick:
+        options = argparse.Namespace(steps=1, batch=2, layers=1, width=64)
     device = select_device(0)
-    prepare_deepspeed(rank_info(), device.accelerator)
+    prepare_libraries(rank_info(), device.accelerator)
     ids = torch.randint(VOCABULARY, (options.batch, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
     ids = ids.to(device.torch_device)
     with process_group(rank_info(), device, timeout_minutes=5.0):

@@ -1,6 +1,8 @@
 """What every section of a run config has in common, and the durations they share."""
 
-from typing import Annotated, Final
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -45,3 +47,21 @@ class Duration(Section):
 
     def __str__(self) -> str:
         return f"{self.steps:,} steps" if self.steps is not None else f"{self.tokens:,} tokens"
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys at which two trees of JSON values differ, sorted, each with both values; None for a missing one.
+
+    Objects are compared key by key, lists as a whole.
+    """
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
+    elif one != other:
+        yield prefix, one, other
+
+
+def describe_differences(there: Any, here: Any) -> str:
+    """``differences`` in words."""
+    found = differences(there, here)
+    return "; ".join(f"{key} is {json.dumps(old)} there and {json.dumps(new)} here" for key, old, new in found)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ext.config.loading import load_config
+from megatron_ext.config.resolved import read_config
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.environment import (
@@ -22,7 +22,6 @@ from megatron_ext.runtime.environment import (
     asks_to_requeue,
     prepare_libraries,
     rank_info,
-    supervisor,
     take_private_variables,
 )
 from megatron_ext.runtime.log import LOGGER, configure_logging
@@ -30,11 +29,11 @@ from megatron_ext.runtime.run_lock import run_lock
 from megatron_ext.runtime.signals import StopRequest, catch_stop_signals, ignore_stop_signals
 
 if TYPE_CHECKING:
-    from megatron_ext.preflight.examination import Examination
+    from megatron_ext.launch.preflight import Preflight
     from megatron_ext.runtime.device import Device
-    from megatron_ext.runtime.heartbeat import Watch
-    from megatron_ext.runtime.meeting import Meeting
+    from megatron_ext.runtime.heartbeat import Heartbeat
     from megatron_ext.runtime.process_group import Processes
+    from megatron_ext.runtime.rendezvous import Rendezvous
 
 
 _LOCK_SECONDS = 120.0
@@ -48,6 +47,12 @@ class _Rank:
     info: RankInfo
     stop: StopRequest
     preflight_only: bool
+    dry_run: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is the run itself, which writes into its directory, and no trial of it."""
+        return not (self.preflight_only or self.dry_run)
 
 
 def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = None) -> int:
@@ -55,21 +60,22 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
 
     Args:
         arguments: the command line's; None: this process's own.
-        stop: asks to stop; None: nothing does but the end of the command that started the ranks.
+        stop: asks to stop; None: nothing does.
     """
     parser = argparse.ArgumentParser(prog="megatron_ext.worker", description="One rank of a training run.")
     parser.add_argument("config", type=Path, help="the run's JSON file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--directory", type=Path, help="working directory of the run")
     parser.add_argument("--preflight-only", action="store_true", help="examine the hosts and do not train")
+    parser.add_argument("--dry-run", action="store_true", help="try two steps at the longest length and stop")
     options = parser.parse_args(arguments)
     try:
         take_private_variables()
         if options.directory is not None:
             os.chdir(options.directory)
-        config = load_config(options.config, options.overrides)
-        rank = _Rank(config, rank_info(), stop or StopRequest(supervisor()), options.preflight_only)
-        locked = rank.info.is_main and not rank.preflight_only
+        config = read_config(options.config, options.overrides)
+        rank = _Rank(config, rank_info(), stop or StopRequest(), options.preflight_only, options.dry_run)
+        locked = rank.info.is_main and rank.trains
         # A job that was started again may find the lock in the hands of its first life on a host that is cut off.
         patience = _LOCK_SECONDS if asks_to_requeue() else 1.0
         with run_lock(config.run_dir, wait_seconds=patience) if locked else nullcontext():
@@ -81,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
 
 def _run(rank: _Rank) -> int:
     config, info = rank.config, rank.info
-    log_file = None if rank.preflight_only else config.run_dir / "log.txt"
+    log_file = config.run_dir / "log.txt" if rank.trains else None
     configure_logging(info.rank, log_file=log_file)
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
@@ -89,12 +95,12 @@ def _run(rank: _Rank) -> int:
     device = select_device(info.local_rank)
     prepare_libraries(info, device.accelerator)
 
-    from megatron_ext.runtime.heartbeat import WatchOptions, watch
-    from megatron_ext.runtime.meeting import StoppedEarlyError, meet
+    from megatron_ext.runtime.heartbeat import heartbeat
+    from megatron_ext.runtime.rendezvous import StoppedEarlyError, join_rendezvous
 
     cluster = config.cluster
     try:
-        meeting = meet(
+        rendezvous = join_rendezvous(
             info,
             seconds=cluster.rendezvous_seconds,
             interface=cluster.interface,
@@ -102,65 +108,75 @@ def _run(rank: _Rank) -> int:
         )
     except StoppedEarlyError:
         return _stopped_early()
-    with watch(meeting, WatchOptions(cluster.heartbeat_seconds, config.run_dir)) as watching:
-        return _watched(rank, device, meeting, watching)
+    with heartbeat(rendezvous, seconds=cluster.heartbeat_seconds, run_dir=config.run_dir) as beating:
+        return _with_heartbeat(rank, device, rendezvous, beating)
 
 
-def _watched(rank: _Rank, device: "Device", meeting: "Meeting", watching: "Watch | None") -> int:
-    """Do the work; a failure goes through the watch, which knows whether it is the first."""
+def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", beating: "Heartbeat | None") -> int:
+    """Do the work; a failure goes through the heartbeat, which knows whether it is the first."""
+    from megatron_ext.curriculum.guards import GuardStop
     from megatron_ext.runtime.failure import Failure, failure_of
     from megatron_ext.runtime.process_group import process_group
-    from megatron_ext.stability.guard import GuardStop
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
     try:
-        examination = _examine(rank, device, meeting)
-        with process_group(info, device, timeout_minutes=minutes, meeting=meeting) as processes:
+        preflight = _check_hosts(rank, device, rendezvous)
+        with process_group(info, device, timeout_minutes=minutes, rendezvous=rendezvous) as processes:
             try:
-                return _work(rank, device, processes, examination)
+                return _work(rank, device, processes, preflight)
             except GuardStop as stopped:
                 # All ranks come here, and a launcher ends the others with the first that leaves.
-                if watching is not None:
-                    watching.leave_with(Failure(info.rank, str(stopped), 1, "input"))
+                if beating is not None:
+                    beating.fail(Failure(info.rank, str(stopped), 1, "input"))
                 if info.is_main:
                     print(f"error: {stopped}", file=sys.stderr)  # noqa: T201
                 processes.barrier()
                 return 1
             except Exception as error:
                 # Said before the group is left, which may wait for ranks that wait for this one.
-                if watching is not None:
-                    watching.leave_with(failure_of(error, info.rank))
+                if beating is not None:
+                    beating.fail(failure_of(error, info.rank))
                 if isinstance(error, UserError) and not processes.first_to("user error"):
                     return 2
                 raise
     except (Exception, SystemExit) as error:
-        if watching is None:
+        if beating is None:
             raise
-        watching.leave_with(failure_of(error, info.rank))
+        beating.fail(failure_of(error, info.rank))
 
 
-def _examine(rank: _Rank, device: "Device", meeting: "Meeting") -> "Examination | None":
-    """Compare what the ranks run and, where it is due, look at their hosts."""
-    from megatron_ext.preflight.agreement import check_agreement
-    from megatron_ext.preflight.examination import Examination
+def _check_hosts(rank: _Rank, device: "Device", rendezvous: "Rendezvous") -> "Preflight | None":
+    """Compare what the ranks run and, where it is due, examine their hosts."""
+    if rank.info.world_size > 1:
+        from megatron_ext.launch.agreement import check_agreement
 
-    check_agreement(meeting, rank.config)
+        check_agreement(rendezvous, rank.config.model_dump(mode="json"), rank.config.cluster.environment)
     when = rank.config.cluster.preflight.when
-    if rank.preflight_only or when == "always" or (when == "auto" and len(meeting.leaders) > 1):
-        return Examination(meeting, rank.config, device)
-    return None
+    if not (rank.preflight_only or when == "always" or (when == "auto" and len(rendezvous.leaders) > 1)):
+        return None
+    from megatron_ext.launch.preflight import Preflight
+
+    limits, precision = rank.config.cluster.preflight, rank.config.training.precision
+    return Preflight(rendezvous, limits, rank.config.run_dir, device=device, precision=precision)
 
 
-def _work(rank: _Rank, device: "Device", processes: "Processes", examination: "Examination | None") -> int:
+def _work(rank: _Rank, device: "Device", processes: "Processes", preflight: "Preflight | None") -> int:
     """Train, or what else this rank was started for, as one of the group."""
     if processes.any_rank(rank.stop.requested):
         return _stopped_early()
-    if examination is not None:
-        for line in examination.measure(processes):
+    if preflight is not None:
+        for line in preflight.measure(processes):
             LOGGER.info(line)
     if rank.preflight_only:
         return 0
-    from megatron_ext.train import train
+    if rank.dry_run:
+        from megatron_ext.dry_run import dry_run
+
+        plan = rank.config.plan()
+        for line in dry_run(rank.config, plan, device=device, processes=processes).lines(plan):
+            LOGGER.info(line)
+        return 0
+    from megatron_ext.trainer import train
 
     finished = train(rank.config, device=device, processes=processes, stop=rank.stop)
     return 0 if finished or not asks_to_requeue() else os.EX_TEMPFAIL
@@ -172,7 +188,7 @@ def _stopped_early() -> int:
 
 
 def _as_program() -> int:
-    stop = catch_stop_signals(supervisor())
+    stop = catch_stop_signals()
     try:
         return main(stop=stop)
     finally:

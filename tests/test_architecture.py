@@ -63,6 +63,8 @@ PLANTED = [
     ("relative-import", "config/x.py", "from .run import RunConfig"),
     ("package-init", "config/__init__.py", '"""Doc."""\nfrom megatron_ext.config.run import RunConfig'),
     ("package-init", "config/__init__.py", '__version__ = "1"'),
+    ("package-init", "curriculum/__init__.py", "import numpy"),
+    ("package-init", "curriculum/__init__.py", "x = 1"),
     ("file-length", "config/x.py", "x = 1\n" * 401),
     ("function-length", "config/x.py", "def f():\n" + "    x = 1\n" * 60),
     ("function-length", "config/x.py", "class A:\n    async def f(self):\n" + "        x = 1\n" * 60),
@@ -102,16 +104,17 @@ KEPT = [
     ("model/x.py", "from megatron.core.transformer.spec_utils import ModuleSpec"),
     ("model/x.py", "from megatron.core.tensor_parallel.layers import ColumnParallelLinear"),
     ("parallel/x.py", "from megatron.core import parallel_state, tensor_parallel"),
-    ("cli/x.py", "def f():\n    import torch\n    from megatron_ext.train import train"),
+    ("cli/x.py", "def f():\n    import torch\n    from megatron_ext.trainer import train"),
     ("config/x.py", "from typing import get_args, Literal\nx = get_args(Literal['a'])"),
     ("config/x.py", "import typing\nx = typing.get_args(int)"),
     ("config/__init__.py", '"""Doc."""'),
+    ("curriculum/__init__.py", "from megatron_ext.curriculum.plan import x\n__all__ = ['x']"),
     ("__init__.py", '"""Doc."""\n__version__ = "1"'),
     ("config/x.py", "class A:\n    def f(self, a, b, c, d, e, f, g): ..."),
     ("config/x.py", "def f():\n" + "    x = 1\n" * 59),
     ("cli/x.py", "def command(a, b, c, d, e, f, g, h): ..."),
     ("cli/x.py", "@tokenizer_app.command('train')\ndef f(a, b, c, d, e, f, g, h): ..."),
-    ("worker.py", "import argparse\nfrom megatron_ext.train import train"),
+    ("worker.py", "import argparse\nfrom megatron_ext.trainer import train"),
     ("metrics/x.py", "def f(loss):\n    return loss.item()"),
     ("engine/x.py", "def f(typer, os):\n    return typer.name, os.environ"),
     ("cli/x.py", "text = 'cuda: not found'\nwhich = environment.cuda"),
@@ -124,7 +127,7 @@ def test_what_is_allowed_is_not_reported(path: str, source: str) -> None:
 
 
 def test_torch_is_found_through_a_chain_of_modules_but_not_through_a_lazy_import() -> None:
-    app = "from megatron_ext.train import loop"
+    app = "from megatron_ext.trainer import loop"
     assert "torch-at-import" in broken_rules("megatron_ext/cli/app.py", app, train="import torch")
     assert broken_rules("megatron_ext/cli/app.py", f"def f():\n    {app}", train="import torch") == set()
     assert broken_rules("megatron_ext/cli/app.py", TYPING + app, train="import torch") == set()

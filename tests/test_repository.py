@@ -32,7 +32,7 @@ def make(*arguments: str) -> str:
 def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
     bounds = BOUNDS(ROOT / "pyproject.toml", tuple(PROJECT["optional-dependencies"]))
     assert {"torch", "deepspeed", "megatron-core", "transformers", "pytest"} <= set(bounds)
-    for name, (low, high) in bounds.items():
+    for name, (low, high, _) in bounds.items():
         assert Version(low) < Version(high), name
 
 
@@ -65,7 +65,7 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
         held = set(archive.namelist())
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext").rglob("*.py")}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/config/presets").glob("*.json")}
-    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/slurm/templates").iterdir()}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ext/launch/templates").iterdir()}
     assert wanted <= held, wanted - held
     assert "megatron_ext/py.typed" in held
     assert "megatron_ext/csrc/common/abi.h" in held
@@ -74,7 +74,18 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
 
 def test_make_offers_its_targets() -> None:
     described = make("help")
-    for target in ("demo", "test", "check", "test-slow", "test-gpu", "test-lowest", "bench", "clean", "venv"):
+    for target in (
+        "demo",
+        "test",
+        "check",
+        "test-slow",
+        "test-gpu",
+        "test-lowest",
+        "test-newest",
+        "bench",
+        "clean",
+        "venv",
+    ):
         assert re.search(rf"\b{target}\b", described), target
 
 
@@ -100,7 +111,7 @@ def test_without_a_gpu_torch_is_the_pinned_version_within_our_bounds(tmp_path: P
     # Without what the command line of a make that runs these tests set.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "TORCH")}
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    low, high = BOUNDS(ROOT / "pyproject.toml", ())["torch"]
+    low, high, _ = BOUNDS(ROOT / "pyproject.toml", ())["torch"]
     command = ["make", "--dry-run", "venv", f"VENV={tmp_path}/venv"]
 
     def plan() -> str:

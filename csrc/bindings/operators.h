@@ -36,22 +36,18 @@ inline std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(Tensor x, Tensor we
   return {y, mean, rstd};
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor saved, bool saved_is_output, Tensor weight,
-                                                              Tensor bias, OptionalTensor mean, Tensor rstd) {
+inline std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) {
   const Call call("layer_norm_backward", "dy", dy);
   const Matrix shape(dy);
-  const void* kept = call.same(saved, "saved", dy);
+  const void* inputs = call.same(x, "x", dy);
   const void* weights = call.parameter(weight, "weight", shape.cols);
-  const void* biases = call.values(bias, "bias", shape.cols, weight.scalar_type());
-  call.check(saved_is_output || mean.has_value(), "the input is saved without its mean");
-  const float* means = saved_is_output ? nullptr : call.floats(*mean, "mean", shape.rows);
+  const float* means = call.floats(mean, "mean", shape.rows);
   const float* rstds = call.floats(rstd, "rstd", shape.rows);
   Tensor dx = empty_like(dy), dweight = empty_like(weight), dbias = empty_like(weight);
   Workspace work(dy, 2, shape);
-  call.finish(MX_KERNEL(layer_norm_backward)(call.dtype(), call.code(weight, "weight"), dy.const_data_ptr(), kept,
-                                             saved_is_output, weights, biases, means, rstds, result(dx), result(dweight),
-                                             result(dbias), work.data(), work.partitions, shape.rows, shape.cols,
-                                             call.resource()));
+  call.finish(MX_KERNEL(layer_norm_backward)(call.dtype(), call.code(weight, "weight"), dy.const_data_ptr(),
+                                             inputs, weights, means, rstds, result(dx), result(dweight), result(dbias),
+                                             work.data(), work.partitions, shape.rows, shape.cols, call.resource()));
   return {dx, dweight, dbias};
 }
 
@@ -119,35 +115,6 @@ inline Tensor causal_softmax_backward(Tensor dy, Tensor probs, double scale, dou
   call.finish(MX_KERNEL(causal_softmax_backward)(call.dtype(), dy.const_data_ptr(), probabilities, result(dscores),
                                                  static_cast<float>(scale), static_cast<float>(dropout), seeds,
                                                  dy.numel() / (sq * sk), sq, sk, call.resource()));
-  return dscores;
-}
-
-inline std::tuple<Tensor, Tensor> masked_softmax_forward(Tensor scores, Tensor mask, double scale, double dropout,
-                                                         OptionalTensor seed) {
-  const Call call("masked_softmax_forward", "scores", scores);
-  call.check(scores.dim() == 4, "scores has ", scores.dim(), " dimensions, must be [batch, heads, queries, keys]");
-  call.check(mask.dim() == 4 && mask.size(1) == 1 && mask.size(2) == scores.size(2) && mask.size(3) == scores.size(3) &&
-                 (mask.size(0) == 1 || mask.size(0) == scores.size(0)),
-             "mask must be [batch or 1, 1, queries, keys] of scores");
-  const void* masks = call.typed(mask, "mask", ScalarType::Bool);
-  const int64_t* seeds = call.seed(seed, dropout);
-  Tensor probs = empty_like(scores), dropped = dropout > 0 ? empty_like(scores) : nothing_like(scores);
-  call.finish(MX_KERNEL(masked_softmax_forward)(
-      call.dtype(), scores.const_data_ptr(), static_cast<const uint8_t*>(masks), result(probs), result(dropped),
-      static_cast<float>(scale), static_cast<float>(dropout), seeds, scores.size(0), scores.size(1), scores.size(2),
-      scores.size(3), mask.size(0), call.resource()));
-  return {probs, dropped};
-}
-
-inline Tensor masked_softmax_backward(Tensor dy, Tensor probs, double scale, double dropout, OptionalTensor seed) {
-  const Call call("masked_softmax_backward", "dy", dy);
-  const Matrix shape(dy);
-  const void* probabilities = call.same(probs, "probs", dy);
-  const int64_t* seeds = call.seed(seed, dropout);
-  Tensor dscores = empty_like(dy);
-  call.finish(MX_KERNEL(masked_softmax_backward)(call.dtype(), dy.const_data_ptr(), probabilities, result(dscores),
-                                                 static_cast<float>(scale), static_cast<float>(dropout), seeds, shape.rows,
-                                                 shape.cols, call.resource()));
   return dscores;
 }
 
@@ -248,8 +215,6 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_ext, MX_DISPATCH_KEY, m) {
   m.impl("add_layer_norm_backward", TORCH_BOX(&mx_bindings::add_layer_norm_backward));
   m.impl("causal_softmax_forward", TORCH_BOX(&mx_bindings::causal_softmax_forward));
   m.impl("causal_softmax_backward", TORCH_BOX(&mx_bindings::causal_softmax_backward));
-  m.impl("masked_softmax_forward", TORCH_BOX(&mx_bindings::masked_softmax_forward));
-  m.impl("masked_softmax_backward", TORCH_BOX(&mx_bindings::masked_softmax_backward));
   m.impl("bias_gelu_forward", TORCH_BOX(&mx_bindings::bias_gelu_forward));
   m.impl("bias_gelu_backward", TORCH_BOX(&mx_bindings::bias_gelu_backward));
   m.impl("bias_dropout_add_forward", TORCH_BOX(&mx_bindings::bias_dropout_add_forward));

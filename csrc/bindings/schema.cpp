@@ -8,8 +8,8 @@
 STABLE_TORCH_LIBRARY(megatron_ext, m) {
   m.def("layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "layer_norm_backward(Tensor dy, Tensor saved, bool saved_is_output, Tensor weight, Tensor bias, Tensor? mean, "
-      "Tensor rstd) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dweight, "
+      "Tensor dbias)");
   m.def(
       "add_layer_norm_forward(Tensor x, Tensor? x_bias, Tensor residual, Tensor weight, Tensor bias, float dropout, "
       "Tensor? seed, float eps) -> (Tensor sum, Tensor y, Tensor mean, Tensor rstd)");
@@ -20,10 +20,6 @@ STABLE_TORCH_LIBRARY(megatron_ext, m) {
   m.def(
       "causal_softmax_forward(Tensor scores, float scale, float dropout, Tensor? seed) -> (Tensor probs, Tensor dropped)");
   m.def("causal_softmax_backward(Tensor dy, Tensor probs, float scale, float dropout, Tensor? seed) -> Tensor");
-  m.def(
-      "masked_softmax_forward(Tensor scores, Tensor mask, float scale, float dropout, Tensor? seed) -> (Tensor probs, "
-      "Tensor dropped)");
-  m.def("masked_softmax_backward(Tensor dy, Tensor probs, float scale, float dropout, Tensor? seed) -> Tensor");
   m.def("bias_gelu_forward(Tensor x, Tensor? bias, bool exact) -> Tensor");
   m.def("bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool exact) -> (Tensor dx, Tensor dbias)");
   m.def("bias_dropout_add_forward(Tensor x, Tensor? bias, Tensor residual, float dropout, Tensor? seed) -> Tensor");

@@ -1,4 +1,4 @@
-// The kernels' C interface: what every backend (CUDA, the CPU, CUDA on the emulator) exports, without torch.
+// The kernels' C interface: what every backend (CUDA, the CPU) exports, without torch.
 //
 // Each function exists twice with the same arguments: mx_cuda_NAME launches on a stream, mx_cpu_NAME runs on an executor.
 // They return 0, MX_UNSUPPORTED or MX_BAD_ARGUMENT before anything was done, or (CUDA) a positive cudaError_t.
@@ -37,11 +37,10 @@ int64_t mx_cpu_partitions(int64_t rows, int64_t cols);
 MX_DECLARE(layer_norm_forward, int dtype, int weight_dtype, const void* x, const void* weight, const void* bias, void* y,
            float* mean, float* rstd, int64_t rows, int64_t cols, float eps);
 
-// `saved` is x with its mean, or (saved_is_output) y, from which x is found again: then mean is null, bias is needed and
-// no weight may be 0. dweight and dbias [cols]; workspace [2][partitions][cols].
-MX_DECLARE(layer_norm_backward, int dtype, int weight_dtype, const void* dy, const void* saved, int saved_is_output,
-           const void* weight, const void* bias, const float* mean, const float* rstd, void* dx, void* dweight,
-           void* dbias, float* workspace, int64_t partitions, int64_t rows, int64_t cols);
+// dweight and dbias: [cols]; workspace [2][partitions][cols].
+MX_DECLARE(layer_norm_backward, int dtype, int weight_dtype, const void* dy, const void* x, const void* weight,
+           const float* mean, const float* rstd, void* dx, void* dweight, void* dbias, float* workspace,
+           int64_t partitions, int64_t rows, int64_t cols);
 
 // sum = residual + dropout(x + x_bias), y = layer_norm(sum). x_bias [cols] may be null.
 MX_DECLARE(add_layer_norm_forward, int dtype, int weight_dtype, const void* x, const void* x_bias, const void* residual,
@@ -63,16 +62,6 @@ MX_DECLARE(causal_softmax_forward, int dtype, const void* scores, void* probs, v
 // dy is the gradient of dropped (of probs without dropout); dscores may be dy itself.
 MX_DECLARE(causal_softmax_backward, int dtype, const void* dy, const void* probs, void* dscores, float scale,
            float dropout, const int64_t* seed, int64_t batch, int64_t sq, int64_t sk);
-
-// The same over scores [batch, heads, sq, sk] where mask [mask_batch, 1, sq, sk] is 0; mask_batch is 1 or batch. A row
-// that is masked everywhere has probabilities 0.
-MX_DECLARE(masked_softmax_forward, int dtype, const void* scores, const uint8_t* mask, void* probs, void* dropped,
-           float scale, float dropout, const int64_t* seed, int64_t batch, int64_t heads, int64_t sq, int64_t sk,
-           int64_t mask_batch);
-
-// rows = batch * heads * sq; dscores may be dy itself.
-MX_DECLARE(masked_softmax_backward, int dtype, const void* dy, const void* probs, void* dscores, float scale,
-           float dropout, const int64_t* seed, int64_t rows, int64_t cols);
 
 // y = gelu(x + bias), in the tanh form or (exact) with erf. bias [cols] may be null.
 MX_DECLARE(bias_gelu_forward, int dtype, int weight_dtype, const void* x, const void* bias, void* y, int exact,

@@ -1,6 +1,7 @@
-// What every kernel stands on: one text that nvcc compiles for the device and g++, with the emulator, for the CPU.
+// What every kernel stands on: one text that nvcc compiles for the device and, for the tests, g++ for an emulated one
+// (tests/kernels/emulator, whose cuda_emulator.h the compiler is told to include first).
 //
-// The emulator cannot redefine syntax, so kernels write MX_SHARED(float, name, [32]) for __shared__ float name[32],
+// An emulator cannot redefine syntax, so kernels write MX_SHARED(float, name, [32]) for __shared__ float name[32],
 // MX_DYNAMIC_SHARED(float, name) for extern __shared__ memory, and MX_LAUNCH(kernel, grid, block, shared bytes, stream,
 // arguments...) for <<<>>>; MX_LAST_ERROR() is the cudaError_t of the launch before.
 #pragma once
@@ -22,8 +23,8 @@
   T* const name = reinterpret_cast<T*>(name##_raw)
 #define MX_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define MX_LAST_ERROR() static_cast<int>(cudaGetLastError())
-#else
-#include "../emulator/cuda_emulator.h"
+#elif !defined(MX_LAUNCH)
+#error "compile with nvcc, or with -include cuda_emulator.h"
 #endif
 
 #define MX_DEVICE __device__ __forceinline__

@@ -52,10 +52,10 @@ struct Backward {
   }
 
  private:
-  FromInput from(int64_t row) const { return {mean[row], rstd[row]}; }
+  RowStatistics from(int64_t row) const { return {mean[row], rstd[row]}; }
 
   template <int R>
-  MX_INLINE void rows(int64_t row, const FromInput (&from)[R], const std::array<float*, 3>& partial, Noise& noise) const {
+  MX_INLINE void rows(int64_t row, const RowStatistics (&from)[R], const std::array<float*, 3>& partial, Noise& noise) const {
     const int64_t cols = sums.cols, first = row * cols;
     T* const to = dresidual + first;
     const T* const more = dsum ? dsum + first : nullptr;

@@ -3,9 +3,8 @@
 //   y = (x - mean) * rstd * weight + bias,  rstd = 1 / sqrt(var + eps)
 //   dx = rstd * (g - avg(g) - x_hat * avg(g * x_hat)),  g = dy * weight;  dweight = column sums of dy * x_hat, dbias of dy
 //
-// Layout: [rows, cols], row by row, any number of columns. Saved for the backward pass: x, mean and rstd, or y and rstd, of
-// which x_hat = (y - bias) / weight. Threads have rows in the forward pass and groups of rows in the backward pass, whose
-// sums are partial (column_sums.h).
+// Layout: [rows, cols], row by row, any number of columns. Saved for the backward pass: x, mean and rstd.
+// Threads have rows in the forward pass and groups of rows in the backward pass, whose sums are partial (column_sums.h).
 #include "layer_norm.h"
 
 namespace mx::cpu {
@@ -14,14 +13,14 @@ namespace {
 template <class T>
 struct Backward {
   const T* dy;
-  const T* saved;
+  const T* x;
   Weights weight;
+  const float* mean;
+  const float* rstd;
   T* dx;
   ColumnSums<2> sums;
 
-  // `from(row)` says how the row's normalized values are found.
-  template <class From>
-  void run(mx_parallel_for executor, const From& from) const {
+  void run(mx_parallel_for executor) const {
     sums.gather(executor, kCheapGrain, [&](int64_t row, int64_t end, const auto& partial) {
       for (; row + 1 < end; row += 2) rows<2>(row, {from(row), from(row + 1)}, partial);
       if (row < end) rows<1>(row, {from(row)}, partial);
@@ -29,11 +28,13 @@ struct Backward {
   }
 
  private:
-  template <int R, class From>
-  MX_INLINE void rows(int64_t row, const From (&from)[R], const std::array<float*, 2>& partial) const {
+  RowStatistics from(int64_t row) const { return {mean[row], rstd[row]}; }
+
+  template <int R>
+  MX_INLINE void rows(int64_t row, const RowStatistics (&from)[R], const std::array<float*, 2>& partial) const {
     const int64_t cols = sums.cols, first = row * cols;
     T* const to = dx + first;
-    backward_rows<R>(dy + first, saved + first, from, weight, cols, partial[0], partial[1],
+    backward_rows<R>(dy + first, x + first, from, weight, cols, partial[0], partial[1],
                      [&](int r, int64_t c, auto lanes, Floats d) { store(to + r * cols + c, d, lanes); });
   }
 };
@@ -66,22 +67,17 @@ extern "C" int mx_cpu_layer_norm_forward(int dtype, int weight_dtype, const void
   });
 }
 
-extern "C" int mx_cpu_layer_norm_backward(int dtype, int weight_dtype, const void* dy, const void* saved,
-                                          int saved_is_output, const void* weight, const void* bias, const float* mean,
-                                          const float* rstd, void* dx, void* dweight, void* dbias, float* workspace,
-                                          int64_t partitions, int64_t rows, int64_t cols, mx_parallel_for executor) {
+extern "C" int mx_cpu_layer_norm_backward(int dtype, int weight_dtype, const void* dy, const void* x,
+                                          const void* weight, const float* mean, const float* rstd, void* dx, void* dweight,
+                                          void* dbias, float* workspace, int64_t partitions, int64_t rows, int64_t cols,
+                                          mx_parallel_for executor) {
   if (!weight_dtype_ok(dtype, weight_dtype) || !shape_ok(rows, cols) || !partitions_ok(partitions)) return MX_BAD_ARGUMENT;
-  if (rows > 0 && (!weight || (saved_is_output ? !bias : !mean))) return MX_BAD_ARGUMENT;
+  if (rows > 0 && (!weight || !mean)) return MX_BAD_ARGUMENT;
   return by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const ColumnSums<2> sums{workspace, partitions, rows, cols};
-    const Backward<T> backward{at<T>(dy, 0), at<T>(saved, 0), weights_of(weight, weight_dtype), at<T>(dx, 0), sums};
-    const Weights offset = weights_of(bias, weight_dtype);
-    if (saved_is_output) {
-      backward.run(executor, [&](int64_t row) { return FromOutput{offset, rstd[row]}; });
-    } else {
-      backward.run(executor, [&](int64_t row) { return FromInput{mean[row], rstd[row]}; });
-    }
+    const Backward<T> backward{at<T>(dy, 0), at<T>(x, 0), weights_of(weight, weight_dtype), mean, rstd, at<T>(dx, 0), sums};
+    backward.run(executor);
     const bool wide = weight_dtype == MX_FLOAT32;
     sums.template finish<T>(executor, 0, dweight, wide);
     sums.template finish<T>(executor, 1, dbias, wide);

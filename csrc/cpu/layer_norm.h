@@ -7,6 +7,12 @@ namespace mx::cpu {
 struct RowStatistics {
   float mean;
   float rstd;
+
+  // x_hat of a vector of the row.
+  template <class T, class Lanes>
+  MX_INLINE Floats normalized(const T* x, int64_t c, Lanes lanes) const {
+    return (load(x + c, lanes) - mean) * rstd;
+  }
 };
 
 // With float32 the mean is found twice: the second pass adds the deviations from the first mean, of which the average is what
@@ -35,40 +41,22 @@ MX_INLINE RowStatistics normalize_row(const T* x, const Weights& weight, const W
   return {center + shift, rstd};
 }
 
-// The normalized values of a row again: from its input, or from its output.
-struct FromInput {
-  float mean;
-  float rstd;
-  template <class T, class Lanes>
-  MX_INLINE Floats normalized(const T* saved, int64_t c, Floats, Lanes lanes) const {
-    return (load(saved + c, lanes) - mean) * rstd;
-  }
-};
-struct FromOutput {
-  Weights bias;
-  float rstd;
-  template <class T, class Lanes>
-  MX_INLINE Floats normalized(const T* saved, int64_t c, Floats weight, Lanes lanes) const {
-    return keep((load(saved + c, lanes) - load_weights<T>(bias, c, lanes)) / weight, Floats{}, lanes);
-  }
-};
-
-// d = rstd * (g - avg(g) - x_hat * avg(g * x_hat)), g = dy * weight, of R rows that begin at dy and at saved, to
+// d = rstd * (g - avg(g) - x_hat * avg(g * x_hat)), g = dy * weight, of R rows that begin at dy and at x, to
 // output(number of the row, column, lanes, d); sums[0] += dy * x_hat and sums[1] += dy. Two rows at a time read and write
 // the sums once for both.
-template <int R, class T, class From, class Output>
-MX_INLINE void backward_rows(const T* dy, const T* saved, const From (&from)[R], const Weights& weight, int64_t cols,
+template <int R, class T, class Output>
+MX_INLINE void backward_rows(const T* dy, const T* x, const RowStatistics (&from)[R], const Weights& weight, int64_t cols,
                              float* dweight, float* dbias, Output output) {
   Floats mean_g[R] = {}, mean_gx[R] = {};
   for_vectors(cols, [&](int64_t c, auto lanes, int) {
     const Floats w = load_weights<T>(weight, c, lanes);
     Floats to_weight = load(dweight + c, lanes), to_bias = load(dbias + c, lanes);
     for (int r = 0; r < R; ++r) {
-      const Floats d = load(dy + r * cols + c, lanes), x = from[r].normalized(saved + r * cols, c, w, lanes);
+      const Floats d = load(dy + r * cols + c, lanes), x_hat = from[r].normalized(x + r * cols, c, lanes);
       const Floats g = apart(d * w);
       mean_g[r] += g;
-      mean_gx[r] += g * x;
-      to_weight += d * x;
+      mean_gx[r] += g * x_hat;
+      to_weight += d * x_hat;
       to_bias += d;
     }
     store(dweight + c, to_weight, lanes);
@@ -83,9 +71,9 @@ MX_INLINE void backward_rows(const T* dy, const T* saved, const From (&from)[R],
     const Floats w = load_weights<T>(weight, c, lanes);
     for (int r = 0; r < R; ++r) {
       prefetch(dy + (R + r) * cols + c);
-      prefetch(saved + (R + r) * cols + c);
-      const Floats g = apart(load(dy + r * cols + c, lanes) * w), x = from[r].normalized(saved + r * cols, c, w, lanes);
-      output(r, c, lanes, from[r].rstd * ((g - average_g[r]) - x * average_gx[r]));
+      prefetch(x + (R + r) * cols + c);
+      const Floats g = apart(load(dy + r * cols + c, lanes) * w), x_hat = from[r].normalized(x + r * cols, c, lanes);
+      output(r, c, lanes, from[r].rstd * ((g - average_g[r]) - x_hat * average_gx[r]));
     }
   });
 }

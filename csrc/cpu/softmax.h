@@ -1,4 +1,4 @@
-// Softmax of one row, forward and backward; causal_softmax.cpp and masked_softmax.cpp say which columns a row has.
+// Softmax of one row, forward and backward; causal_softmax.cpp says which columns a row has.
 #pragma once
 #include "elementary.h"
 #include "noise.h"

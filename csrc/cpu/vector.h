@@ -27,7 +27,6 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(8)));
 
 // Elements as they lie in memory; arithmetic is on Floats alone.
 struct Half {

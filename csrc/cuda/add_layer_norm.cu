@@ -33,7 +33,7 @@ extern "C" int mx_cuda_add_layer_norm_backward(int dtype, int weight_dtype, cons
     mx::LayerNormBackward<T> a{};
     a.dy = static_cast<const T*>(dy);
     a.dsum = static_cast<const T*>(dsum);
-    a.saved = static_cast<const T*>(sum);
+    a.x = static_cast<const T*>(sum);
     a.weight = mx::weights_of(weight, weight_dtype);
     a.mean = mean;
     a.rstd = rstd;
@@ -46,6 +46,6 @@ extern "C" int mx_cuda_add_layer_norm_backward(int dtype, int weight_dtype, cons
     a.rows = rows;
     a.cols = static_cast<int>(cols);
     void* const results[3] = {dweight, dbias, dx_bias};
-    return mx::launch_layer_norm_backward<T, mx::kAdd>(a, weight_dtype, results, partitions, mx::stream_of(stream));
+    return mx::launch_layer_norm_backward<T, true>(a, weight_dtype, results, partitions, mx::stream_of(stream));
   });
 }

@@ -16,20 +16,18 @@ extern "C" int mx_cuda_layer_norm_forward(int dtype, int weight_dtype, const voi
   });
 }
 
-extern "C" int mx_cuda_layer_norm_backward(int dtype, int weight_dtype, const void* dy, const void* saved,
-                                           int saved_is_output, const void* weight, const void* bias, const float* mean,
-                                           const float* rstd, void* dx, void* dweight, void* dbias, float* workspace,
-                                           int64_t partitions, int64_t rows, int64_t cols, void* stream) {
+extern "C" int mx_cuda_layer_norm_backward(int dtype, int weight_dtype, const void* dy, const void* x,
+                                           const void* weight, const float* mean, const float* rstd, void* dx,
+                                           void* dweight, void* dbias, float* workspace, int64_t partitions,
+                                           int64_t rows, int64_t cols, void* stream) {
   if (!mx::weight_dtype_ok(dtype, weight_dtype) || rows < 0 || !mx::columns_ok(cols)) return MX_BAD_ARGUMENT;
-  if (!mx::partitions_ok(partitions) || !weight || (rows > 0 && (saved_is_output ? !bias : !mean)))
-    return MX_BAD_ARGUMENT;
+  if (!mx::partitions_ok(partitions) || !weight || (rows > 0 && !mean)) return MX_BAD_ARGUMENT;
   return mx::by_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     mx::LayerNormBackward<T> a{};
     a.dy = static_cast<const T*>(dy);
-    a.saved = static_cast<const T*>(saved);
+    a.x = static_cast<const T*>(x);
     a.weight = mx::weights_of(weight, weight_dtype);
-    a.bias = mx::weights_of(saved_is_output ? bias : nullptr, weight_dtype);
     a.mean = mean;
     a.rstd = rstd;
     a.dx = static_cast<T*>(dx);
@@ -38,8 +36,6 @@ extern "C" int mx_cuda_layer_norm_backward(int dtype, int weight_dtype, const vo
     a.rows = rows;
     a.cols = static_cast<int>(cols);
     void* const results[3] = {dweight, dbias, nullptr};
-    const cudaStream_t on = mx::stream_of(stream);
-    if (saved_is_output) return mx::launch_layer_norm_backward<T, mx::kOutput>(a, weight_dtype, results, partitions, on);
-    return mx::launch_layer_norm_backward<T, mx::kInput>(a, weight_dtype, results, partitions, on);
+    return mx::launch_layer_norm_backward<T, false>(a, weight_dtype, results, partitions, mx::stream_of(stream));
   });
 }

@@ -1,10 +1,10 @@
 // LayerNorm backward, alone or before the residual add:
 //
-//   x_hat = (saved - mean) * rstd            or, from the output (kOutput), (saved - bias) / weight
+//   x_hat = (x - mean) * rstd
 //   g     = dy * weight
-//   d     = rstd * (g - avg(g) - x_hat * avg(g * x_hat))   [+ dsum (kAdd)]
-//   dx    = d, and with kAdd dropped = dropout'(d), the gradient of what was dropped before the sum
-//   dweight = column sums of dy * x_hat,  dbias = of dy,  with kAdd dx_bias = of dropout'(d)
+//   d     = rstd * (g - avg(g) - x_hat * avg(g * x_hat))   [+ dsum (ADD)]
+//   dx    = d, and with ADD dropped = dropout'(d), the gradient of what was dropped before the sum
+//   dweight = column sums of dy * x_hat,  dbias = of dy,  with ADD dx_bias = of dropout'(d)
 //
 // Threads to data: a block is `partition` p of the rows and walks over them, blockDim.y rows at a time; a row belongs to
 // threadIdx.x, lane l has vectors l, l + lanes, ... of 16 bytes. Both averages need one barrier a row (rows of a warp or
@@ -20,8 +20,6 @@
 
 namespace mx {
 
-enum LayerNormMode { kInput = 0, kOutput = 1, kAdd = 2 };
-
 constexpr int kBackwardBlock = 256;
 constexpr int kWideBlock = 512;
 
@@ -36,9 +34,8 @@ template <class T>
 struct LayerNormBackward {
   const T* dy;
   const T* dsum;
-  const T* saved;
+  const T* x;
   Weights weight;
-  Weights bias;
   const float* mean;
   const float* rstd;
   T* dx;
@@ -51,16 +48,11 @@ struct LayerNormBackward {
   int cols;
 };
 
-template <int MODE>
-MX_DEVICE float normalized(float saved, float mean, float rstd, float weight, float bias) {
-  return MODE == kOutput ? __fdividef(saved - bias, weight) : (saved - mean) * rstd;
-}
-
 // Vectors of one row, as they lie in memory.
 template <class T, int N, int VECTORS>
 struct RowPair {
   Pack<T, N> dy[VECTORS];
-  Pack<T, N> saved[VECTORS];
+  Pack<T, N> x[VECTORS];
 };
 
 template <bool WIDE, class T, int N, int VECTORS>
@@ -71,7 +63,7 @@ MX_DEVICE void read_pair(const LayerNormBackward<T>& a, int64_t row, RowPair<T, 
     const int column = (v * lanes + lane) * N;
     if (row >= a.rows || column >= a.cols) continue;
     to.dy[v] = read<T, N>(a.dy + row * a.cols + column);
-    to.saved[v] = read<T, N>(a.saved + row * a.cols + column);
+    to.x[v] = read<T, N>(a.x + row * a.cols + column);
   }
 }
 
@@ -151,18 +143,18 @@ struct ColumnSums {
   }
 };
 
-template <class T, int PER_LANE, int MODE>
+template <class T, int PER_LANE, bool ADD>
 __global__ void __launch_bounds__(512) layer_norm_backward_kernel(LayerNormBackward<T> a) {
-  constexpr int N = kVector<T>, VECTORS = PER_LANE / N, SUMS = MODE == kAdd ? 3 : 2;
-  constexpr bool SHARED = PER_LANE > 16, AHEAD = sizeof(T) == 2 && MODE != kAdd && !SHARED;
-  // With float32 the registers of dy and saved take g and x_hat instead; with 16 bits those are found a second time.
+  constexpr int N = kVector<T>, VECTORS = PER_LANE / N, SUMS = ADD ? 3 : 2;
+  constexpr bool SHARED = PER_LANE > 16, AHEAD = sizeof(T) == 2 && !ADD && !SHARED;
+  // With float32 the registers of dy and x take g and x_hat instead; with 16 bits those are found a second time.
   constexpr bool IN_PLACE = sizeof(T) == 4;
   MX_SHARED(float, scratch, [2 * 2 * kMaxWarps]);
   MX_DYNAMIC_SHARED(float, memory);
   const int lanes = lanes_of_row<SHARED>(), lane = static_cast<int>(threadIdx.x);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   const float inverse = 1.f / static_cast<float>(a.cols);
-  const uint64_t seed = MODE == kAdd ? read_seed(a.dropout, a.seed) : 0;
+  const uint64_t seed = ADD ? read_seed(a.dropout, a.seed) : 0;
 
   ColumnSums<SUMS, VECTORS, N, SHARED> columns;
   columns.clear(memory, a.cols, a.sums);
@@ -174,29 +166,28 @@ __global__ void __launch_bounds__(512) layer_norm_backward_kernel(LayerNormBackw
     if constexpr (AHEAD) read_pair<SHARED>(a, row + step, next);
     const bool live = row < a.rows;
     const float rstd = live ? a.rstd[row] : 0.f;
-    const float mean = live && MODE != kOutput ? a.mean[row] : 0.f;
+    const float mean = live ? a.mean[row] : 0.f;
 
     float sums[2] = {0.f, 0.f};
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       const int column = (v * lanes + lane) * N;
       if (!live || column >= a.cols) continue;
-      float dy[N], x[N], weight[N], bias[N];
+      float dy[N], x[N], weight[N];
       unpack(pair.dy[v], dy);
-      unpack(pair.saved[v], x);
+      unpack(pair.x[v], x);
       load_weights<T, N>(a.weight, column, weight);
-      if constexpr (MODE == kOutput) load_weights<T, N>(a.bias, column, bias);
       columns.add(1, v, column, dy);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        x[k] = normalized<MODE>(x[k], mean, rstd, weight[k], MODE == kOutput ? bias[k] : 0.f);
+        x[k] = (x[k] - mean) * rstd;
         const float g = dy[k] * weight[k];
         sums[0] += g;
         sums[1] += g * x[k];
         dy[k] *= x[k];
         if constexpr (IN_PLACE) {
           pair.dy[v].word[k] = g;
-          pair.saved[v].word[k] = x[k];
+          pair.x[v].word[k] = x[k];
         }
       }
       columns.add(0, v, column, dy);
@@ -212,26 +203,25 @@ __global__ void __launch_bounds__(512) layer_norm_backward_kernel(LayerNormBackw
       const int64_t at = row * a.cols + column;
       float out[N], x[N];
       unpack(pair.dy[v], out);
-      unpack(pair.saved[v], x);
+      unpack(pair.x[v], x);
       if constexpr (!IN_PLACE) {
-        float weight[N], bias[N];
+        float weight[N];
         load_weights<T, N>(a.weight, column, weight);
-        if constexpr (MODE == kOutput) load_weights<T, N>(a.bias, column, bias);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          x[k] = normalized<MODE>(x[k], mean, rstd, weight[k], MODE == kOutput ? bias[k] : 0.f);
+          x[k] = (x[k] - mean) * rstd;
           out[k] *= weight[k];
         }
       }
 #pragma unroll
       for (int k = 0; k < N; ++k) out[k] = rstd * (out[k] - average - x[k] * slope);
-      if (MODE == kAdd && a.dsum) {
+      if (ADD && a.dsum) {
         load<T, N>(a.dsum + at, x);
 #pragma unroll
         for (int k = 0; k < N; ++k) out[k] += x[k];
       }
       store<T, N>(a.dx + at, out);
-      if constexpr (MODE == kAdd) {
+      if constexpr (ADD) {
         if (a.dropout.threshold) {
           apply_dropout<N>(a.dropout, seed, at, out);
           store<T, N>(a.dropped + at, out);
@@ -248,12 +238,12 @@ __global__ void __launch_bounds__(512) layer_norm_backward_kernel(LayerNormBackw
   columns.finish(a.workspace, a.sums);
 }
 
-template <class T, int MODE>
+template <class T, bool ADD>
 __global__ void __launch_bounds__(kBackwardBlock, 1) layer_norm_backward_loop_kernel(LayerNormBackward<T> a) {
   MX_SHARED(float, scratch, [2 * 2 * kMaxWarps]);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t plane = static_cast<int64_t>(gridDim.x) * a.cols;
-  const uint64_t seed = MODE == kAdd ? read_seed(a.dropout, a.seed) : 0;
+  const uint64_t seed = ADD ? read_seed(a.dropout, a.seed) : 0;
   float* const columns = a.workspace + static_cast<int64_t>(blockIdx.x) * a.cols;
   for (int column = thread; column < a.cols; column += kBackwardBlock)
     for (int s = 0; s < a.sums; ++s) columns[s * plane + column] = 0.f;
@@ -261,14 +251,13 @@ __global__ void __launch_bounds__(kBackwardBlock, 1) layer_norm_backward_loop_ke
   int parity = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t start = row * a.cols;
-    const float rstd = a.rstd[row], mean = MODE != kOutput ? a.mean[row] : 0.f;
+    const float rstd = a.rstd[row], mean = a.mean[row];
     float sums[2] = {0.f, 0.f};
     for (int column = thread; column < a.cols; column += kBackwardBlock) {
-      float weight[1], bias[1] = {0.f};
+      float weight[1];
       load_weights<T, 1>(a.weight, column, weight);
-      if constexpr (MODE == kOutput) load_weights<T, 1>(a.bias, column, bias);
       const float dy = to_float(a.dy[start + column]);
-      const float x = normalized<MODE>(to_float(a.saved[start + column]), mean, rstd, weight[0], bias[0]);
+      const float x = (to_float(a.x[start + column]) - mean) * rstd;
       sums[0] += dy * weight[0];
       sums[1] += dy * weight[0] * x;
       columns[column] += dy * x;
@@ -278,14 +267,13 @@ __global__ void __launch_bounds__(kBackwardBlock, 1) layer_norm_backward_loop_ke
     parity ^= 1;
     const float average = sums[0] / static_cast<float>(a.cols), slope = sums[1] / static_cast<float>(a.cols);
     for (int column = thread; column < a.cols; column += kBackwardBlock) {
-      float weight[1], bias[1] = {0.f}, out[1];
+      float weight[1], out[1];
       load_weights<T, 1>(a.weight, column, weight);
-      if constexpr (MODE == kOutput) load_weights<T, 1>(a.bias, column, bias);
-      const float x = normalized<MODE>(to_float(a.saved[start + column]), mean, rstd, weight[0], bias[0]);
+      const float x = (to_float(a.x[start + column]) - mean) * rstd;
       out[0] = rstd * (to_float(a.dy[start + column]) * weight[0] - average - x * slope);
-      if (MODE == kAdd && a.dsum) out[0] += to_float(a.dsum[start + column]);
+      if (ADD && a.dsum) out[0] += to_float(a.dsum[start + column]);
       store<T, 1>(a.dx + start + column, out);
-      if constexpr (MODE == kAdd) {
+      if constexpr (ADD) {
         if (a.dropout.threshold) {
           apply_dropout<1>(a.dropout, seed, start + column, out);
           store<T, 1>(a.dropped + start + column, out);
@@ -297,25 +285,25 @@ __global__ void __launch_bounds__(kBackwardBlock, 1) layer_norm_backward_loop_ke
 }
 
 // Launches one of the kernels above and the sum over partitions; arguments have been checked.
-template <class T, int MODE>
+template <class T, bool ADD>
 int launch_layer_norm_backward(const LayerNormBackward<T>& a, int weight_dtype, void* const (&results)[3],
                                int64_t partitions, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(partitions));
   bool vectors = a.cols <= kMaxRegisterColumns && a.cols % kVector<T> == 0 &&
-                 aligned(a.dy, a.dsum, a.saved, a.weight.data, a.bias.data, a.dx, a.dropped, a.workspace);
+                 aligned(a.dy, a.dsum, a.x, a.weight.data, a.dx, a.dropped, a.workspace);
   if (vectors && a.cols <= kMaxRegisterColumns / 2) {
     const RowShape shape = row_shape(a.cols, 16, kBackwardBlock);
     const size_t bytes = shape.rows > 1 ? shape.rows * a.cols * sizeof(float) : 0;
-    MX_LAUNCH((layer_norm_backward_kernel<T, 16, MODE>), grid, dim3(shape.lanes, shape.rows), bytes, stream, a);
+    MX_LAUNCH((layer_norm_backward_kernel<T, 16, ADD>), grid, dim3(shape.lanes, shape.rows), bytes, stream, a);
   } else if (vectors) {
     const size_t bytes = static_cast<size_t>(a.sums) * a.cols * sizeof(float);
-    vectors = allow_shared(layer_norm_backward_kernel<T, 32, MODE>, bytes);
+    vectors = allow_shared(layer_norm_backward_kernel<T, 32, ADD>, bytes);
     if (vectors) {
-      MX_LAUNCH((layer_norm_backward_kernel<T, 32, MODE>), grid, dim3(kWideBlock), bytes, stream, a);
+      MX_LAUNCH((layer_norm_backward_kernel<T, 32, ADD>), grid, dim3(kWideBlock), bytes, stream, a);
     }
   }
   if (!vectors) {
-    MX_LAUNCH((layer_norm_backward_loop_kernel<T, MODE>), grid, dim3(kBackwardBlock), 0, stream, a);
+    MX_LAUNCH((layer_norm_backward_loop_kernel<T, ADD>), grid, dim3(kBackwardBlock), 0, stream, a);
   }
   const int status = MX_LAST_ERROR();
   if (status != 0) return status;

@@ -1,12 +1,11 @@
-// Softmax of attention scores, causal or masked, with dropout, forward and backward:
+// Causal softmax of attention scores, with dropout, forward and backward:
 //
 //   p = exp(scale * s - m) / sum exp(scale * s - m),   m = max(scale * s),   over the columns a row may see
 //   dropped = p * factor                               factor: 0, or 1 / (1 - dropout), from Philox (philox.h)
 //   ds = scale * p * (g - sum(p * g)),                 g = dy * factor
 //
-// Layout: scores [rows, sk], row = (batch * heads + head) * sq + i. Causal: row i sees columns 0 .. i + sk - sq; what is
-// beyond is neither read nor computed, and written as 0. Masked: it sees those whose mask byte is 0; a row that sees
-// none is 0. Saved for the backward pass: p, and the seed of the dropout.
+// Layout: scores [rows, sk], row = (batch * heads + head) * sq + i. Row i sees columns 0 .. i + sk - sq; what is beyond
+// is neither read nor computed, and written as 0. Saved for the backward pass: p, and the seed of the dropout.
 //
 // Threads to data: a row belongs to threadIdx.x of its block, blockDim.y rows to a block: rows of up to a warp have a
 // power of two of lanes, so that a warp has 32 rows of 8 columns or one of 256; longer rows have whole warps. Lane l
@@ -19,20 +18,18 @@
 
 namespace mx {
 
-template <class T, int N, int PER_LANE, bool MASKED>
+template <class T, int N, int PER_LANE>
 __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
-    softmax_forward_kernel(const T* __restrict__ scores, MaskRows mask, T* __restrict__ probs, T* __restrict__ dropped,
-                           float scale, Dropout dropout, const int64_t* seed_from, AttentionRows shape) {
+    softmax_forward_kernel(const T* __restrict__ scores, T* __restrict__ probs, T* __restrict__ dropped, float scale,
+                           Dropout dropout, const int64_t* seed_from, AttentionRows shape) {
   constexpr int VECTORS = PER_LANE / N;
-  MX_SHARED(float, scratch, [3 * kMaxWarps]);
+  MX_SHARED(float, scratch, [2 * kMaxWarps]);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, start = row * shape.sk;
   const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x);
   const int length = visible_columns(shape, row);
 
   float value[VECTORS][N];
-  float top[MASKED ? 2 : 1];  // the maximum and, masked, 1 where any column is seen
-  top[0] = -INFINITY;
-  if constexpr (MASKED) top[1] = 0.f;
+  float top[1] = {-INFINITY};
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     const int column = (v * lanes + lane) * N;
@@ -40,7 +37,6 @@ __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
     load<T, N>(scores + start + column, value[v]);
 #pragma unroll
     for (int k = 0; k < N; ++k) value[v][k] = column + k < length ? value[v][k] * scale : -INFINITY;
-    if constexpr (MASKED) hide<N>(mask, shape, row, column, value[v], top[1]);
 #pragma unroll
     for (int k = 0; k < N; ++k) top[0] = fmaxf(top[0], value[v][k]);
   }
@@ -58,10 +54,8 @@ __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
       total[0] += value[v][k];
     }
   }
-  reduce_row<Sum>(total, scratch + 2 * kMaxWarps);
+  reduce_row<Sum>(total, scratch + kMaxWarps);
   if (row >= shape.rows) return;
-  bool empty = false;
-  if constexpr (MASKED) empty = top[1] == 0.f;
   const float inverse = 1.f / total[0];
   const uint64_t seed = read_seed(dropout, seed_from);
 
@@ -70,7 +64,7 @@ __global__ void __launch_bounds__(softmax_threads(PER_LANE), 1)
     const int column = (v * lanes + lane) * N;
     if (column >= shape.sk) continue;
 #pragma unroll
-    for (int k = 0; k < N; ++k) value[v][k] = column + k < length && !empty ? value[v][k] * inverse : 0.f;
+    for (int k = 0; k < N; ++k) value[v][k] = column + k < length ? value[v][k] * inverse : 0.f;
     store<T, N>(probs + start + column, value[v]);
     if (!dropout.threshold) continue;
     if (column < length) apply_dropout<N>(dropout, seed, start + column, value[v]);
@@ -131,9 +125,9 @@ SoftmaxGrid softmax_grid(const AttentionRows& shape) {
   return {block, ceil_div(shape.rows, block.rows)};
 }
 
-template <class T, int N, bool MASKED>
-int launch_softmax_forward(const void* scores, const MaskRows& mask, void* probs, void* dropped, float scale,
-                           Dropout dropout, const int64_t* seed, const AttentionRows& shape, cudaStream_t stream) {
+template <class T, int N>
+int launch_softmax_forward(const void* scores, void* probs, void* dropped, float scale, Dropout dropout,
+                           const int64_t* seed, const AttentionRows& shape, cudaStream_t stream) {
   const SoftmaxGrid g = softmax_grid<N>(shape);
   if (g.blocks > kMaxGrid) return MX_UNSUPPORTED;
   const dim3 grid(static_cast<unsigned>(g.blocks)), block(g.block.lanes, g.block.rows);
@@ -141,14 +135,14 @@ int launch_softmax_forward(const void* scores, const MaskRows& mask, void* probs
   T* p_out = static_cast<T*>(probs);
   T* dropped_out = static_cast<T*>(dropped);
   if (shape.sk <= kShortRow) {
-    MX_LAUNCH((softmax_forward_kernel<T, N, per_lane(N, true), MASKED>), grid, block, 0, stream, from, mask, p_out,
-              dropped_out, scale, dropout, seed, shape);
-  } else if constexpr (N == 1) {
-    MX_LAUNCH((softmax_forward_loop_kernel<T, MASKED>), grid, block, 0, stream, from, mask, p_out, dropped_out, scale,
+    MX_LAUNCH((softmax_forward_kernel<T, N, per_lane(N, true)>), grid, block, 0, stream, from, p_out, dropped_out, scale,
               dropout, seed, shape);
+  } else if constexpr (N == 1) {
+    MX_LAUNCH((softmax_forward_loop_kernel<T>), grid, block, 0, stream, from, p_out, dropped_out, scale, dropout, seed,
+              shape);
   } else {
-    MX_LAUNCH((softmax_forward_kernel<T, N, per_lane(N, false), MASKED>), grid, block, 0, stream, from, mask, p_out,
-              dropped_out, scale, dropout, seed, shape);
+    MX_LAUNCH((softmax_forward_kernel<T, N, per_lane(N, false)>), grid, block, 0, stream, from, p_out, dropped_out, scale,
+              dropout, seed, shape);
   }
   return MX_LAST_ERROR();
 }

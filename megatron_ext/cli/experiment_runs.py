@@ -5,9 +5,7 @@ Everything is read off the run directories, so that a status is right whoever tr
 keeps two processes from training the same experiment, and ``configs/RUN.json``, what each run was started with.
 """
 
-import fcntl
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +14,18 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
-from megatron_ext.cli.progress import Progress, Situation, State, read_progress, situations
-from megatron_ext.config.experiment import Experiment, ExperimentRun
+from megatron_ext.config.resolved import resolved_json
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, ExperimentRun
+from megatron_ext.launch.slurm import QueuedJob
+from megatron_ext.launch.status import Progress, Situation, State, read_progress, situations
 from megatron_ext.runtime.files import replace_text
-from megatron_ext.slurm.commands import QueuedJob
+from megatron_ext.runtime.run_lock import HeldError, file_lock, is_held
+from megatron_ext.text import finite_or_none
 
 if TYPE_CHECKING:
-    from megatron_ext.metrics.report_data import RunData
+    from megatron_ext.analysis.run_data import RunData
 
 _BAD_INPUT = 2
 """Exit status of a run whose input is wrong: another attempt would find it as wrong."""
@@ -60,8 +61,8 @@ class RunStatus:
             "step": progress.step,
             "steps": progress.steps,
             "tokens": progress.tokens,
-            "valid_loss": _finite(progress.valid_loss),
-            "largest_ratio": _finite(progress.largest_ratio),
+            "valid_loss": finite_or_none(progress.valid_loss),
+            "largest_ratio": finite_or_none(progress.largest_ratio),
             "seconds": progress.seconds,
             "eta_s": progress.eta_seconds,
             "job": job.job if job else None,
@@ -79,7 +80,7 @@ def plans_of(experiment: Experiment) -> list[TrainingPlan]:
     plans = []
     for run in experiment.runs:
         try:
-            plans.append(TrainingPlan.from_config(run.config))
+            plans.append(run.config.plan())
         except UserError as error:
             raise UserError(f"{experiment.source} (variant {run.variant}): {error}") from None
     return plans
@@ -164,10 +165,11 @@ def _train_twice(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, sto
 
 def _train(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
     """Exit status of the run, and what to say of it if that is not 0."""
-    from megatron_ext.cli.train import start
+    from megatron_ext.launch.launcher import launch, this_machine
 
     try:
-        exit_status = start(ledger.write_config(run), nproc=nproc, stop=stop)
+        ledger.write_config(run)
+        exit_status = launch(this_machine(nproc), run.config, stop=stop)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         return _BAD_INPUT, str(error)
@@ -182,9 +184,8 @@ def data_of(experiment: Experiment) -> "list[RunData]":
     Raises:
         UserError: none has.
     """
-    from megatron_ext.metrics.columns import read_columns
-    from megatron_ext.metrics.jsonl import FILE_NAME
-    from megatron_ext.metrics.report_data import read_run
+    from megatron_ext.analysis.run_data import read_run
+    from megatron_ext.metrics.jsonl import FILE_NAME, read_columns
 
     found = []
     for run in experiment.runs:
@@ -239,14 +240,9 @@ class Ledger:
 
     def running(self) -> str | None:
         """Name of the run that a process is training now."""
-        try:
-            with self._lock.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        if not is_held(self._lock):
             return None
-        except BlockingIOError:
-            return next((name for name, entry in self._read().items() if "began" in entry), None)
-        return None
+        return next((name for name, entry in self._read().items() if "began" in entry), None)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -256,21 +252,19 @@ class Ledger:
             UserError: another process holds it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self._folder}: another process is training this experiment; wait for it, or stop it first"
-                ) from None
-            yield
+        try:
+            with file_lock(self._lock):
+                yield
+        except HeldError as holder:
+            raise UserError(
+                f"{self._folder}: another process is training this experiment ({holder}); wait for it, or stop it first"
+            ) from None
 
-    def write_config(self, run: ExperimentRun) -> Path:
-        """Write the run's resolved config and return its path."""
+    def write_config(self, run: ExperimentRun) -> None:
+        """Write down what the run is started with."""
         path = self._folder / "configs" / f"{run.config.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run.config.model_dump(mode="json"), indent=1) + "\n")
-        return path
+        replace_text(path, resolved_json(run.config))
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -283,10 +277,6 @@ class Ledger:
 
     def _write(self, entries: dict[str, Any]) -> None:
         replace_text(self._path, json.dumps(entries, indent=1) + "\n")
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def done(found: Sequence[RunStatus]) -> str:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_ext.text import format_duration
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -47,19 +49,18 @@ def status_table(found: Sequence["RunStatus"]) -> "Table":
             f"{progress.tokens:,}" if progress.tokens else "",
             _number(progress.valid_loss, 4),
             _number(progress.largest_ratio, 3),
-            duration(progress.seconds) if progress.seconds else "",
-            duration(progress.eta_seconds) if progress.eta_seconds else "",
+            format_duration(progress.seconds) if progress.seconds else "",
+            format_duration(progress.eta_seconds) if progress.eta_seconds else "",
         )
     return table
 
 
 def plan_table(found: Sequence["RunStatus"]) -> "Table":
     """What would be trained."""
-    from megatron_ext.curriculum.plan import TrainingPlan
 
     table = _table("variant", "seed", "state", "steps", "tokens", "run directory")
     for item in found:
-        plan = TrainingPlan.from_config(item.run.config)
+        plan = item.run.config.plan()
         table.add_row(
             item.run.variant,
             str(item.run.seed),
@@ -94,10 +95,3 @@ def _number(value: float | None, digits: int) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}f}" if math.isfinite(value) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,7 +9,7 @@ import typer
 from megatron_ext.cli.common import AsJson
 
 if TYPE_CHECKING:
-    from megatron_ext.ops.building.sources import Backend
+    from megatron_ext.ops.building.recipe import Backend
 
 kernels_app = typer.Typer(
     no_args_is_help=True,
@@ -32,8 +32,8 @@ def build(
 
     Example: megatron-ext kernels build --cuda --force
     """
-    from megatron_ext.ops.building.problem import KernelsUnavailableError
-    from megatron_ext.ops.building.sources import CPU, CUDA
+    from megatron_ext.ops.building.recipe import CPU, CUDA
+    from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 
     everything = not (cpu or cuda)
     if cpu or everything:
@@ -50,9 +50,8 @@ def build(
 def _built(backend: "Backend", *, force: bool) -> str:
     """Build one library; a line about it."""
     from megatron_ext.ops.building.builder import build_library, cached_library
-    from megatron_ext.ops.building.recipe import recipe_for
-    from megatron_ext.ops.building.sources import CUDA
-    from megatron_ext.runtime.kernel_environment import kernel_environment
+    from megatron_ext.ops.building.recipe import CUDA, recipe_for
+    from megatron_ext.runtime.environment import kernel_environment
 
     devices = []
     if backend == CUDA:
@@ -82,7 +81,7 @@ def bench(
     ] = "gpt2",
     dtype: Annotated[Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of activations.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 7,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Of each contestant in a round.")] = 0.1,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of each implementation in a round.")] = 0.1,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Whether torch.compile takes part.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -94,11 +93,10 @@ def bench(
     Example: megatron-ext kernels bench --sizes large --json
     """
     from megatron_ext.errors import UserError
+    from megatron_ext.ops.bench.figures import OPERATIONS, cases, figures, table
+    from megatron_ext.ops.bench.figures import as_json as to_json
     from megatron_ext.ops.bench.measure import Effort, copy_rate, measure
-    from megatron_ext.ops.bench.results import as_json as to_json
-    from megatron_ext.ops.bench.results import figures, table
-    from megatron_ext.ops.bench.traffic import OPERATIONS, cases
-    from megatron_ext.ops.building.sources import CPU, CUDA
+    from megatron_ext.ops.building.recipe import CPU, CUDA
     from megatron_ext.ops.loading import load_operators
     from megatron_ext.runtime.device import gpu_names, select_device
 
@@ -120,5 +118,5 @@ def bench(
         return
     typer.echo(f"{name}, copies {rate / 1e9:.1f} GB/s\n{table(rows)}")
     for one in measured:
-        for contestant, why in one.failures.items():
-            typer.echo(f"{one.case}: {contestant} failed: {why}")
+        for name, why in one.failures.items():
+            typer.echo(f"{one.case}: {name} failed: {why}")

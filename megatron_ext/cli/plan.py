@@ -1,13 +1,40 @@
 """``megatron-ext plan``: what a run will do and cost, before a device is taken."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
+from rich.box import SIMPLE, SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
 from megatron_ext.config.loading import load_config
+from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
+from megatron_ext.curriculum.sampler import check_batches_divide, data_parallel_size, micro_batch_sizes
+from megatron_ext.curriculum.segments import Segment
+from megatron_ext.errors import UserError
+from megatron_ext.model.counts import (
+    MemoryEstimate,
+    ParameterCount,
+    count_parameters,
+    estimate_memory,
+    full_length_flops,
+    run_flops,
+)
+from megatron_ext.text import format_count, format_duration
+
+_ROWS = 12
+"""Rows of the table of lengths."""
+
+
+_COLORS: Final = ("#0072B2", "#D55E00")
+_FORMATS: Final = (".png", ".pdf", ".svg")
 
 Ranks = Annotated[
     int | None,
@@ -48,28 +75,282 @@ def command(
 
     Example: megatron-ext plan configs/gpt2/1.5b_slw.json --ranks 64 --device-tflops 312 --plot plan.png
     """
-    from rich.console import Console
-
-    from megatron_ext.cli.plan_report import Machine, plan_report, tables
-    from megatron_ext.curriculum.plan import possible_plans
-
     run = load_config(config, overrides or ())
-    plans = possible_plans(run)
-    machine = Machine(ranks=ranks or run.parallel.tensor, device_tflops=device_tflops, mfu=mfu)
+    plans, tensor = run.possible_plans(), run.parallel.tensor
+    machine = Machine(ranks=ranks or tensor, tensor=tensor, device_tflops=device_tflops, mfu=mfu)
     reports = {which: plan_report(run, plan, machine) for which, plan in plans.items()}
     if plot is not None:
-        from megatron_ext.cli.plan_figure import draw_plan
-
         draw_plan(plans, plot)
     if as_json:
-        told = {which: report.to_json() for which, report in reports.items()}
-        typer.echo(json.dumps(told if len(told) > 1 else next(iter(told.values())), indent=2))
+        answers = {which: report.to_json() for which, report in reports.items()}
+        typer.echo(json.dumps(answers if len(answers) > 1 else next(iter(answers.values())), indent=2))
         return
     console = Console(highlight=False)
     for which, report in reports.items():
         if len(reports) > 1:
             console.rule(f"The {which} plan", align="left")
-        for table in tables(run, report):
+        for table in tables(report):
             console.print(table)
     if plot is not None:
         console.print(f"Plot: {plot}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is priced for."""
+
+    ranks: int
+    tensor: int
+    """Tensor-parallel ranks that share one copy of the model."""
+
+    device_tflops: float | None
+    """Peak rate of one device in TFLOP/s; None: no time is estimated."""
+
+    mfu: float
+    """Share of the peak that the run reaches."""
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.ranks // self.tensor
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan and its price."""
+
+    run_dir: Path
+    plan: TrainingPlan
+    machine: Machine
+    micro_batch_tokens: int
+    """Tokens that one rank may hold in one pass."""
+
+    parameters: ParameterCount
+    rank_parameters: ParameterCount
+    """Those that one tensor-parallel rank holds."""
+
+    flops: int
+    """Forward and backward of the whole run, attention counted in full at each step's length."""
+
+    causal_flops: int
+    """The same with the attention's pairs below the diagonal only."""
+
+    full_length_flops: int
+    """``flops`` of as many tokens at the full length."""
+
+    memory: MemoryEstimate
+    seconds: float | None
+    """Training time at the machine's rate; None without one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the derived numbers filled in."""
+        return {
+            "plan": self.plan.to_json(),
+            "learning_rate": [asdict(step) for step in key_steps(self.plan)],
+            "parameters": asdict(self.parameters) | {"total": self.parameters.total},
+            "rank_parameters": asdict(self.rank_parameters) | {"total": self.rank_parameters.total},
+            "flops": {
+                "total": self.flops,
+                "causal": self.causal_flops,
+                "full_length": self.full_length_flops,
+                "saving": 1 - self.flops / self.full_length_flops,
+            },
+            "memory_per_rank": asdict(self.memory) | {"device": self.memory.device},
+            "ranks": self.machine.ranks,
+            "data_parallel": self.machine.data_size,
+            "device_tflops": self.machine.device_tflops,
+            "mfu": self.machine.mfu,
+            "estimated_seconds": self.seconds,
+        }
+
+
+def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> PlanReport:
+    """Price ``plan`` on ``machine``.
+
+    Raises UserError if the ranks do not divide into tensor-parallel groups or a batch over the data-parallel ranks, or
+    if a rate is not positive.
+    """
+    _check(machine, plan)
+    model, positions = config.model, config.max_positions
+    flops = run_flops(model, plan.segments)
+    rate = None if machine.device_tflops is None else machine.ranks * machine.device_tflops * 1e12 * machine.mfu
+    return PlanReport(
+        run_dir=config.run_dir,
+        plan=plan,
+        machine=machine,
+        micro_batch_tokens=config.micro_batch_tokens,
+        parameters=count_parameters(model, positions=positions),
+        rank_parameters=count_parameters(model, positions=positions, tensor=machine.tensor),
+        flops=flops,
+        causal_flops=run_flops(model, plan.segments, causal=True),
+        full_length_flops=full_length_flops(model, tokens=plan.tokens, seq_len=plan.seq_len),
+        memory=estimate_memory(
+            model,
+            config.parallel,
+            precision=config.training.precision,
+            positions=positions,
+            seq_len=config.training.seq_len,
+            data_size=machine.data_size,
+        ),
+        seconds=None if rate is None else flops / rate,
+    )
+
+
+def _check(machine: Machine, plan: TrainingPlan) -> None:
+    try:
+        check_batches_divide(plan, data_parallel_size(machine.ranks, tensor=machine.tensor))
+    except UserError as error:
+        raise UserError(f"--ranks is {machine.ranks}: {error}") from None
+    if machine.device_tflops is not None and machine.device_tflops <= 0:
+        raise UserError(f"--device-tflops is {machine.device_tflops:g}: pass a positive rate")
+    if not 0 < machine.mfu <= 1:
+        raise UserError(f"--mfu is {machine.mfu:g}: pass a share above 0 and up to 1")
+
+
+def key_steps(plan: TrainingPlan) -> list[PlannedStep]:
+    """First step, the end of the LR warmup, start, quarters and end of the decay within the run, and the last step."""
+    rate = plan.learning_rate
+    chosen = {0, plan.steps - 1}
+    if rate.warmup:
+        done = plan.step_at_tokens(rate.warmup) if rate.warmup_in_tokens else rate.warmup
+        chosen.add(done - 1)
+    if rate.shape != "constant":
+        span = rate.decay_until - rate.decay_from
+        points = (rate.decay_from + span * quarter // 4 for quarter in range(5))
+        chosen |= {max(plan.step_at_tokens(point) - 1, 0) for point in points if point <= plan.tokens}
+    return [plan[step] for step in sorted(chosen)]
+
+
+def summarized(segments: Sequence[Segment], rows: int = _ROWS) -> list[Sequence[Segment]]:
+    """Consecutive segments in at most ``rows`` groups; the first and the last segment stay alone."""
+    if len(segments) <= rows:
+        return [[segment] for segment in segments]
+    inner = segments[1:-1]
+    bounds = [len(inner) * group // (rows - 2) for group in range(rows - 1)]
+    groups = [inner[start:end] for start, end in pairwise(bounds)]
+    return [segments[:1], *groups, segments[-1:]]
+
+
+def tables(report: PlanReport) -> Iterator[Table]:
+    """What the terminal shows, table by table."""
+    yield _run_table(report)
+    yield _length_table(report)
+    yield _rate_table(report.plan)
+    yield _cost_table(report)
+
+
+def _run_table(report: PlanReport) -> Table:
+    plan = report.plan
+    table = _pairs(f"Run {report.run_dir}")
+    table.add_row("steps", f"{plan.steps:,}")
+    table.add_row("tokens", f"{plan.tokens:,}")
+    if plan.duration.tokens:
+        table.add_row("  budget", f"{plan.duration}, overshot by {plan.overshoot:,} (below one batch)")
+    table.add_row("samples", f"{plan.samples:,} of {plan.seq_len:,} tokens ({plan.tail})")
+    used = plan.tokens / (plan.samples * plan.seq_len)
+    table.add_row("tokens used", f"{used:.1%} of those in the samples")
+    return table
+
+
+def _length_table(report: PlanReport) -> Table:
+    plan, data_size = report.plan, report.machine.data_size
+    table = Table(title="Lengths and batches", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("from step", "length", "batch", "tokens a step", "micro-batches", "tokens after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in summarized(plan.segments):
+        first, last = group[0], group[-1]
+        lengths, tokens = [segment.seq_len for segment in group], [segment.step_tokens for segment in group]
+        micro = [
+            len(micro_batch_sizes(segment.batch_size // data_size, segment.seq_len, report.micro_batch_tokens))
+            for segment in group
+        ]
+        table.add_row(
+            f"{first.first_step:,}",
+            _span(min(lengths), max(lengths)),
+            _span(first.batch_size, last.batch_size),
+            _span(min(tokens), max(tokens), short=True),
+            _span(min(micro), max(micro)),
+            format_count(last.end_tokens),
+        )
+    return table
+
+
+def _rate_table(plan: TrainingPlan) -> Table:
+    table = Table(title="Learning rate", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("step", "tokens after", "length", "LR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step in key_steps(plan):
+        consumed = step.consumed_tokens + step.tokens
+        table.add_row(f"{step.step:,}", f"{consumed:,}", f"{step.seq_len:,}", f"{step.lr:.4g}")
+    return table
+
+
+def _cost_table(report: PlanReport) -> Table:
+    memory, machine, tensor = report.memory, report.machine, report.machine.tensor
+    table = _pairs(f"Cost on {machine.ranks:,} rank(s): {machine.data_size:,} data-parallel x {tensor} tensor-parallel")
+    share = f", {report.rank_parameters.total:,} on each tensor rank" if tensor > 1 else ""
+    table.add_row("parameters", f"{report.parameters.total:,}{share}")
+    table.add_row("FLOPs", f"{report.flops:.4g} (causal attention {report.causal_flops:.4g})")
+    saving = 1 - report.flops / report.full_length_flops
+    table.add_row("  at full length", f"{report.full_length_flops:.4g} for as many tokens: {saving:.1%} saved")
+    table.add_row("memory a rank", f"{_gib(memory.device)}, estimated")
+    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
+        table.add_row(f"  {name}", _gib(getattr(memory, name)))
+    if memory.host:
+        table.add_row("  offloaded", f"{_gib(memory.host)} of host memory")
+    if report.seconds is not None:
+        rate = f"{machine.device_tflops:g} TFLOP/s a device at {machine.mfu:.0%} utilization"
+        table.add_row("time", f"{format_duration(report.seconds)} ({rate})")
+    return table
+
+
+def _pairs(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _span(first: int, last: int, *, short: bool = False) -> str:
+    write = format_count if short else "{:,}".format
+    return write(first) if first == last else f"{write(first)}-{write(last)}"
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / 2**30:,.2f} GiB"
+
+
+def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:
+    """Write the picture of a plan, or of the two that bound one, with their names, in the format of its suffix.
+
+    Raises UserError if the suffix is not one of a picture, or the file cannot be written.
+    """
+    if output.suffix not in _FORMATS:
+        raise UserError(f"--plot {output}: the name must end in {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(3, 2, sharex="col", sharey="row")
+    for (which, plan), color in zip(plans.items(), _COLORS, strict=False):
+        rows = plan.arrays()
+        for panel_row, values in zip(panels, (rows.seq_len, rows.batch_size, rows.lr), strict=True):
+            for axes, at in zip(panel_row, (rows.step, rows.consumed_tokens), strict=True):
+                axes.plot(at, values, color=color, drawstyle="steps-post", label=which)
+    for panel_row, name in zip(panels, ("tokens per sequence", "sequences per batch", "learning rate"), strict=True):
+        panel_row[0].set_ylabel(name)
+        for axes in panel_row:
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.25)
+    for axes, label in zip(panels[-1], ("step", "tokens consumed"), strict=True):
+        axes.set_xlabel(label)
+    totals = {which: f"{plan.steps:,} steps, {plan.tokens:,} tokens" for which, plan in plans.items()}
+    if len(plans) > 1:
+        panels[0][0].legend(loc="lower right")
+        totals = {which: f"{which}: {text}" for which, text in totals.items()}
+    figure.suptitle("; ".join(totals.values()))
+    try:
+        figure.savefig(output, dpi=120)
+    except OSError as error:
+        raise UserError(f"--plot {output} cannot be written ({error.strerror}): pass another file") from error

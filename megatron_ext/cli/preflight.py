@@ -3,7 +3,7 @@
 import typer
 
 from megatron_ext.cli.common import ConfigPath, Overrides
-from megatron_ext.cli.train import Exclude, Hostfile, Include, MasterPort, Nproc, Place, start_at
+from megatron_ext.cli.train import Exclude, Hostfile, Include, MasterPort, Nproc, target_of
 
 
 def command(
@@ -22,5 +22,10 @@ def command(
 
     Example: megatron-ext preflight configs/gpt2/117m_slw.json --hostfile hosts
     """
-    place = Place(nproc=nproc, master_port=master_port, hostfile=hostfile, include=include, exclude=exclude)
-    raise typer.Exit(start_at(place, config, overrides or (), worker_options=["--preflight-only"]))
+    from megatron_ext.config.loading import load_config
+
+    run = load_config(config, overrides or ())
+    target = target_of(nproc=nproc, master_port=master_port, hostfile=hostfile, include=include, exclude=exclude)
+    from megatron_ext.launch.launcher import launch
+
+    raise typer.Exit(launch(target, run, worker_options=["--preflight-only"]))

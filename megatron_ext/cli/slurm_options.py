@@ -1,9 +1,7 @@
-"""The options that say what a SLURM job occupies, and the jobs made of them: for ``submit`` and ``experiment run``."""
+"""The options that say what a SLURM job occupies, and what is checked at submission: ``submit``, ``experiment run``."""
 
 import json
-import os.path
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,7 @@ from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
-    from megatron_ext.slurm.job import Container, Resources, TrainingJob
+    from megatron_ext.launch.job_script import Container, Resources
 
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Nodes of a job.")]
 GpusPerNode = Annotated[
@@ -66,7 +64,7 @@ Interpreter = Annotated[
 
 def resources_of(**given: Any) -> "Resources":
     """What a job occupies, from the options of a command by their names in Resources."""
-    from megatron_ext.slurm.job import Resources
+    from megatron_ext.launch.job_script import Resources
 
     extra = tuple(given.pop("extra") or ())
     tasks = given.pop("tasks_per_node") or given["gpus_per_node"] or 1
@@ -81,7 +79,7 @@ def container_of(
     Raises:
         UserError: an unknown runtime.
     """
-    from megatron_ext.slurm.job import Container
+    from megatron_ext.launch.job_script import Container
 
     if runtime not in {"pyxis", "apptainer"}:
         raise UserError(f"--container-runtime is {runtime!r}: write pyxis or apptainer")
@@ -105,24 +103,6 @@ def _named_by(configs: Sequence["RunConfig"]) -> list[str]:
     return [str(path) for path in sorted(named) if not named & set(path.parents)]
 
 
-def training_job(
-    configs: Sequence["RunConfig"], resources: "Resources", *, container: "Container | None", python: str | None
-) -> "TrainingJob":
-    """The job that trains ``configs``, called after the first of them; ``python`` is what the ranks start."""
-    from megatron_ext.slurm.job import TrainingJob
-
-    run_dirs = tuple(absolute(config.run_dir) for config in configs)
-    return TrainingJob(
-        name=configs[0].name,
-        run_dirs=run_dirs,
-        work_dir=absolute(Path()),
-        output=run_dirs[0] / "slurm",
-        python=python or ("python3" if container else sys.executable),
-        resources=resources,
-        container=container,
-    )
-
-
 def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_run: bool) -> None:
     """Find at submission what the ranks would find: data, plans, batches that do not divide, checkpoints of others.
 
@@ -142,20 +122,13 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_ru
 
 def _check_run(config: "RunConfig", resources: "Resources") -> None:
     from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
-    from megatron_ext.curriculum.plan import possible_plans
-    from megatron_ext.curriculum.sampler import check_batches_divide
+    from megatron_ext.launch.launcher import check_run
 
-    tensor, ranks = config.parallel.tensor, resources.ranks
-    if ranks % tensor:
-        raise UserError(
-            f"parallel.tensor is {tensor}, which does not divide the {ranks} rank(s) of {resources.nodes} node(s): "
-            "change --nodes, --gpus-per-node or --tasks-per-node"
-        )
-    for plan in possible_plans(config).values():
-        check_batches_divide(plan, ranks // tensor)
+    ranks, parallel = resources.ranks, config.parallel
+    check_run(config, ranks)
     newest = newest_checkpoint(config.run_dir / "checkpoints")
     if newest is not None:
-        layout = {"world_size": ranks, "tensor": tensor, "zero_stage": config.parallel.zero_stage}
+        layout = {"world_size": ranks, "tensor": parallel.tensor, "zero_stage": parallel.zero_stage}
         determining = config.determining_values()
         check_resumable(read_manifest(newest), determining=determining, layout=layout, where=newest)
 
@@ -173,55 +146,3 @@ def _check_data(config: "RunConfig", checked: set[str], *, dry_run: bool) -> Non
         if not dry_run:
             raise
         typer.echo(f"without --dry-run this would be refused: {error}", err=True)
-
-
-def submit_job(
-    job: "TrainingJob", configs: Sequence["RunConfig"], *, options: Sequence[str] = (), chained: bool = False
-) -> str:
-    """Write what the job needs into the run directories, submit it, and return its number.
-
-    Args:
-        job: The job.
-        configs: What it trains, in the order of its run directories.
-        options: Options of sbatch beside those of the script.
-        chained: It waits for another job of the same runs, which therefore may be in the queue.
-
-    Raises:
-        UserError: there is no SLURM here, a run is in the queue already, or sbatch refused the job.
-    """
-    from megatron_ext.slurm import commands, record
-
-    commands.require_slurm("a SLURM job")
-    if not chained:
-        refuse_queued(job.run_dirs)
-    script = job.script()
-    for run_dir, config in zip(job.run_dirs, configs, strict=True):
-        record.prepare(run_dir, config=config.model_dump(mode="json"), script=script)
-    job.output.mkdir(parents=True, exist_ok=True)
-    number = commands.submit(script, options, remedy="Change the options of this command")
-    for run_dir, name in zip(job.run_dirs, job.names(number), strict=True):
-        record.record_submitted(run_dir, name)
-    return number
-
-
-def refuse_queued(run_dirs: Sequence[Path]) -> None:
-    """Raise UserError where a job of one of the runs waits or runs."""
-    for run_dir, job in live_jobs(run_dirs).items():
-        raise UserError(f"{run_dir} has job {job} in the queue; wait for it, or end it with `scancel {job}`")
-
-
-def live_jobs(run_dirs: Sequence[Path]) -> Mapping[Path, str]:
-    """The job of each run that has one in the queue, or perhaps has: the controller may not answer."""
-    from megatron_ext.slurm import commands, record
-
-    jobs = {run_dir: [job.job for job in record.jobs_of(run_dir) if job.may_be_queued] for run_dir in run_dirs}
-    found = commands.queue(job for names in jobs.values() for job in names)
-    alive = {
-        run_dir: next((name for name in names if not found[name].is_over), None) for run_dir, names in jobs.items()
-    }
-    return {run_dir: name for run_dir, name in alive.items() if name is not None}
-
-
-def absolute(path: Path) -> Path:
-    """``path`` from the root on, symbolic links as the user wrote them: a node may reach them another way."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links

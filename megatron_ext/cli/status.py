@@ -1,7 +1,6 @@
 """``status``: how far one run is, on this machine or as a SLURM job."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +9,11 @@ import typer
 
 from megatron_ext.cli.common import AsJson
 from megatron_ext.errors import UserError
+from megatron_ext.text import finite_or_none, format_duration
 
 if TYPE_CHECKING:
-    from megatron_ext.cli.progress import Progress, Situation
     from megatron_ext.config.run import RunConfig
+    from megatron_ext.launch.status import Progress, Situation
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or its config.", show_default=False)]
 
@@ -23,17 +23,16 @@ def command(run: RunPath, *, as_json: AsJson = False) -> None:
 
     Example: megatron-ext status runs/slw
     """
-    from megatron_ext.cli.progress import read_progress, situations
-    from megatron_ext.curriculum.plan import TrainingPlan
+    from megatron_ext.launch.status import read_progress, situations
 
     config = run_config(run)
-    progress = read_progress(config, TrainingPlan.from_config(config))
+    progress = read_progress(config, config.plan())
     [situation] = situations([(config.run_dir, progress)])
-    told = _told(config, progress, situation)
+    values = _values(config, progress, situation)
     if as_json:
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps(values, indent=2))
         return
-    for name, value in _lines(told).items():
+    for name, value in _lines(values).items():
         typer.echo(f"{name:<12} {value}")
 
 
@@ -46,7 +45,7 @@ def run_config(path: Path) -> "RunConfig":
         UserError: there is none.
     """
     from megatron_ext.config.loading import load_config
-    from megatron_ext.slurm.record import config_file
+    from megatron_ext.launch.slurm import config_file
 
     if path.is_file():
         return load_config(path)
@@ -57,7 +56,7 @@ def run_config(path: Path) -> "RunConfig":
     raise UserError(f"{path} is no run: it holds neither config.json nor slurm/config.json; name a run's directory")
 
 
-def _told(config: "RunConfig", progress: "Progress", situation: "Situation") -> dict[str, Any]:
+def _values(config: "RunConfig", progress: "Progress", situation: "Situation") -> dict[str, Any]:
     job, queued, checkpoint = situation.record, situation.queued, progress.checkpoint
     return {
         "run": config.name,
@@ -77,50 +76,44 @@ def _told(config: "RunConfig", progress: "Progress", situation: "Situation") -> 
         "total_tokens": progress.total_tokens,
         "tokens_per_s": progress.tokens_per_s,
         "eta_s": progress.eta_seconds,
-        "loss": _finite(progress.loss),
-        "valid_loss": _finite(progress.valid_loss),
+        "loss": finite_or_none(progress.loss),
+        "valid_loss": finite_or_none(progress.valid_loss),
         "checkpoint": checkpoint.name if checkpoint else None,
         "checkpoint_age_s": time.time() - checkpoint.stat().st_mtime if checkpoint else None,
     }
 
 
-def _lines(told: dict[str, Any]) -> dict[str, str]:
+def _lines(values: dict[str, Any]) -> dict[str, str]:
     """What is known, in words."""
-    from megatron_ext.cli.experiment_tables import duration
-
-    share = f" ({told['tokens'] / told['total_tokens']:.1%} of the tokens)"
-    lines = {"run": told["run_dir"], "state": told["state"] + (f": {told['note']}" if told["note"] else "")}
-    if told["job"]:
-        lines["job"] = _job(told)
-    lines["step"] = f"{told['step']:,} of {told['steps']:,}{share}"
-    lines["tokens"] = f"{told['tokens']:,} of {told['total_tokens']:,}"
-    if told["tokens_per_s"] is not None:
-        lines["speed"] = f"{told['tokens_per_s']:,.0f} tokens/s"
-    if told["eta_s"] is not None and told["state"] != "finished":
-        lines["to the end"] = f"{duration(told['eta_s'])} at this speed"
-    if told["loss"] is not None:
-        lines["loss"] = f"{told['loss']:.4f}"
-    if told["valid_loss"] is not None:
-        lines["validation"] = f"{told['valid_loss']:.4f}"
-    if told["checkpoint"]:
-        lines["checkpoint"] = f"{told['checkpoint']}, {duration(told['checkpoint_age_s'])} ago"
+    share = f" ({values['tokens'] / values['total_tokens']:.1%} of the tokens)"
+    lines = {"run": values["run_dir"], "state": values["state"] + (f": {values['note']}" if values["note"] else "")}
+    if values["job"]:
+        lines["job"] = _job(values)
+    lines["step"] = f"{values['step']:,} of {values['steps']:,}{share}"
+    lines["tokens"] = f"{values['tokens']:,} of {values['total_tokens']:,}"
+    if values["tokens_per_s"] is not None:
+        lines["speed"] = f"{values['tokens_per_s']:,.0f} tokens/s"
+    if values["eta_s"] is not None and values["state"] != "finished":
+        lines["to the end"] = f"{format_duration(values['eta_s'])} at this speed"
+    if values["loss"] is not None:
+        lines["loss"] = f"{values['loss']:.4f}"
+    if values["valid_loss"] is not None:
+        lines["validation"] = f"{values['valid_loss']:.4f}"
+    if values["checkpoint"]:
+        lines["checkpoint"] = f"{values['checkpoint']}, {format_duration(values['checkpoint_age_s'])} ago"
     return lines
 
 
-def _job(told: dict[str, Any]) -> str:
-    parts = [told["job"]]
-    if told["job_state"]:
-        parts.append(told["job_state"])
-    if told["job_state"] == "PENDING":
-        parts.append(f"because of {told['job_reason']}, expected start {told['job_start']}")
-    elif told["job_time_left"]:
-        parts.append(f"{told['job_time_left']} left")
-    if told["nodes"]:
-        parts.append(f"on {told['nodes']}")
-    if told["restarts"]:
-        parts.append(f"restarted {told['restarts']} time(s)")
+def _job(values: dict[str, Any]) -> str:
+    parts = [values["job"]]
+    if values["job_state"]:
+        parts.append(values["job_state"])
+    if values["job_state"] == "PENDING":
+        parts.append(f"because of {values['job_reason']}, expected start {values['job_start']}")
+    elif values["job_time_left"]:
+        parts.append(f"{values['job_time_left']} left")
+    if values["nodes"]:
+        parts.append(f"on {values['nodes']}")
+    if values["restarts"]:
+        parts.append(f"restarted {values['restarts']} time(s)")
     return ", ".join(parts)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -21,19 +21,17 @@ from megatron_ext.cli.slurm_options import (
     SignalSeconds,
     TasksPerNode,
     Time,
-    absolute,
     check_runs,
     container_of,
     resources_of,
-    submit_job,
-    training_job,
 )
 from megatron_ext.errors import UserError
-from megatron_ext.slurm.quoting import word
+from megatron_ext.launch.job_script import word
+from megatron_ext.launch.slurm import absolute, submit_job, training_job
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
-    from megatron_ext.slurm.job import TrainingJob
+    from megatron_ext.launch.job_script import TrainingJob
 
 TASK = "{task}"
 
@@ -122,7 +120,7 @@ def command(
 
 def _tasks(array: str | None, *, chain: int) -> tuple[tuple[int, ...], int | None]:
     """Numbers of the array's tasks, none without an array, and how many run at a time."""
-    from megatron_ext.slurm.job import parse_array
+    from megatron_ext.launch.job_script import parse_array
 
     if array is None:
         return (), None
@@ -156,7 +154,7 @@ def _submit(job: "TrainingJob", configs: "list[RunConfig]", *, chain: int) -> No
         # After every one before, so that the first that ends the run takes all of the others out of the queue.
         options = [f"--dependency=afternotok:{':'.join(numbers)}", "--kill-on-invalid-dep=yes"]
         try:
-            numbers.append(submit_job(replace(job, dependency=None), configs, options=options, chained=True))
+            numbers.append(submit_job(replace(job, dependency=None), configs, options=options, follows=True))
         except UserError as error:
             raise UserError(
                 f"of the chain, {len(numbers)} job(s) ({', '.join(numbers)}) are submitted: {error}"

@@ -12,10 +12,10 @@ from megatron_ext.cli.common import ConfigPath, Overrides
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ext.tuning.problem import Problem
-    from megatron_ext.tuning.runner import Runner
-    from megatron_ext.tuning.search import Candidate, Grid
-    from megatron_ext.tuning.tune import Tuning
+    from megatron_ext.experiments.tune import Tuning
+    from megatron_ext.experiments.tune_jobs import Runner
+    from megatron_ext.experiments.tune_search import Candidate, Grid
+    from megatron_ext.experiments.tune_space import TuneRun
 
 TUNED = "tuned.json"
 
@@ -62,7 +62,8 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
 ]
 Nproc = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU.")
+    int | None,
+    typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU."),
 ]
 Slurm = Annotated[
     str | None,
@@ -102,12 +103,18 @@ def command(
 
     Example: megatron-ext tune configs/gpt2/1.5b_slw.json --starts 64,96,128 --nproc 8
     """
-    from megatron_ext.config.files import Layer, read_layers
-    from megatron_ext.config.loading import parse_layers
-    from megatron_ext.config.merging import parse_overrides
+    from megatron_ext.config.loading import parse_layers, parse_overrides, read_layers
+    from megatron_ext.config.merging import Layer
+    from megatron_ext.experiments.tune import Tuning
+    from megatron_ext.experiments.tune_space import (
+        DurationSpacing,
+        ProbeSettings,
+        TuneRun,
+        default_starts,
+        grid_of,
+        unit_of,
+    )
     from megatron_ext.model.counts import count_parameters
-    from megatron_ext.tuning.problem import Notches, ProbeSettings, Problem, default_starts, grid_of, unit_of
-    from megatron_ext.tuning.tune import Tuning
 
     if not threshold > 1 or not notch > 1:
         raise UserError(f"--threshold is {threshold:g} and --notch is {notch:g}: write numbers above 1")
@@ -123,15 +130,15 @@ def command(
         validate_every=validate_every or max(1, steps // 10),
         validation_samples=validation_samples or min(64, run.validation.samples),
     )
-    problem = Problem(layers, run, settings)
+    tune_run = TuneRun(layers, run, settings)
     given = _numbers("--durations", durations) if durations else None
-    notches = Notches(unit=steps, ratio=notch, first=first, given=given)
-    grid = grid_of(problem, lengths, notches, beginning=beginning or steps)
+    spacing = DurationSpacing(unit=steps, ratio=notch, first=first, given=given)
+    grid = grid_of(tune_run, lengths, spacing, beginning=beginning or steps)
     if dry_run:
-        _announce(problem, grid)
+        _announce(tune_run, grid)
         return
     folder = output or run.run_dir.with_name(run.name + "_tune")
-    tuning = Tuning(problem, grid, folder=folder, runner=_runner(nproc, slurm))
+    tuning = Tuning(tune_run, grid, folder=folder, runner=_runner(nproc, slurm))
     _tune(tuning, config, changes)
 
 
@@ -145,23 +152,23 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _announce(problem: "Problem", grid: "Grid") -> None:
-    from megatron_ext.tuning.search import Candidate, courses
+def _announce(tune_run: "TuneRun", grid: "Grid") -> None:
+    from megatron_ext.experiments.tune_search import Candidate, paths
 
-    candidates = [Candidate(start, steps) for start, ladder in grid.ladders.items() for steps in ladder]
-    whole = {candidate: problem.probe_tokens(candidate) for candidate in candidates}
-    early = {candidate: problem.probe_tokens(candidate, steps=grid.beginning) for candidate in candidates}
-    ways = list(courses(grid))
+    candidates = [Candidate(start, steps) for start, durations in grid.durations.items() for steps in durations]
+    whole = {candidate: tune_run.probe_tokens(candidate) for candidate in candidates}
+    early = {candidate: tune_run.probe_tokens(candidate, steps=grid.beginning) for candidate in candidates}
+    ways = list(paths(grid))
     costs = [
         sum((early if verdict.fluctuated_at == grid.beginning else whole)[probe] for probe, verdict in way.items())
         for way in ways
     ]
     possible = {candidate for way in ways for candidate in way}
-    typer.echo(f"Probes of {problem.settings.steps:,} steps that could be run (not all of them will be):")
-    for start, ladder in grid.ladders.items():
-        listed = [f"{steps:,}" for steps in ladder if Candidate(start, steps) in possible]
+    typer.echo(f"Probes of {tune_run.settings.steps:,} steps that could be run (not all of them will be):")
+    for start, durations in grid.durations.items():
+        listed = [f"{steps:,}" for steps in durations if Candidate(start, steps) in possible]
         typer.echo(f"  s = {start:4d}, T = {', '.join(listed)}")
-    full = min(problem.plan(Candidate(start, grid.first)).tokens for start in grid.ladders)
+    full = min(tune_run.plan(Candidate(start, grid.first)).tokens for start in grid.durations)
     typer.echo(
         f"At most {max(map(len, ways))} probes and {max(costs):,} tokens, {max(costs) / full:.1%} of the run's "
         f"{full:,}; all {len(whole)} pairs of s and T would be {sum(whole.values()):,} tokens."
@@ -169,24 +176,21 @@ def _announce(problem: "Problem", grid: "Grid") -> None:
 
 
 def _runner(nproc: int | None, slurm: str | None) -> "Runner":
-    from megatron_ext.runtime.device import gpu_names
-    from megatron_ext.runtime.launcher import LaunchOptions
-    from megatron_ext.tuning.runner import LocalRunner
-    from megatron_ext.tuning.slurm import SlurmRunner
+    from megatron_ext.experiments.tune_jobs import LocalRunner, SlurmRunner
+    from megatron_ext.launch.launcher import this_machine
 
-    if slurm is not None:
-        try:
-            return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
-        except ValueError as error:
-            raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
-    gpus = len(gpu_names())
-    return LocalRunner(LaunchOptions(ranks=nproc or max(1, gpus), on_cpu=not gpus))
+    if slurm is None:
+        return LocalRunner(this_machine(nproc))
+    try:
+        return SlurmRunner(tuple(shlex.split(slurm)), ranks=nproc)
+    except ValueError as error:
+        raise UserError(f"--slurm is {slurm!r} ({error}): write sbatch's options as in a shell") from None
 
 
 def _tune(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:
+    from megatron_ext.experiments.tune_report import verdict_text
+    from megatron_ext.experiments.tune_search import Candidate
     from megatron_ext.runtime.signals import stop_on_signal
-    from megatron_ext.tuning.report import verdict_text
-    from megatron_ext.tuning.search import Candidate
 
     for result in tuning.results().values():
         typer.echo(f"s = {result.candidate.start}, T = {result.candidate.duration:,}: {verdict_text(result)} (before)")
@@ -203,19 +207,19 @@ def _tune(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:
 
 
 def _conclude(tuning: "Tuning", config: Path, changes: dict[str, object]) -> None:
-    from megatron_ext.tuning.report import Findings, write_report
-    from megatron_ext.tuning.search import Outcome
+    from megatron_ext.experiments.tune_report import Findings, write_report
+    from megatron_ext.experiments.tune_search import Outcome
 
-    outcome, problem = tuning.next(), tuning.problem
+    outcome, tune_run = tuning.next(), tuning.tune_run
     assert isinstance(outcome, Outcome), "called at the end of the search"
     best = outcome.best
     findings = Findings(
         results=list(tuning.results().values()),
-        settings=problem.settings,
-        vocab_size=problem.config.model.vocab_size,
+        settings=tune_run.settings,
+        vocab_size=tune_run.config.model.vocab_size,
         best=best,
         notes=outcome.notes,
-        full_tokens=problem.plan(best).tokens if best else None,
+        full_tokens=tune_run.plan(best).tokens if best else None,
     )
     page = write_report(tuning.folder, findings)
     for note in outcome.notes:
@@ -235,8 +239,8 @@ def _write_tuned(tuning: "Tuning", best: "Candidate", config: Path, changes: dic
 
     path = tuning.folder / TUNED
     tree = {"extends": os.path.relpath(config.resolve(), path.parent.resolve()), **changes}
-    tree["curriculum"] = tuning.problem.curriculum(best)
+    tree["curriculum"] = tuning.tune_run.curriculum(best)
     path.write_text(json.dumps(tree, indent=2) + "\n")
-    written, meant = load_config(path), tuning.problem.tuned(best)
+    written, meant = load_config(path), tuning.tune_run.tuned(best)
     assert written == meant, "the file says what was tuned"
     return path

@@ -1,20 +1,33 @@
 """``megatron-ext validate``: is this config right, and what does it say."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
-from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, DiscretePacing, MixedPacing
-from megatron_ext.config.explain import ConfigError
 from megatron_ext.config.loading import load_config
+from megatron_ext.config.messages import ConfigError
+from megatron_ext.config.resolved import resolved_json
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan, possible_plans
+from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the resolved config, every value in one file, for ranks that another launcher starts.",
+        show_default=False,
+    ),
+]
 
-def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False) -> None:
+
+def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False, output: Output = None) -> None:
     """Check a run config and say in a few lines what it describes.
 
     Prints every problem it finds, each with its key, the value found and what to write, and exits with 2.
@@ -23,39 +36,43 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     """
     try:
         run = load_config(config, overrides or ())
-        plan = _planned(run, config)
+        plan = _planned(run, source=config)
     except UserError as error:
         if not as_json:
             raise
         problems = error.problems if isinstance(error, ConfigError) else (str(error),)
         typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
         raise typer.Exit(2) from None
+    if output is not None:
+        try:
+            output.write_text(resolved_json(run), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error}") from None
     if as_json:
         totals = {"steps": plan.steps, "tokens": plan.tokens, "samples": plan.samples}
         answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
         typer.echo(json.dumps(answer, indent=2))
         return
-    lines = [*summary(run), f"plan        {_totals(run, plan)}"]
+    lines = [*summary(run), f"plan        {_totals(plan, list(run.possible_plans().values()))}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
 
 
-def _planned(run: RunConfig, config: Path) -> TrainingPlan:
+def _planned(run: RunConfig, *, source: Path) -> TrainingPlan:
     """The run's plan: it compares the durations that only a plan can compare, steps with tokens."""
     try:
-        return TrainingPlan.from_config(run)
+        return run.plan()
     except UserError as error:
-        raise UserError(f"{config}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
-def _totals(run: RunConfig, plan: TrainingPlan) -> str:
-    """Steps, tokens and samples; from the least to the most where the run decides on them as it goes."""
-    plans = possible_plans(run).values()
+def _totals(plan: TrainingPlan, plans: Sequence[TrainingPlan]) -> str:
+    """Steps, tokens and samples; from the least to the most of ``plans`` where the run decides as it goes."""
     if len(plans) == 1:
         return f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.samples:,} samples"
     steps, tokens = sorted(each.steps for each in plans), sorted(each.tokens for each in plans)
     budget = plan.duration.tokens
-    told = f"{tokens[0]:,} to {tokens[-1]:,} tokens" if budget is None else f"{budget:,} tokens or up to a batch more"
-    return f"{steps[0]:,} to {steps[-1]:,} steps, {told}, at most {plan.samples:,} samples"
+    amount = f"{tokens[0]:,} to {tokens[-1]:,} tokens" if budget is None else f"{budget:,} tokens or up to a batch more"
+    return f"{steps[0]:,} to {steps[-1]:,} steps, {amount}, at most {plan.samples:,} samples"
 
 
 def summary(run: RunConfig) -> list[str]:
@@ -67,7 +84,7 @@ def summary(run: RunConfig) -> list[str]:
         f"{model.vocab_size:,} tokens in the vocabulary",
         f"training    {training.duration}, {training.batch_size} sequences of up to {training.seq_len} tokens a step, "
         f"{training.precision}",
-        f"curriculum  {_curriculum(run)}",
+        f"curriculum  {run.curriculum.describe(training.seq_len)}",
         f"LR          {rate.peak:g} after {rate.warmup or 'no warmup'}, {rate.decay} decay to {rate.min:g}",
         f"layout      {run.parallel.tensor} tensor rank(s), ZeRO {run.parallel.zero_stage}, "
         f"{run.micro_batch_tokens:,} tokens a micro-batch",
@@ -76,21 +93,3 @@ def summary(run: RunConfig) -> list[str]:
         warmup = training.batch_size_warmup
         lines.insert(3, f"batch size  from {warmup.start} by {warmup.increment} over {warmup.duration}")
     return lines
-
-
-def _curriculum(run: RunConfig) -> str:
-    curriculum, full = run.curriculum, run.training.seq_len
-    if isinstance(curriculum, ConstantPacing):
-        return f"none: {full} tokens from the first step on"
-    if isinstance(curriculum, DiscretePacing):
-        stages = ", ".join(f"{stage.seq_len} for {stage.duration}" for stage in curriculum.stages)
-        return f"discrete: {stages}, then {full}"
-    if isinstance(curriculum, MixedPacing):
-        lengths = ", ".join(map(str, curriculum.lengths))
-        return f"mixed: steps of {lengths} tokens in a cycle that the seed shuffles"
-    if isinstance(curriculum, AdaptivePacing):
-        over = f"{curriculum.fastest} at the fastest to {curriculum.slowest} at the slowest"
-        decisions = f"a decision every {curriculum.interval} steps"
-        return f"adaptive: {curriculum.start} to {curriculum.end or full} over {over}, {decisions}"
-    lengths = f"{curriculum.start} to {curriculum.end or full} over {curriculum.duration}"
-    return f"{curriculum.pacing}: {lengths}, multiples of {curriculum.multiple}"

@@ -42,14 +42,14 @@ class PreflightConfig(Section):
 
     min_bandwidth_gb_per_second: NonNegativeFloat = 0.0
     """Bus bandwidth of an all-reduce over all ranks (10^9 bytes per second); where it is missed, the slowest link
-    between hosts is named. 0 measures without judging."""
+    between hosts is named. 0: measured only."""
 
     message_mib: PositiveInt = 16
     """Size of that all-reduce."""
 
     min_matmul_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Matrix multiplication rate of each rank, as a share of the fastest rank's; by default 0.7 on GPUs, and measured
-    without judging on CPUs, whose cores other programs share."""
+    """Matrix multiplication rate of each rank, as a share of the fastest rank's; by default 0.7 on GPUs, and
+    measured only on CPUs, whose cores other programs share."""
 
 
 class ClusterConfig(Section):
@@ -66,8 +66,8 @@ class ClusterConfig(Section):
     """How long ranks wait for each other when the run starts."""
 
     heartbeat_seconds: NonNegativeFloat = 20.0
-    """A rank that gives no sign of life for this long (hung, stopped, cut off) ends the run on all hosts; 0: nobody
-    watches, and a lost rank shows when a collective runs into ``parallel.timeout_minutes``."""
+    """A rank that gives no sign of life for this long (hung, stopped, cut off) ends the run on all hosts; 0: never,
+    and a lost rank shows when a collective runs into ``parallel.timeout_minutes``."""
 
     preflight: PreflightConfig = PreflightConfig()
     """Examination of the hosts before training."""

@@ -1,5 +1,6 @@
 """The data section: which token files, which tokenizer, in what order."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -47,3 +48,25 @@ class DataConfig(Section):
 
     prefetch: NonNegativeInt = 4
     """Steps whose batches are prepared ahead by a background thread; 0 prepares them in the step."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts in the choice of token files and how they are split."""
+        apart = [name for name in ("train", "valid") if getattr(self, name) is not None]
+        if self.sources is None:
+            if not apart:
+                yield (
+                    'data names no token files: write data.sources [{"prefix": "PREFIX"}], to be split by data.split, '
+                    "or data.train and data.valid"
+                )
+            if len(apart) == 1:
+                other = "valid" if apart == ["train"] else "train"
+                yield f"data.{apart[0]} is given without data.{other}: write data.{other} too, or data.sources instead"
+            return
+        if apart:
+            keys = " and ".join(f"data.{name}" for name in apart)
+            yield f"data.sources and {keys} are both given: remove data.sources (or set it to null), or remove {keys}"
+        for share, name in zip(self.split[:2], ("training", "validation"), strict=True):
+            if share == 0:
+                yield (
+                    f"data.split is {list(self.split)}, which leaves nothing for {name}: write for example [949, 50, 1]"
+                )

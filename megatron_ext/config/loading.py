@@ -1,16 +1,21 @@
-"""From a JSON file and ``--set`` arguments to a checked RunConfig."""
+"""From JSON files and ``--set`` arguments to a checked RunConfig: strict JSON, ``extends``, presets, overrides."""
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import resources
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from megatron_ext.config.explain import explain
-from megatron_ext.config.files import Layer, read_layers
-from megatron_ext.config.merging import merge_all, parse_overrides
+from megatron_ext.config.merging import Layer, Tree, dotted, merge_all
+from megatron_ext.config.messages import explain
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
+
+_PRESET = "preset:"
+_IGNORED_KEYS = ("$comment", "$schema")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -44,3 +49,189 @@ def parse_layers(layers: Sequence[Layer]) -> RunConfig:
         return RunConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise explain(error, root=RunConfig, tree=tree, layers=layers) from None
+
+
+def _parse_override(text: str) -> Tree:
+    """``"a.b=value"`` as a tree ``{"a": {"b": value}}``; the value is JSON where it parses as JSON, else a string.
+
+    Raises:
+        UserError: there is no ``=``, or a part of the key is empty.
+    """
+    key, separator, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"--set {text!r} is not of the form section.key=value; for example --set training.seq_len=512")
+    tree: Any = _parse_value(value)
+    for part in reversed(parts):
+        tree = {part: tree}
+    return dict(tree)
+
+
+def parse_overrides(overrides: Sequence[str]) -> Tree:
+    """All ``--set`` arguments as one tree, so that their order only matters where two of them name the same key."""
+    return merge_all(_parse_override(text) for text in overrides)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which a key was written twice; ``key`` is that key."""
+
+    key: str | None = None
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped model sizes, as ``preset:NAME`` takes them."""
+    files = resources.files("megatron_ext.config").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The file and everything it extends, first the most basic one; a later layer overrides an earlier one.
+
+    Raises:
+        UserError: a file is missing, unreadable or no strict JSON object, or ``extends`` is of the wrong type, names
+            an unknown preset, or leads back to a file that is being read.
+    """
+    return _read(path, chain=())
+
+
+def _read(path: Path, *, chain: tuple[Path, ...]) -> list[Layer]:
+    resolved = _resolve(path)
+    if resolved in chain:
+        loop = " -> ".join(str(item) for item in (*chain[chain.index(resolved) :], resolved))
+        raise UserError(f'{chain[-1]}: "extends" goes round in a circle: {loop}; remove one of these links')
+    tree = parse_json(_read_text(path, named_by=chain[-1] if chain else None), source=str(path))
+    layers: list[Layer] = []
+    for name in _extended(tree, source=str(path)):
+        if name.startswith(_PRESET):
+            layers.append(_preset(name.removeprefix(_PRESET), source=str(path)))
+        else:
+            layers.extend(_read(path.parent / name, chain=(*chain, resolved)))
+    return [*layers, Layer(str(path), {key: value for key, value in tree.items() if key != "extends"})]
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A loop of symbolic links, or a name that no file can have.
+        raise UserError(f"config file {str(path)!r} cannot be read: {error}") from None
+
+
+def _extended(tree: Tree, *, source: str) -> Sequence[str]:
+    names = tree.get("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(
+            f"{source}: extends is {json.dumps(names)}: expected a file name, preset:NAME, or a list of these"
+        )
+    return names
+
+
+def _preset(name: str, *, source: str) -> Layer:
+    names = preset_names()
+    if name not in names:
+        close = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean preset:{close[0]}? " if close else ""
+        raise UserError(f"{source}: there is no preset {name!r}; {hint}The presets are {', '.join(names)}")
+    file = resources.files("megatron_ext.config").joinpath("presets", f"{name}.json")
+    return Layer(_PRESET + name, parse_json(file.read_text(encoding="utf-8"), source=_PRESET + name))
+
+
+def _read_text(path: Path, *, named_by: Path | None) -> str:
+    where = f' (named by "extends" in {named_by})' if named_by else ""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist{where}; check the path{_neighbors(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {path} is a directory{where}; name the JSON file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 text (byte {error.start}){where}; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {path} cannot be read{where}: {error}") from None
+
+
+def _neighbors(path: Path) -> str:
+    try:
+        names = [file.name for file in path.parent.glob("*.json")]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
+
+
+def parse_json(text: str, *, source: str) -> Tree:
+    """A strict JSON object: no repeated keys, no NaN; ``$comment`` and ``$schema`` keys are dropped.
+
+    Raises:
+        UserError: naming ``source`` and, for a syntax error, line and column.
+    """
+    try:
+        tree = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{source}:{error.lineno}:{error.colno}: no valid JSON at line {error.lineno}, column {error.colno}: "
+            f"{_syntax_hint(error)}"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{source}: the JSON is nested too deeply to be a run config") from None
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    _refuse_repeated(tree, path=(), source=source)
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: the file holds {_kind(tree)}: expected a JSON object, {{...}}")
+    return tree
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Tree:
+    seen = _Repeated()
+    for key, value in pairs:
+        if key in _IGNORED_KEYS:
+            continue
+        if key in seen:
+            seen.key = key
+        seen[key] = value
+    return dict(seen) if seen.key is None else seen
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number that JSON or a run config knows; write a finite number")
+
+
+def _refuse_repeated(value: Any, *, path: tuple[str | int, ...], source: str) -> None:
+    if isinstance(value, _Repeated) and value.key is not None:
+        key = dotted((*path, value.key))
+        raise UserError(f"{source}: {key} is written twice in the same object; keep one of the two")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_repeated(item, path=(*path, key), source=source)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_repeated(item, path=(*path, index), source=source)
+
+
+def _syntax_hint(error: json.JSONDecodeError) -> str:
+    rest = error.doc[error.pos : error.pos + 30].lstrip()
+    before = error.doc[: error.pos].rstrip()
+    if not error.doc.strip():
+        return "the file is empty; a run config is one JSON object"
+    if rest.startswith(("#", "//", "/*")):
+        return 'JSON has no comments; put the text under a "$comment" key'
+    if before.endswith(",") and rest[:1] in {"}", "]"}:
+        return f"remove the comma before {rest[0]!r}"
+    if rest.startswith("'"):
+        return "strings take double quotes"
+    found = f"found {rest.splitlines()[0]!r}" if rest else "the file ends too early"
+    return f"{found}; {error.msg[0].lower()}{error.msg[1:]}"
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

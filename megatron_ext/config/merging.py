@@ -1,16 +1,23 @@
-"""Trees of JSON values: how a later file or a ``--set`` changes an earlier one."""
+"""Trees of JSON values: how a later one changes an earlier one, and what is at a key."""
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from megatron_ext.errors import UserError
 
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 
 _DISCRIMINATOR = "pacing"
 _UNITS = frozenset({"steps", "tokens"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one file (or the command line) says, and the name under which a message refers to it."""
+
+    source: str
+    tree: Tree
 
 
 def merge(base: Tree, later: Tree) -> Tree:
@@ -43,34 +50,6 @@ def _replaces(old: Tree, new: Tree) -> bool:
     return bool(old) and bool(new) and _UNITS.issuperset(old) and _UNITS.issuperset(new)
 
 
-def parse_override(text: str) -> Tree:
-    """``"a.b=value"`` as a tree ``{"a": {"b": value}}``; the value is JSON where it parses as JSON, else a string.
-
-    Raises:
-        UserError: there is no ``=``, or a part of the key is empty.
-    """
-    key, separator, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise UserError(f"--set {text!r} is not of the form section.key=value; for example --set training.seq_len=512")
-    tree: Any = _parse_value(value)
-    for part in reversed(parts):
-        tree = {part: tree}
-    return dict(tree)
-
-
-def parse_overrides(overrides: Sequence[str]) -> Tree:
-    """All ``--set`` arguments as one tree, so that their order only matters where two of them name the same key."""
-    return merge_all(parse_override(text) for text in overrides)
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def lookup(tree: Any, path: Sequence[str | int]) -> tuple[bool, Any]:
     """Whether ``path`` exists in ``tree``, and the value there (None where it does not exist)."""
     for part in path:
@@ -83,6 +62,9 @@ def lookup(tree: Any, path: Sequence[str | int]) -> tuple[bool, Any]:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """A path as users write it: ``data.sources[0].prefix``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
+    """A path as users write it, ``data.sources[0].prefix``; what cannot be printed is escaped as in JSON."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in path).removeprefix(".")
+
+
+def _printable(key: str) -> str:
+    return key if key.isprintable() else json.dumps(key)

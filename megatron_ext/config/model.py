@@ -1,5 +1,7 @@
-"""The model section: the shape of the GPT and its numerics."""
+"""The model and parallel sections: the shape of the GPT and its numerics, and how it is laid out over ranks."""
 
+import math
+from collections.abc import Iterator
 from typing import Literal
 
 from megatron_ext.base import PositiveFloat, PositiveInt, Probability, Section
@@ -66,3 +68,89 @@ class ModelConfig(Section):
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: ``vocab_size`` rounded up to ``vocab_multiple``."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def problems(self, *, tensor: int, seq_len: int) -> Iterator[str]:
+        """What contradicts: in the shape, with ``parallel.tensor``, with ``training.seq_len``."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            below = width // heads * heads
+            values = f"{below} or {below + heads}" if below else str(heads)
+            yield (
+                f"model.hidden_size is {width}, which model.num_attention_heads {heads} does not divide: "
+                f"write model.hidden_size {values}"
+            )
+        if heads % tensor:
+            *smaller, largest = [str(value) for value in range(1, heads + 1) if heads % value == 0]
+            divisors = f"{', '.join(smaller)} or {largest}" if smaller else largest
+            yield (
+                f"parallel.tensor is {tensor}, which does not divide model.num_attention_heads {heads}: "
+                f"write parallel.tensor {divisors}"
+            )
+        if self.ffn_size % tensor:
+            key = "model.ffn_hidden_size" if self.ffn_hidden_size else "4 * model.hidden_size"
+            yield (
+                f"parallel.tensor is {tensor}, which does not divide {key} = {self.ffn_size}: "
+                f"write model.ffn_hidden_size {-(-self.ffn_size // tensor) * tensor}"
+            )
+        if self.padded_vocab_size % tensor:
+            yield (
+                f"parallel.tensor is {tensor}, which does not divide the {self.padded_vocab_size} rows of the "
+                f"embedding (model.vocab_size {self.vocab_size} padded to model.vocab_multiple {self.vocab_multiple}): "
+                f"write model.vocab_multiple {math.lcm(self.vocab_multiple, tensor)}"
+            )
+        positions = self.max_position_embeddings or seq_len
+        if seq_len > positions:
+            yield (
+                f"training.seq_len is {seq_len}, more than model.max_position_embeddings {positions}: "
+                f"write at most {positions}, or raise the positions"
+            )
+
+
+class ParallelConfig(Section):
+    """Layout; the number of data-parallel ranks is what the launcher starts divided by ``tensor``."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share one copy of the model (tensor parallel)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ZeRO partitions over data-parallel ranks: nothing, optimizer, + gradients, + parameters."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer state lives (ZeRO 1 to 3)."""
+
+    offload_params: Literal["none", "cpu"] = "none"
+    """Where parameters live between uses (ZeRO 3)."""
+
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens that one rank may hold in one forward and backward pass. Each step uses as few micro-batches as fit, so
+    that short lengths run with more sequences at once; at least ``training.seq_len``, which is also the default (one
+    full-length sequence)."""
+
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """Recompute every layer's activations in the backward pass to save memory."""
+
+    timeout_minutes: PositiveFloat = 30.0
+    """A collective that takes longer ends the run: a rank hung or a link was cut."""
+
+    def problems(self, *, seq_len: int, implementation: str) -> Iterator[str]:
+        """What contradicts: with ``training.seq_len``, in offloading, with ``optimizer.implementation``."""
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < seq_len:
+            yield (
+                f"parallel.micro_batch_tokens is {self.micro_batch_tokens}, less than one sequence of training.seq_len "
+                f"{seq_len}: write at least {seq_len}"
+            )
+        if self.offload_optimizer == "cpu" and self.zero_stage == 0:
+            yield (
+                'parallel.offload_optimizer is "cpu" with parallel.zero_stage 0: only ZeRO offloads; '
+                "write parallel.zero_stage 1, 2 or 3"
+            )
+        if self.offload_params == "cpu" and self.zero_stage != 3:
+            yield (
+                f'parallel.offload_params is "cpu" with parallel.zero_stage {self.zero_stage}: only ZeRO 3 partitions '
+                'parameters; write parallel.zero_stage 3 or parallel.offload_params "none"'
+            )
+        if self.offload_optimizer == "cpu" and implementation not in {"auto", "deepspeed_cpu"}:
+            yield (
+                f'optimizer.implementation is "{implementation}" with parallel.offload_optimizer "cpu": an offloaded '
+                'optimizer steps on the CPU; write "auto" or "deepspeed_cpu"'
+            )

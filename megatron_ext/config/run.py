@@ -2,27 +2,30 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from megatron_ext.base import Section, Seed
-from megatron_ext.config.checks import check_run
 from megatron_ext.config.cluster import ClusterConfig
-from megatron_ext.config.curriculum import AdaptivePacing, ConstantPacing, CurriculumConfig
 from megatron_ext.config.data import DataConfig
-from megatron_ext.config.guards import GuardsConfig
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.deepspeed import deepspeed_problems
+from megatron_ext.config.model import ModelConfig, ParallelConfig
 from megatron_ext.config.training import (
     CheckpointConfig,
-    LearningRateConfig,
     MetricsConfig,
     OptimizerConfig,
     TrainingConfig,
     ValidationConfig,
 )
+from megatron_ext.curriculum.adaptive import Schedule, open_schedule
+from megatron_ext.curriculum.guards import GuardsConfig
+from megatron_ext.curriculum.learning_rate import LearningRateConfig
+from megatron_ext.curriculum.pacing import RunSpec
+from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
+from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {
@@ -86,14 +89,52 @@ class RunConfig(Section):
     """Further DeepSpeed settings, passed through; what another section decides may not be set here."""
 
     @model_validator(mode="after")
-    def _cross_checks(self) -> "RunConfig":
-        check_run(self)
+    def _no_contradictions(self) -> "RunConfig":
+        if problems := list(self._problems()):
+            raise ValueError("\n".join(problems))
         return self
+
+    def _problems(self) -> Iterator[str]:
+        """One line per contradiction between sections: the keys, the values, and what to write instead."""
+        seq_len = self.training.seq_len
+        yield from self.model.problems(tensor=self.parallel.tensor, seq_len=seq_len)
+        yield from self.metrics.problems(seq_len=seq_len, variance_limit=self.curriculum.variance_limit)
+        yield from self.parallel.problems(seq_len=seq_len, implementation=self.optimizer.implementation)
+        yield from self.data.problems()
+        yield from plan_problems(self.curriculum, self.spec)
+        yield from self.guards.problems(checkpoint_every=self.checkpoint.every, keep_last=self.checkpoint.keep_last)
+        yield from deepspeed_problems(self.deepspeed, precision=self.training.precision, parallel=self.parallel)
 
     @property
     def run_dir(self) -> Path:
         """The run's own directory."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def spec(self) -> RunSpec:
+        """What the plan is made of beside ``curriculum``."""
+        training = self.training
+        return RunSpec(
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            duration=training.duration,
+            learning_rate=self.learning_rate,
+            batch_size_warmup=training.batch_size_warmup,
+            tail=self.data.tail,
+            seed=self.seed,
+        )
+
+    def plan(self) -> TrainingPlan:
+        """The plan of the run. Raises UserError where durations in different units contradict each other."""
+        return TrainingPlan.build(self.curriculum, self.spec)
+
+    def possible_plans(self) -> dict[str, TrainingPlan]:
+        """The plan, or under adaptive pacing the two that bound it, by name. Raises as ``plan``."""
+        return possible_plans(self.curriculum, self.spec)
+
+    def schedule(self) -> Schedule:
+        """The plan as a training loop follows it, which adaptive pacing changes on the way. Raises as ``plan``."""
+        return open_schedule(self.curriculum, self.spec)
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -108,7 +149,7 @@ class RunConfig(Section):
     def determining_values(self) -> dict[str, Any]:
         """Everything that determines weights and data order, as JSON values; layout and bookkeeping do not count."""
         values = self.model_dump(mode="json", exclude=_NOT_DETERMINING)
-        if isinstance(self.curriculum, AdaptivePacing) and self.curriculum.variance_above:
+        if self.curriculum.variance_limit:
             # The length then depends on when the variance is measured.
             values["metrics"] = {"adam_variance_every": self.metrics.adam_variance_every}
         return values

@@ -1,5 +1,6 @@
-"""Sections that say how much and how to train: budget, optimizer, learning rate, validation, checkpoints, metrics."""
+"""Sections that say how much and how to train: budget, optimizer, validation, checkpoints, metrics."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from megatron_ext.base import (
     PositiveInt,
     Section,
 )
-from megatron_ext.config.curriculum import BatchSizeWarmup
+from megatron_ext.curriculum.pacing import BatchSizeWarmup
 
 
 class TrainingConfig(Section):
@@ -59,34 +60,11 @@ class OptimizerConfig(Section):
     are compiled at first use; offloading the optimizer needs DeepSpeed's CPUAdam and auto picks it."""
 
 
-class LearningRateConfig(Section):
-    """Linear warmup, then decay by consumed tokens."""
-
-    peak: PositiveFloat
-    """Learning rate at the end of the warmup."""
-
-    min: NonNegativeFloat = 0.0
-    """Learning rate from the end of the decay on; at most ``peak``."""
-
-    warmup: Duration | None = None
-    """Linear warmup from 0; under SLW in steps (paper, A.2). None starts at the peak."""
-
-    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the decay. wsd (warmup, stable, decay) stays at the peak and falls linearly over ``cooldown``."""
-
-    decay_duration: Duration | None = None
-    """When the decay ends, counted from the start of the run; by default with the run. Progress between the end of
-    the warmup and this point is measured in consumed tokens (paper, A.2)."""
-
-    cooldown: Duration | None = None
-    """Last part of the decay in which wsd falls from ``peak`` to ``min``; needed with wsd and with nothing else."""
-
-
 class ValidationConfig(Section):
     """Loss at full length, whatever the training length is."""
 
     every: Duration | None = None
-    """Validate each time this many steps or tokens have passed, and after the last step; None: after the last only."""
+    """Validate each time this many steps or tokens have passed, and after the last step; null: after the last only."""
 
     samples: PositiveInt = 256
     """Full-length sequences per validation, the same ones each time."""
@@ -99,7 +77,7 @@ class CheckpointConfig(Section):
     """What is kept on disk."""
 
     every: Duration | None = None
-    """Save each time this many steps or tokens have passed, and after the last step; None: after the last only."""
+    """Save each time this many steps or tokens have passed, and after the last step; null: after the last only."""
 
     keep_last: PositiveInt = 3
     """Complete checkpoints to keep; older ones are removed after a newer one is complete."""
@@ -107,6 +85,19 @@ class CheckpointConfig(Section):
     resume: bool = True
     """Continue from the newest complete checkpoint of the run directory, if there is one; false refuses to start where
     there is one."""
+
+
+class ProfileConfig(Section):
+    """A trace of some steps by torch.profiler, into ``profile/`` of the run directory."""
+
+    step: PositiveInt
+    """First step of the trace, counted from 1; take one after the first few, which warm up."""
+
+    steps: PositiveInt = 3
+    """Steps of the trace; its file grows by some megabytes with each."""
+
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""
 
 
 class MetricsConfig(Section):
@@ -126,7 +117,7 @@ class MetricsConfig(Section):
 
     prefix: NonNegativeInt | None = None
     """Also record the training loss over the first this many tokens of every sequence, so that steps of different
-    lengths compare; None takes the run's first length, 0 turns it off."""
+    lengths compare; null takes the run's first length, 0 turns it off."""
 
     adam_variance_every: NonNegativeInt = 10
     """Steps between measurements of the gradient variance in Adam's second moment; 0: never."""
@@ -134,5 +125,21 @@ class MetricsConfig(Section):
     adam_variance_detail: bool = False
     """Also record the gradient variance of each layer and of each kind of parameter."""
 
+    profile: ProfileConfig | None = None
+    """Trace some steps with torch.profiler; None: no trace."""
+
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""
+
+    def problems(self, *, seq_len: int, variance_limit: float) -> Iterator[str]:
+        """What contradicts ``training.seq_len``, or a pacing that asks for the variance."""
+        if (self.prefix or 0) > seq_len:
+            yield (
+                f"metrics.prefix is {self.prefix}, more than training.seq_len {seq_len}: write at most {seq_len}, or "
+                "null for the first length of the run"
+            )
+        if variance_limit and not self.adam_variance_every:
+            yield (
+                f"curriculum.variance_above is {variance_limit:g}, but metrics.adam_variance_every 0 measures no "
+                "variance: write its interval in steps, or curriculum.variance_above 0"
+            )

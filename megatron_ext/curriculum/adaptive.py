@@ -7,29 +7,43 @@ end: it lasts until its budget is consumed.
 
 Why the cost is bounded: with L_slow <= L <= L_fast at every point (a step count, or a token count for bounds in
 tokens), tokens consumed after t steps are at least those of the slowest plan and at most those of the fastest, by
-induction over t, since both ladders rise. The run therefore takes at most as many steps, and under ``truncate`` draws
+induction over t, since both lengths rise. The run therefore takes at most as many steps, and under ``truncate`` draws
 at most as many samples, as the slowest plan.
 
-What the learning rate of a step depends on lies in its past: the checks of the config see to it that the decay ends at
+What the learning rate of a step depends on lies in its past: the pacing's checks see to it that the decay ends at
 a known token count, and the end of the warmup is known once it is there.
+
+The loss ratio that decides is the paper's (loss over the lowest earlier loss), with two changes:
+
+- It is the median of the last few steps' ratios, and the lowest loss is that of medians. The ratio of single steps
+  counts the noise of the data, above all in small batches, and one bad batch should not decide.
+- The lowest loss is the lowest one reached at the step's length or a shorter one. Loss per token falls with the length,
+  because later tokens have more context; after a step back to a shorter length, a comparison with losses at the longer
+  one would show an instability that is none. While lengths only rise, this is the lowest of all earlier losses.
+
+A loss that is not finite counts as infinite.
 """
 
-from collections.abc import Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Final, Literal
 
-from megatron_ext.config.curriculum import AdaptivePacing
-from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.course import Course
-from megatron_ext.curriculum.instability import Instability, InstabilityWatch
-from megatron_ext.curriculum.pacing import Level, batch_ladder, length_ladder, value_at
+from megatron_ext.curriculum.pacing import Pacing, RunSpec
+from megatron_ext.curriculum.pacings import AdaptivePacing
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan, bounding_plans
-from megatron_ext.curriculum.segments import Stretch, climb
+from megatron_ext.curriculum.segments import Level, Phase, phases_of, value_at
 from megatron_ext.errors import UserError
 
 Action = Literal["grow", "hold", "back"]
 
-_STATE: Final = {"lengths", "last_ratio", "watch"}
+_VARIANCES: Final = 32
+"""Measurements of which the running median of the variance is taken."""
+
+_FEWEST: Final = 8
+"""Measurements without which it is not: Adam's second moment needs some steps to fill."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Decision:
     """Length from here on, in tokens."""
 
     loss_ratio: float | None
-    """Largest in the interval (see instability.py)."""
+    """Largest in the interval (see above)."""
 
     variance_ratio: float | None
     """Likewise; None where the variance was not measured."""
@@ -69,44 +83,191 @@ class Decision:
         }
 
 
-def open_course(config: RunConfig) -> Course:
-    """The course of a run from its beginning. Raises UserError as TrainingPlan.from_config does."""
-    plan = TrainingPlan.from_config(config)
-    return AdaptiveCourse(config, plan) if isinstance(config.curriculum, AdaptivePacing) else Course(plan)
+class Schedule:
+    """The plan of a run as it stands. This one is fixed: known from the beginning and never another.
+
+    A loop asks ``plan`` for the step, tells ``observe`` its outcome, and where ``due`` says so lets ``decide`` and
+    ``apply`` change the steps that are left.
+    """
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self._plan = plan
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The run as it stands; steps that are done never change in it."""
+        return self._plan
+
+    def observe(self, *, seq_len: int, loss: float, variance: float | None = None) -> None:
+        """Take the outcome of a step, every step once and in order, before a decision after it.
+
+        Args:
+            seq_len: Length of the step, in tokens.
+            loss: Mean loss in nats per token, also when it is not finite.
+            variance: Largest element of sqrt(Adam's second moment); None where it was not measured.
+        """
+
+    def due(self, after: PlannedStep) -> bool:  # noqa: ARG002
+        """Whether a decision is due after a step."""
+        return False
+
+    def decide(self, after: PlannedStep) -> Decision:
+        """The decision after a step, from what was observed up to it; changes nothing."""
+        raise AssertionError(f"no decision is due after step {after.step} of a fixed plan")
+
+    def apply(self, decision: Decision) -> None:
+        """Go on as decided. Steps before ``decision.step`` stay as they were."""
+        raise AssertionError(f"a fixed plan has no decisions to apply, such as {decision}")
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return self._plan.to_json()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside pacing, run and step, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned.
+
+        Raises:
+            UserError: the state is that of another kind of pacing, or of another version.
+        """
+        if state:
+            raise UserError(
+                f"the checkpoint holds a pacing state with {', '.join(sorted(state))}, and this version's pacing of "
+                "the run has none: resume with the version that wrote it"
+            )
 
 
-class AdaptiveCourse(Course):
-    """A plan that is decided as the run goes. One process decides (``decide``), all processes ``follow``."""
+def open_schedule(pacing: Pacing, run: RunSpec) -> Schedule:
+    """The schedule of a run from its beginning. Raises UserError as TrainingPlan.build does."""
+    return (
+        AdaptiveSchedule(pacing, run)
+        if isinstance(pacing, AdaptivePacing)
+        else Schedule(TrainingPlan.build(pacing, run))
+    )
 
-    def __init__(self, config: RunConfig, plan: TrainingPlan) -> None:
-        """Begin a run; ``plan`` is that of TrainingPlan.from_config."""
-        super().__init__(plan)
-        assert isinstance(config.curriculum, AdaptivePacing)
-        self._config, self._pacing = config, config.curriculum
-        self._bounds = bounding_plans(config)
-        full = config.training.seq_len
-        self._fastest = length_ladder(self._pacing.bound("fastest"), full)
-        self._slowest = length_ladder(self._pacing.bound("slowest"), full)
-        self._growth = self._pacing.growth or self._default_growth()
-        self._back = self._pacing.back or self._growth
-        self._watch = InstabilityWatch(smoothing=self._pacing.smoothing)
-        self._last_ratio: float | None = None
+
+@dataclass(frozen=True)
+class Instability:
+    """The largest values since the last decision; None where there was nothing to take them of."""
+
+    loss_ratio: float | None
+    """Median of loss over lowest earlier loss; below 1 where losses only fell."""
+
+    variance_ratio: float | None
+    """Largest element of sqrt(Adam's second moment) over its running median before."""
+
+
+class InstabilityTracker:
+    """Looks at every step and sums up the steps between two decisions. Plain numbers; the same in every process."""
+
+    def __init__(self, *, smoothing: int) -> None:
+        """Losses count as the median of ``smoothing`` steps."""
+        self._smoothing = smoothing
+        # Of the last steps: length and loss.
+        self._losses: list[tuple[int, float]] = []
+        # [length, lowest median loss at it]: lengths rise and losses fall, so the last entry up to a length is the
+        # lowest loss at that length or a shorter one.
+        self._lowest: list[tuple[int, float]] = []
+        self._variances: list[float] = []
+        self._loss_ratio: float | None = None
+        self._variance_ratio: float | None = None
+
+    @property
+    def seen(self) -> Instability:
+        """The steps since the last decision."""
+        return Instability(self._loss_ratio, self._variance_ratio)
 
     def observe(self, *, seq_len: int, loss: float, variance: float | None) -> None:
-        """Take the outcome of a step, every step once and in order; needed where decisions are made."""
-        self._watch.observe(seq_len=seq_len, loss=loss, variance=variance)
+        """Take a step: its length in tokens, its loss, and the largest sqrt of the second moment if it was measured."""
+        self._losses = [*self._losses, (seq_len, loss if math.isfinite(loss) else math.inf)][-self._smoothing :]
+        if len(self._losses) == self._smoothing:
+            ratio = median(_ratio(each, self._lowest_up_to(length)) for length, each in self._losses)
+            self._loss_ratio = _larger(self._loss_ratio, ratio)
+            smooth = median(each for _, each in self._losses)
+            if math.isfinite(smooth):
+                self._lower(max(length for length, _ in self._losses), smooth)
+        if variance is None:
+            return
+        variance = variance if math.isfinite(variance) else math.inf
+        if len(self._variances) >= _FEWEST:
+            self._variance_ratio = _larger(self._variance_ratio, _ratio(variance, float(median(self._variances))))
+        self._variances = [*self._variances, variance][-_VARIANCES:]
+
+    def next_interval(self, *, shorter: bool) -> None:
+        """Begin anew after a decision.
+
+        Args:
+            shorter: The length stepped back, and the steps that led to this shall not count again after it.
+        """
+        self._loss_ratio = self._variance_ratio = None
+        if shorter:
+            self._losses = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later ratios depend on, as JSON values (with Python's spelling of infinity)."""
+        return {
+            "losses": [[seq_len, loss] for seq_len, loss in self._losses],
+            "lowest": [[seq_len, loss] for seq_len, loss in self._lowest],
+            "variances": list(self._variances),
+            "loss_ratio": self._loss_ratio,
+            "variance_ratio": self._variance_ratio,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned.
+
+        Raises:
+            UserError: a key is missing.
+        """
+        _check_complete(state, self.state_dict().keys())
+        self._losses = [(int(seq_len), float(loss)) for seq_len, loss in state["losses"]]
+        self._lowest = [(int(seq_len), float(loss)) for seq_len, loss in state["lowest"]]
+        self._variances = [float(variance) for variance in state["variances"]]
+        self._loss_ratio, self._variance_ratio = state["loss_ratio"], state["variance_ratio"]
+
+    def _lowest_up_to(self, seq_len: int) -> float | None:
+        index = bisect_right(self._lowest, seq_len, key=lambda entry: entry[0])
+        return self._lowest[index - 1][1] if index else None
+
+    def _lower(self, seq_len: int, loss: float) -> None:
+        before = self._lowest_up_to(seq_len)
+        if before is not None and before <= loss:
+            return
+        shorter = [entry for entry in self._lowest if entry[0] < seq_len]
+        longer = [entry for entry in self._lowest if entry[0] > seq_len and entry[1] < loss]
+        self._lowest = [*shorter, (seq_len, loss), *longer]
+
+
+class AdaptiveSchedule(Schedule):
+    """A plan that is decided as the run goes. One process decides (``decide``), all processes ``apply``."""
+
+    def __init__(self, pacing: AdaptivePacing, run: RunSpec) -> None:
+        """Begin a run. Raises UserError as TrainingPlan.build does."""
+        super().__init__(TrainingPlan.build(pacing, run))
+        self._pacing, self._run = pacing, run
+        self._bounds = bounding_plans(pacing, run)
+        self._fastest, self._slowest = (bound.levels(run.seq_len) for bound in pacing.bounds().values())
+        self._growth = pacing.growth or self._default_growth()
+        self._back = pacing.back or self._growth
+        self._tracker = InstabilityTracker(smoothing=pacing.smoothing)
+        self._last_ratio: float | None = None
+
+    def observe(self, *, seq_len: int, loss: float, variance: float | None = None) -> None:
+        self._tracker.observe(seq_len=seq_len, loss=loss, variance=variance)
 
     def due(self, after: PlannedStep) -> bool:
-        """Whether a decision is due after a step: every interval, until the slowest plan has reached its end."""
-        step, tokens = after.step + 1, after.consumed_tokens + after.tokens
+        """Every interval, until the slowest plan has reached its end."""
+        step, tokens = after.end_step, after.end_tokens
         open_ended = value_at(self._slowest, step=step, tokens=tokens) < self._slowest[-1].value
         return step % self._pacing.interval == 0 and step < self.plan.steps and open_ended
 
     def decide(self, after: PlannedStep) -> Decision:
-        """The decision after a step, from what was observed up to it; changes nothing."""
-        step, tokens = after.step + 1, after.consumed_tokens + after.tokens
-        seen = self._watch.seen
-        action, reason = self._judge(seen)
+        step, tokens = after.end_step, after.end_tokens
+        seen = self._tracker.seen
+        action, reason = self._action(seen)
         multiples = {"grow": self._growth, "hold": 0, "back": -self._back}[action]
         wanted = after.seq_len + multiples * self._pacing.multiple
         slowest = value_at(self._slowest, step=step, tokens=tokens)
@@ -122,12 +283,11 @@ class AdaptiveCourse(Course):
             reason=reason if slowest <= wanted <= fastest else reason + bound,
         )
 
-    def follow(self, decision: Decision) -> None:
-        """Go on as decided. Steps before ``decision.step`` stay as they were."""
+    def apply(self, decision: Decision) -> None:
         if decision.seq_len != self.plan[decision.step].seq_len:
             self._plan = self._replanned(decision.step, decision.seq_len)
         self._last_ratio = decision.loss_ratio
-        self._watch.next_interval(shorter=decision.seq_len < decision.previous)
+        self._tracker.next_interval(shorter=decision.seq_len < decision.previous)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it stands, and the two between which it stays."""
@@ -138,7 +298,7 @@ class AdaptiveCourse(Course):
         return {
             "lengths": [[segment.first_step, segment.seq_len] for segment in self.plan.segments],
             "last_ratio": self._last_ratio,
-            "watch": self._watch.state_dict(),
+            "watch": self._tracker.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,29 +307,24 @@ class AdaptiveCourse(Course):
         Raises:
             UserError: a key is missing.
         """
-        missing = sorted(_STATE - state.keys())
-        if missing:
-            raise UserError(
-                f"the checkpoint's pacing state lacks {', '.join(missing)}: it was written by another version; resume "
-                "with that version"
-            )
-        batch_size = self._config.training.batch_size
-        stretches: list[Stretch] = []
+        _check_complete(state, self.state_dict().keys())
+        batch_size = self._run.batch_size
+        phases: list[Phase] = []
         tokens = 0
         for first_step, seq_len in state["lengths"]:
-            if stretches:
-                tokens += (first_step - stretches[-1].first_step) * batch_size * stretches[-1].seq_len
-            stretches.append(Stretch(first_step, tokens, batch_size, seq_len))
-        self._plan = self._plan_of(stretches)
+            if phases:
+                tokens += (first_step - phases[-1].first_step) * batch_size * phases[-1].seq_len
+            phases.append(Phase(first_step, tokens, batch_size, seq_len))
+        self._plan = self._plan_of(phases)
         self._last_ratio = state["last_ratio"]
-        self._watch.load_state_dict(state["watch"])
+        self._tracker.load_state_dict(state["watch"])
 
-    def _judge(self, seen: Instability) -> tuple[Action, str]:
+    def _action(self, seen: Instability) -> tuple[Action, str]:
         pacing, ratio, variance = self._pacing, seen.loss_ratio, seen.variance_ratio
         if ratio is None:
             return "hold", "no loss was judged"
         if ratio > pacing.back_above:
-            # A run that recovers is left alone: stepping back again would only undo what it needs no more.
+            # A run that recovers is left alone: it needs no second step back.
             if self._last_ratio is None or ratio >= self._last_ratio:
                 return "back", f"loss ratio {ratio:.4g} above back_above {pacing.back_above:g}"
             return "hold", f"loss ratio {ratio:.4g} falls from {self._last_ratio:.4g}"
@@ -189,17 +344,39 @@ class AdaptiveCourse(Course):
     def _replanned(self, step: int, seq_len: int) -> TrainingPlan:
         """The plan as it is before ``step``, and from there on ``seq_len``, held until the slowest plan is longer."""
         known = [
-            Stretch(segment.first_step, segment.first_tokens, segment.batch_size, segment.seq_len)
+            Phase(segment.first_step, segment.first_tokens, segment.batch_size, segment.seq_len)
             for segment in self.plan.segments
             if segment.first_step < step
         ]
         held = Level(value=seq_len, begins=step, in_tokens=False)
         lengths = (held, *(level for level in self._slowest if level.value > seq_len))
-        batch_sizes = batch_ladder(None, self._config.training.batch_size)
-        rest = climb(lengths, batch_sizes, step=step, tokens=self.plan.tokens_at_step(step))
+        rest = phases_of(lengths, self._run.batch_sizes(), step=step, tokens=self.plan.tokens_at_step(step))
         if known and known[-1].seq_len == seq_len:
             rest = rest[1:]
         return self._plan_of([*known, *rest])
 
-    def _plan_of(self, stretches: list[Stretch]) -> TrainingPlan:
-        return replace(TrainingPlan.from_stretches(self._config, stretches), most_samples=self.plan.most_samples)
+    def _plan_of(self, phases: list[Phase]) -> TrainingPlan:
+        return replace(
+            TrainingPlan.of_segments(self._run.segments(phases), self._run), most_samples=self.plan.most_samples
+        )
+
+
+def _ratio(value: float, reference: float | None) -> float:
+    if reference is None or value == reference:
+        return 1.0
+    if math.isinf(value) or reference == 0.0:
+        return math.inf
+    return value / reference
+
+
+def _larger(before: float | None, ratio: float) -> float:
+    return ratio if before is None else max(before, ratio)
+
+
+def _check_complete(state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    missing = sorted(set(keys) - state.keys())
+    if missing:
+        raise UserError(
+            f"the checkpoint's pacing state lacks {', '.join(missing)}: it was written by another version; resume "
+            "with that version"
+        )

@@ -1,139 +1,249 @@
-"""Pacing: at which step or token count the sequence length and the batch size rise, in exact integers.
+"""The size of a run, and what every pacing answers about it; the pacings themselves are in pacings.py."""
 
-A pacing is written as a ladder: the values it takes and where each begins. A ladder is what the paper's formula gives
-when it is solved for the step instead of evaluated at every step. For start s, end e, duration T, multiple m and degree
-r, the length ``s + (e - s) * min(t/T, 1)^(1/r)`` floored to a multiple of m is at least ``s + k*m`` exactly from
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
-    t = ceil(T * (k*m)^r / (e - s)^r)
+import numpy as np
+from pydantic import ConfigDict
 
-on (s and e are multiples of m). Python integers make this exact; evaluating the formula in floats is one step late
-where ``t/T`` rounds down at a boundary.
-
-Sources: the paper's section 4 (linear), the DeepSpeed curriculum learning tutorial (root and discrete pacing), and
-Megatron-LM's ``--rampup-batch-size`` (equal increments of the batch size).
-"""
-
-from bisect import bisect_right
-from dataclasses import dataclass
-from itertools import pairwise
-
-from megatron_ext.base import Duration
-from megatron_ext.config.curriculum import (
-    AdaptivePacing,
-    BatchSizeWarmup,
-    ConstantPacing,
-    CurriculumConfig,
-    DiscretePacing,
-    MixedPacing,
-    RootPacing,
+from megatron_ext.base import MAX_COUNT, Duration, PositiveInt, Section, Seed
+from megatron_ext.curriculum.learning_rate import LearningRateConfig
+from megatron_ext.curriculum.segments import (
+    Levels,
+    Phase,
+    Segment,
+    constant,
+    cut,
+    phases_of,
+    rising,
+    samples_of_streams,
+    too_long,
 )
+from megatron_ext.errors import UserError
+
+Tail = Literal["truncate", "recycle"]
+_KEY: Final = "training.batch_size_warmup"
 
 
-@dataclass(frozen=True)
-class Level:
-    """One value of a ladder and where it begins."""
+class BatchSizeWarmup(Section):
+    """GPT-3's batch-size warmup: from ``start`` to ``training.batch_size`` in equal increments over ``duration``."""
 
-    value: int
-    """Tokens per sequence, or sequences per batch."""
+    start: PositiveInt
+    """Sequences in the first step's batch."""
 
-    begins: int
-    """Steps done, or tokens consumed, before the first step that has this value."""
+    increment: PositiveInt
+    """Sequences added at a time; divides the distance to ``training.batch_size``."""
 
-    in_tokens: bool
-    """``begins`` counts tokens; otherwise steps."""
-
-    from_previous: bool = False
-    """``begins`` counts from the first step of the previous level; otherwise from the start of the run."""
+    duration: Duration
+    """The full batch size is reached at this step or token count."""
 
 
-Ladder = tuple[Level, ...]
+class RunSpec(Section):
+    """The size of a run. Messages name its fields as a run config does (``training.seq_len``)."""
+
+    seq_len: PositiveInt
+    """Full length in tokens: that of a dataset sample, and where the length ends."""
+
+    batch_size: PositiveInt
+    """Sequences per optimizer step over all ranks."""
+
+    duration: Duration
+    """The run ends with the step that reaches this many steps or tokens."""
+
+    learning_rate: LearningRateConfig = LearningRateConfig(peak=1.0, decay="constant")
+    """By default a plan's learning rate is 1.0 throughout."""
+
+    batch_size_warmup: BatchSizeWarmup | None = None
+    """Not together with a changing length."""
+
+    tail: Tail = "truncate"
+    """What becomes of the rest of a sample when a step is shorter (see sampler.py)."""
+
+    seed: Seed = 1234
+    """Shuffles the cycle of mixed lengths; no other pacing uses it."""
+
+    def problems(self) -> Iterator[str]:
+        """One line per contradiction among these values; durations in different units are left to the plan."""
+        tokens = (self.duration.steps or 1) * self.batch_size * self.seq_len
+        if tokens > MAX_COUNT:
+            yield (
+                f"training.duration is {self.duration}, which at training.batch_size {self.batch_size:,} and "
+                f"training.seq_len {self.seq_len:,} is {tokens:,} tokens: write values whose product is at most "
+                f"{MAX_COUNT:,}"
+            )
+        if self.batch_size_warmup is not None:
+            yield from self._warmup_problems(self.batch_size_warmup)
+        yield from self.learning_rate.problems(self.duration)
+
+    def _warmup_problems(self, warmup: BatchSizeWarmup) -> Iterator[str]:
+        full = self.batch_size
+        if warmup.start > full:
+            yield f"{_KEY}.start is {warmup.start}, more than training.batch_size {full}: write at most {full}"
+        elif (full - warmup.start) % warmup.increment:
+            distance = full - warmup.start
+            yield (
+                f"{_KEY}.increment is {warmup.increment}, which does not divide the {distance} sequences from "
+                f"{_KEY}.start {warmup.start} to training.batch_size {full}: write "
+                f"{_nearest_divisors(distance, warmup.increment)}"
+            )
+        if self.tail == "recycle":
+            yield (
+                f'{_KEY} is given with data.tail "recycle", which needs the same number of sequences at every step: '
+                'write data.tail "truncate"'
+            )
+        yield from too_long(f"{_KEY}.duration", warmup.duration, self.duration)
+
+    def batch_sizes(self) -> Levels:
+        """Levels of the batch size, in sequences.
+
+        GPT-3's warmup (Megatron-LM's ``--rampup-batch-size``) spreads its increments equally over the duration: the
+        k-th of K begins at ``ceil(T * k / K)``, and the full batch size is there at T exactly.
+        """
+        warmup = self.batch_size_warmup
+        if warmup is None:
+            return constant(self.batch_size)
+        return rising(warmup.start, self.batch_size, multiple=warmup.increment, duration=warmup.duration)
+
+    def segments(self, phases: Sequence[Phase]) -> tuple[Segment, ...]:
+        """The phases up to the end of the run, with the samples that ``tail`` draws before each."""
+        segments = cut(phases, self.duration)
+        if self.tail == "truncate":
+            return segments
+        drawn = (samples_of_streams(s.batch_size, np.array([s.first_tokens]), self.seq_len)[0] for s in segments)
+        return tuple(replace(s, first_samples=int(samples)) for s, samples in zip(segments, drawn, strict=True))
 
 
-def length_ladder(curriculum: CurriculumConfig, seq_len: int) -> Ladder:
-    """Levels of the sequence length, in tokens, that ``curriculum`` asks for.
-
-    ``seq_len`` is the full length: where the growth ends unless the curriculum has an ``end`` of its own. Of adaptive
-    pacing these are the levels of its slowest plan, which are there before anything was decided.
-    """
-    if isinstance(curriculum, AdaptivePacing):
-        curriculum = curriculum.bound("slowest")
-    assert not isinstance(curriculum, MixedPacing), "mixed lengths do not rise; they are a cycle (cycle.py)"
-    if isinstance(curriculum, ConstantPacing):
-        return constant(seq_len)
-    if isinstance(curriculum, DiscretePacing):
-        stages = [(stage.seq_len, stage.duration) for stage in curriculum.stages]
-        return discrete(stages, full=seq_len)
-    end = seq_len if curriculum.end is None else curriculum.end
-    degree = curriculum.degree if isinstance(curriculum, RootPacing) else 1
-    return rising(curriculum.start, end, multiple=curriculum.multiple, duration=curriculum.duration, degree=degree)
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [value for value in range(1, number + 1) if number % value == 0]
+    below = max(value for value in divisors if value < wanted)
+    above = min((value for value in divisors if value > wanted), default=None)
+    return f"{below} or {above}" if above else str(below)
 
 
-def batch_ladder(warmup: BatchSizeWarmup | None, batch_size: int) -> Ladder:
-    """Levels of the batch size, in sequences.
-
-    GPT-3's batch-size warmup: the increments are spread equally over the duration, so that the k-th of K begins at
-    ``ceil(T * k / K)`` and the full batch size is there at T exactly.
-    """
-    if warmup is None:
-        return constant(batch_size)
-    return rising(warmup.start, batch_size, multiple=warmup.increment, duration=warmup.duration)
+def _pacing_required(schema: dict[str, Any]) -> None:
+    """In a file the key selects the class, so it has to be there; in Python the class has been chosen already."""
+    schema["properties"]["pacing"].pop("default", None)
+    schema["required"] = [name for name in schema["properties"] if name in {*schema.get("required", ()), "pacing"}]
 
 
-def value_at(ladder: Ladder, *, step: int, tokens: int) -> int:
-    """The value for the step before which ``step`` steps are done and ``tokens`` tokens consumed.
+class Pacing(Section):
+    """What every pacing answers. By default it has ``levels`` that rise to the full length and nothing to decide."""
 
-    For ladders of one unit that count from the start of the run, as ``rising`` makes them. O(log levels).
-    """
-    done = tokens if ladder[0].in_tokens else step
-    return ladder[bisect_right(ladder, done, key=_begins) - 1].value
+    model_config = ConfigDict(json_schema_extra=_pacing_required)
+
+    if TYPE_CHECKING:
+        pacing: str
+
+    changes_length: ClassVar[bool] = True
+    """Whether steps differ in length."""
+
+    def describe(self, seq_len: int) -> str:
+        """One line for people; ``seq_len`` is the full length."""
+        raise NotImplementedError
+
+    def problems(self, run: RunSpec) -> Iterator[str]:
+        """One line per contradiction, in itself or with the run: key, value, what to write."""
+        if self.changes_length and run.batch_size_warmup is not None:
+            key = "training.batch_size_warmup"
+            yield (
+                f'{key} and curriculum.pacing "{self.pacing}" are both given, and both shrink the tokens of a '
+                f'batch: set {key} to null, or write curriculum {{"pacing": "constant"}}'
+            )
+
+    def levels(self, seq_len: int) -> Levels:
+        """Levels of the sequence length, in tokens; ``seq_len`` is the full length."""
+        raise NotImplementedError
+
+    def segments(self, run: RunSpec) -> Sequence[Segment]:
+        """The whole run. Raises UserError if it ends before a step at the full length and batch size."""
+        phases = phases_of(self.levels(run.seq_len), run.batch_sizes())
+        segments = run.segments(phases)
+        _check_warmups_end(phases, segments, run.duration)
+        return segments
+
+    def bounds(self) -> Mapping[str, "Pacing"]:
+        """The fastest and the slowest pacing between which an adaptive one decides; none where all is known before."""
+        return {}
+
+    @property
+    def step_between_lengths(self) -> int:
+        """Tokens of which lengths are multiples."""
+        return int(getattr(self, "multiple", 8))
+
+    def last_length(self, seq_len: int) -> int:
+        """Where the length ends, in tokens."""
+        return seq_len
+
+    @property
+    def variance_limit(self) -> float:
+        """Above which ratio to its median Adam's variance keeps the length from growing; 0: it is not looked at."""
+        return 0.0
+
+    def tuned(self, *, start: int, steps: int) -> dict[str, Any]:
+        """A section that grows from ``start`` within ``steps`` steps: of this pacing, or linear in place of others."""
+        multiple = self.step_between_lengths
+        return {"pacing": "linear", "start": start, "multiple": multiple, "duration": {"steps": steps}}
 
 
-def constant(value: int) -> Ladder:
-    """The ladder of one level."""
-    return (Level(value=value, begins=0, in_tokens=False),)
+class Rising(Pacing):
+    """From a start to an end, in multiples."""
+
+    start: PositiveInt
+    """Length of the first step, in tokens; a multiple of ``multiple`` (paper: 8 for millions, 64 for billions of
+    parameters)."""
+
+    end: PositiveInt | None = None
+    """Length from the end of the warmup on; by default ``training.seq_len``."""
+
+    multiple: PositiveInt = 8
+    """Lengths are floored to a multiple of this (8 keeps Tensor Cores aligned)."""
+
+    def last_length(self, seq_len: int) -> int:
+        return self.end or seq_len
+
+    def problems(self, run: RunSpec) -> Iterator[str]:
+        full, end = run.seq_len, self.last_length(run.seq_len)
+        end_key = "training.seq_len (where the curriculum ends)" if self.end is None else "curriculum.end"
+        yield from no_multiple("curriculum.start", self.start, self.multiple, most=full)
+        yield from no_multiple(end_key, end, self.multiple, most=full if self.end is not None else 2 * full)
+        if end > full:
+            yield f"curriculum.end is {end}, more than training.seq_len {full}: write at most {full}"
+        if self.start > end:
+            yield (
+                f"curriculum.start is {self.start}, more than the end of the curriculum, {end}: write a start of at "
+                f"most {end}"
+            )
+        yield from super().problems(run)
 
 
-def rising(start: int, end: int, *, multiple: int, duration: Duration, degree: int = 1) -> Ladder:
-    """Linear growth, or root growth of ``degree`` > 1, from ``start`` to ``end`` in jumps of ``multiple``.
-
-    ``end - start`` must be a multiple of ``multiple`` (the config's checks see to it). Levels that would begin at the
-    same point as a higher one are left out, so a duration shorter than the number of levels skips some of them.
-    """
-    rise = end - start
-    assert start > 0, f"a ladder starts above 0, not at {start}"
-    assert rise >= 0, f"a ladder from {start} to {end} does not rise"
-    assert rise % multiple == 0, f"the rise from {start} to {end} is no multiple of {multiple}"
-    total, in_tokens = _amount(duration)
-    highest_at: dict[int, int] = {0: start}
-    for height in range(multiple, rise + 1, multiple):
-        highest_at[_ceil_div(total * height**degree, rise**degree)] = start + height
-    return tuple(Level(value=value, begins=begins, in_tokens=in_tokens) for begins, value in highest_at.items())
+def nearest_multiples(value: int, multiple: int, *, most: int) -> list[int]:
+    """The multiples of ``multiple`` next to ``value``, between ``multiple`` and ``most``; none if there are none."""
+    below = value // multiple * multiple
+    largest = most // multiple * multiple
+    candidates = {min(max(candidate, multiple), largest) for candidate in (below, below + multiple)}
+    return sorted(candidate for candidate in candidates if candidate >= multiple)
 
 
-def discrete(stages: list[tuple[int, Duration]], *, full: int) -> Ladder:
-    """Stages of (value, duration) one after the other, then ``full``; a duration counts from its stage's first step.
-
-    Equal neighbors become one level only in the plan's segments; here every stage keeps its own duration.
-    """
-    levels = [Level(value=stages[0][0], begins=0, in_tokens=False)]
-    values = [value for value, _ in stages[1:]] + [full]
-    for value, (_, duration) in zip(values, stages, strict=True):
-        amount, in_tokens = _amount(duration)
-        levels.append(Level(value=value, begins=amount, in_tokens=in_tokens, from_previous=True))
-    assert all(low.value <= high.value for low, high in pairwise(levels)), "discrete stages must rise"
-    return tuple(levels)
+def no_multiple(key: str, value: int, multiple: int, *, most: int) -> Iterator[str]:
+    if value % multiple == 0:
+        return
+    nearest = nearest_multiples(value, multiple, most=most)
+    if nearest:
+        advice = f"write {' or '.join(map(str, nearest))}"
+    else:
+        advice = f"no length up to training.seq_len {most} is one; write a smaller curriculum.multiple"
+    yield f"{key} is {value}, which is no multiple of curriculum.multiple {multiple}: {advice}"
 
 
-def _amount(duration: Duration) -> tuple[int, bool]:
-    if duration.tokens is not None:
-        return duration.tokens, True
-    assert duration.steps is not None
-    return duration.steps, False
-
-
-def _begins(level: Level) -> int:
-    return level.begins
-
-
-def _ceil_div(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
+def _check_warmups_end(phases: Sequence[Phase], segments: Sequence[Segment], duration: Duration) -> None:
+    run_steps, run_tokens = segments[-1].end_step, segments[-1].end_tokens
+    for key, field in (("curriculum", "seq_len"), ("training.batch_size_warmup", "batch_size")):
+        final = getattr(phases[-1], field)
+        reached = next(phase for phase in phases if getattr(phase, field) == final)
+        if reached.first_step >= run_steps:
+            raise UserError(
+                f"{key} reaches {field} {final:,} at step {reached.first_step} ({reached.first_tokens:,} tokens), "
+                f"but the run (training.duration {duration}) ends after {run_steps:,} steps ({run_tokens:,} tokens): "
+                f"shorten the durations of {key} or lengthen training.duration"
+            )

@@ -2,29 +2,31 @@
 
 Batch size, sequence length and learning rate are functions of the step; consumed tokens are their cumulative sum; the
 decay and the end of the run are measured on that sum. A plan is a few segments (see segments.py) and a learning rate
-(see schedule.py), so it is built without a loop over steps and any step is found by a binary search. Nothing here
+(see learning_rate.py), so it is built without a loop over steps and any step is found by a binary search. Nothing here
 depends on ranks.
 """
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any
 
 import numpy as np
 
 from megatron_ext.base import Duration
-from megatron_ext.config.curriculum import AdaptivePacing, MixedPacing
-from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.cycle import CycleSegments, cycle_of
-from megatron_ext.curriculum.pacing import batch_ladder, length_ladder
-from megatron_ext.curriculum.schedule import Floats, Ints, LearningRate, learning_rate
-from megatron_ext.curriculum.segments import Segment, Stretch, climb, cut, segment_of, steps_to_reach, tokens_after
+from megatron_ext.curriculum.learning_rate import LearningRate, learning_rate
+from megatron_ext.curriculum.pacing import Pacing, RunSpec, Tail
+from megatron_ext.curriculum.segments import (
+    CycleSegments,
+    Floats,
+    Ints,
+    Segment,
+    samples_of_streams,
+    segment_of,
+    steps_to_reach,
+    tokens_after,
+)
 from megatron_ext.errors import UserError
-
-Tail = Literal["truncate", "recycle"]
-Bound = Literal["fastest", "slowest"]
-BOUNDS: Final[tuple[Bound, ...]] = ("fastest", "slowest")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class PlannedStep:
     consumed_samples: int
     """Dataset samples drawn, in whole or in part."""
 
+    @property
+    def end_step(self) -> int:
+        """Steps finished after it."""
+        return self.step + 1
+
+    @property
+    def end_tokens(self) -> int:
+        """Tokens consumed after it."""
+        return self.consumed_tokens + self.tokens
+
 
 @dataclass(frozen=True)
 class PlanArrays:
@@ -67,7 +79,7 @@ class TrainingPlan:
     """The run, step by step: ``plan[t]`` for t in [0, steps)."""
 
     segments: Sequence[Segment]
-    """Stretches of constant batch size and length, in order; at least one."""
+    """Phases of constant batch size and length, in order; at least one."""
 
     learning_rate: LearningRate
     duration: Duration
@@ -83,50 +95,25 @@ class TrainingPlan:
     """Dataset samples to provide for where the plan may still change; None: those that the segments draw."""
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> "TrainingPlan":
+    def build(cls, pacing: Pacing, run: RunSpec) -> "TrainingPlan":
         """The plan of a run; of adaptive pacing the one that holds the length wherever it may, its slowest.
 
-        Raises UserError where durations in different units contradict each other: a warmup of length, batch size or
-        learning rate that does not end within the run, a cooldown that begins before the warmup ends.
+        Raises:
+            UserError: values contradict each other, a line for each; or, found only by planning, durations in different
+                units do: a warmup of length, batch size or learning rate that does not end within the run, a cooldown
+                that begins before the warmup ends.
         """
-        if isinstance(config.curriculum, AdaptivePacing):
-            bounds = bounding_plans(config)
-            return replace(bounds["slowest"], most_samples=_most_samples(bounds, batch_size=config.training.batch_size))
-        training = config.training
-        if isinstance(config.curriculum, MixedPacing):
-            cycle = cycle_of(config.curriculum, config.seed)
-            lane_seq_len = training.seq_len if config.data.tail == "recycle" else None
-            segments = CycleSegments.until(
-                training.duration, cycle=cycle, batch_size=training.batch_size, lane_seq_len=lane_seq_len
-            )
-            return cls._from_segments(config, segments)
-        lengths = length_ladder(config.curriculum, training.seq_len)
-        stretches = climb(lengths, batch_ladder(training.batch_size_warmup, training.batch_size))
-        _check_warmups_end(stretches, cut(stretches, training.duration), training.duration)
-        return cls.from_stretches(config, stretches)
+        if problems := plan_problems(pacing, run):
+            raise UserError("\n".join(problems))
+        if bounds := bounding_plans(pacing, run):
+            return replace(bounds["slowest"], most_samples=_most_samples(bounds, batch_size=run.batch_size))
+        return cls.of_segments(pacing.segments(run), run)
 
     @classmethod
-    def from_stretches(cls, config: RunConfig, stretches: Sequence[Stretch]) -> "TrainingPlan":
-        """The plan of a run whose lengths and batch sizes are ``stretches``, the last one as long as the run lasts.
-
-        Raises UserError where the learning rate's durations do not fit into it.
-        """
-        training = config.training
-        segments = cut(stretches, training.duration)
-        if config.data.tail == "recycle":
-            segments = tuple(_recycled(segment, training.seq_len) for segment in segments)
-        return cls._from_segments(config, segments)
-
-    @classmethod
-    def _from_segments(cls, config: RunConfig, segments: Sequence[Segment]) -> "TrainingPlan":
-        training = config.training
-        return cls(
-            segments=segments,
-            learning_rate=learning_rate(config.learning_rate, segments, training.duration),
-            duration=training.duration,
-            seq_len=training.seq_len,
-            tail=config.data.tail,
-        )
+    def of_segments(cls, segments: Sequence[Segment], run: RunSpec) -> "TrainingPlan":
+        """The plan of a run with these segments. Raises UserError where the learning rate's durations do not fit."""
+        rate = learning_rate(run.learning_rate, segments, run.duration)
+        return cls(segments=segments, learning_rate=rate, duration=run.duration, seq_len=run.seq_len, tail=run.tail)
 
     @property
     def steps(self) -> int:
@@ -154,14 +141,14 @@ class TrainingPlan:
     def samples(self) -> int:
         """Dataset samples that the run needs, at most where the plan may still change.
 
-        truncate: one for every sequence. recycle: for each of the batch's lanes as many as hold the lane's tokens.
+        truncate: one for every sequence. recycle: for each of the batch's streams as many as hold the stream's tokens.
         """
         if self.most_samples is not None:
             return self.most_samples
         last = self.segments[-1]
         if self.tail == "truncate":
             return last.first_samples + last.steps * last.batch_size
-        return int(_samples_of_lanes(last.batch_size, np.array([last.end_tokens]), self.seq_len)[0])
+        return int(samples_of_streams(last.batch_size, np.array([last.end_tokens]), self.seq_len)[0])
 
     def __len__(self) -> int:
         return self.steps
@@ -240,7 +227,7 @@ class TrainingPlan:
         if self.tail == "truncate":
             samples = spread("first_samples") + done * batch_size
         else:
-            samples = _samples_of_lanes(batch_size, consumed, self.seq_len)
+            samples = samples_of_streams(batch_size, consumed, self.seq_len)
         return PlanArrays(
             step=step,
             batch_size=batch_size,
@@ -259,61 +246,47 @@ def _segments_json(segments: Sequence[Segment]) -> dict[str, Any]:
     return {"segments": [asdict(segment) for segment in segments]}
 
 
-def bounding_plans(config: RunConfig) -> dict[Bound, TrainingPlan]:
-    """The two linear plans between which adaptive pacing stays. Raises UserError as ``from_config`` does."""
-    curriculum = config.curriculum
-    assert isinstance(curriculum, AdaptivePacing)
-    plans: dict[Bound, TrainingPlan] = {}
-    for which in BOUNDS:
+def plan_problems(pacing: Pacing, run: RunSpec) -> list[str]:
+    """One line per contradiction that shows without a plan: key, value, what to write."""
+    return [*pacing.problems(run), *run.problems()]
+
+
+def bounding_plans(pacing: Pacing, run: RunSpec) -> dict[str, TrainingPlan]:
+    """The two linear plans between which adaptive pacing stays; none under fixed pacing. Raises as ``build``."""
+    plans: dict[str, TrainingPlan] = {}
+    for which, bound in pacing.bounds().items():
         try:
-            plans[which] = TrainingPlan.from_config(config.model_copy(update={"curriculum": curriculum.bound(which)}))
+            plans[which] = TrainingPlan.of_segments(bound.segments(run), run)
         except UserError as error:
             raise UserError(f"curriculum.{which}: {error}") from None
     return plans
 
 
-def possible_plans(config: RunConfig) -> Mapping[str, TrainingPlan]:
-    """The plan of a run, or under adaptive pacing the two that bound it, by name.
+def possible_plans(pacing: Pacing, run: RunSpec) -> dict[str, TrainingPlan]:
+    """The plan of a run, or under adaptive pacing the two that bound it, by name. Raises as ``build``."""
+    return bounding_plans(pacing, run) or {"plan": TrainingPlan.build(pacing, run)}
 
-    Raises UserError as ``from_config`` does.
+
+def is_due(every: Duration | None, step: PlannedStep) -> bool:
+    """Whether the end of ``step`` passes a multiple of ``every``; never with None.
+
+    By tokens it is due after the step that reaches or passes the multiple, once for each step that does.
     """
-    if isinstance(config.curriculum, AdaptivePacing):
-        bounds = bounding_plans(config)
-        return {which: bounds[which] for which in BOUNDS}
-    return {"plan": TrainingPlan.from_config(config)}
+    if every is None:
+        return False
+    if every.steps is not None:
+        return step.end_step % every.steps == 0
+    assert every.tokens is not None
+    return step.end_tokens // every.tokens > step.consumed_tokens // every.tokens
 
 
-def _most_samples(bounds: Mapping[Bound, TrainingPlan], *, batch_size: int) -> int:
+def _most_samples(bounds: Mapping[str, TrainingPlan], *, batch_size: int) -> int:
     """Samples that are enough for every plan between the bounds: none has more steps than the slowest."""
     slowest = bounds["slowest"]
     if slowest.tail == "truncate":
         return slowest.samples
     if slowest.duration.tokens is None:
         return bounds["fastest"].samples
-    # The last step begins below the budget, on a whole number of tokens a lane, and is at most of full length.
-    lane_tokens = (slowest.duration.tokens - 1) // batch_size + slowest.segments[-1].seq_len
-    return int(_samples_of_lanes(batch_size, np.array([lane_tokens * batch_size]), slowest.seq_len)[0])
-
-
-def _samples_of_lanes(batch_size: int | Ints, tokens: Ints, seq_len: int) -> Ints:
-    """Samples that ``batch_size`` lanes have opened when together they have read ``tokens`` tokens."""
-    return batch_size * -(-(tokens // batch_size) // seq_len)
-
-
-def _recycled(segment: Segment, seq_len: int) -> Segment:
-    first_samples = _samples_of_lanes(segment.batch_size, np.array([segment.first_tokens]), seq_len)
-    return replace(segment, first_samples=int(first_samples[0]))
-
-
-def _check_warmups_end(stretches: list[Stretch], segments: tuple[Segment, ...], duration: Duration) -> None:
-    """Raise UserError if the run ends before a step at the full length and batch size."""
-    run_steps, run_tokens = segments[-1].end_step, segments[-1].end_tokens
-    for key, field in (("curriculum", "seq_len"), ("training.batch_size_warmup", "batch_size")):
-        final = getattr(stretches[-1], field)
-        reached = next(stretch for stretch in stretches if getattr(stretch, field) == final)
-        if reached.first_step >= run_steps:
-            raise UserError(
-                f"{key} reaches {field} {final:,} at step {reached.first_step} ({reached.first_tokens:,} tokens), "
-                f"but the run (training.duration {duration}) ends after {run_steps:,} steps ({run_tokens:,} tokens): "
-                f"shorten the durations of {key} or lengthen training.duration"
-            )
+    # The last step begins below the budget, on a whole number of tokens a stream, and is at most of full length.
+    stream_tokens = (slowest.duration.tokens - 1) // batch_size + slowest.segments[-1].seq_len
+    return int(samples_of_streams(batch_size, np.array([stream_tokens * batch_size]), slowest.seq_len)[0])

@@ -1,19 +1,21 @@
-"""Which tokens of which sample each sequence of a step reads, for the GLOBAL batch and so for any number of ranks.
+"""Which tokens of which sample each sequence of a step reads, for the global batch and so for any number of ranks.
 
 truncate (the paper): sequence j of a step is a sample of its own, the ``consumed_samples + j``-th, from its beginning;
 what is longer than the step's length is dropped.
 
-recycle: sequence j of every step belongs to lane j of B (B is the batch size, constant over the run). A lane reads the
-samples j, j + B, j + 2B, ... end to end as one stream; a step reads ``seq_len`` tokens from where the step before
-ended. Every token of the stream is used exactly once, and the sequences of one batch come from different samples.
+recycle: sequence j of every step belongs to stream j of B (B is the batch size, constant over the run). It reads the
+samples j, j + B, j + 2B, ... end to end; a step reads ``seq_len`` tokens from where the step before
+ended. Every token is used exactly once, and the sequences of one batch come from different samples.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from megatron_ext.curriculum.plan import PlannedStep, Tail, TrainingPlan
-from megatron_ext.curriculum.schedule import Ints
+from megatron_ext.curriculum.pacing import Tail
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
+from megatron_ext.curriculum.segments import Ints
 from megatron_ext.errors import UserError
 
 
@@ -37,35 +39,29 @@ class BatchSlices:
         return len(self.samples)
 
 
-@dataclass(frozen=True)
-class SamplePlan:
-    """The sampler of a plan: a pure function of the step, so a resume needs the step number alone."""
-
-    plan: TrainingPlan
-
-    def slices(self, step: int) -> BatchSlices:
-        """The global batch of ``step``; IndexError outside the plan."""
-        return batch_slices(self.plan[step], seq_len=self.plan.seq_len, tail=self.plan.tail)
+def global_batch(plan: TrainingPlan, step: int) -> BatchSlices:
+    """The global batch of a step, from the step's number alone; IndexError outside the plan."""
+    return batch_slices(plan[step], seq_len=plan.seq_len, tail=plan.tail)
 
 
 def batch_slices(step: PlannedStep, *, seq_len: int, tail: Tail) -> BatchSlices:
     """The global batch of a planned step over samples of ``seq_len`` tokens."""
-    lanes = np.arange(step.batch_size, dtype=np.int64)
-    nowhere = np.full_like(lanes, -1)
+    streams = np.arange(step.batch_size, dtype=np.int64)
+    nowhere = np.full_like(streams, -1)
     if tail == "truncate":
         return BatchSlices(
-            samples=step.consumed_samples + lanes,
-            offsets=np.zeros_like(lanes),
+            samples=step.consumed_samples + streams,
+            offsets=np.zeros_like(streams),
             next_samples=nowhere,
             seq_len=step.seq_len,
         )
-    lane_position, rest = divmod(step.consumed_tokens, step.batch_size)
+    position, rest = divmod(step.consumed_tokens, step.batch_size)
     assert rest == 0, "recycle needs a constant batch size"
-    row, offset = divmod(lane_position, seq_len)
-    samples = row * step.batch_size + lanes
+    row, offset = divmod(position, seq_len)
+    samples = row * step.batch_size + streams
     return BatchSlices(
         samples=samples,
-        offsets=np.full_like(lanes, offset),
+        offsets=np.full_like(streams, offset),
         next_samples=samples + step.batch_size if offset + step.seq_len > seq_len else nowhere,
         seq_len=step.seq_len,
     )
@@ -81,6 +77,19 @@ def rank_block(batch: BatchSlices, rank: int, ranks: int) -> BatchSlices:
     block = slice(rank * size, (rank + 1) * size)
     arrays = {field.name: getattr(batch, field.name)[block] for field in fields(batch) if field.name != "seq_len"}
     return BatchSlices(**arrays, seq_len=batch.seq_len)
+
+
+def data_parallel_size(ranks: int, *, tensor: int) -> int:
+    """Ranks among which a batch is divided, where ``tensor`` ranks each hold a part of the model.
+
+    Raises UserError if the ranks do not form whole groups of ``tensor``.
+    """
+    if ranks % tensor:
+        raise UserError(
+            f"parallel.tensor is {tensor}, which does not divide the {ranks} rank(s): start a multiple of {tensor} "
+            "ranks or lower parallel.tensor"
+        )
+    return ranks // tensor
 
 
 def check_batches_divide(plan: TrainingPlan, ranks: int) -> None:
@@ -115,3 +124,70 @@ def micro_batch_sizes(sequences: int, seq_len: int, max_tokens: int) -> tuple[in
         return ()
     size, larger = divmod(sequences, count)
     return (size + 1,) * larger + (size,) * (count - larger)
+
+
+@dataclass(frozen=True)
+class SkippedSamples:
+    """Samples that a run passes over because it rolled back over the steps that had read them.
+
+    A plan counts the samples that it draws: 0, 1, 2, ... Without skipped samples these positions are dataset samples.
+    With them, position p is the p-th sample that is not skipped; behind the last sample it goes on with the first, so
+    that a run reads as many samples as its plan says and the dataset stays the one it began with. With ``recycle``
+    whole rows, of a sample for every stream, are skipped.
+    """
+
+    total: int
+    """Samples in the dataset."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+    """(first, count) each, rising, neither touching nor overlapping."""
+
+    @classmethod
+    def none(cls, total: int, plan: TrainingPlan) -> "SkippedSamples":
+        """Nothing skipped of ``total`` samples; with ``recycle`` of as many as fill rows of the plan's batch size."""
+        row = 1 if plan.tail == "truncate" else plan[0].batch_size
+        return cls(total // row * row)
+
+    @property
+    def left(self) -> int:
+        """Samples that are not skipped."""
+        return self.total - sum(count for _, count in self.ranges)
+
+    def samples(self, positions: Ints) -> Ints:
+        """Dataset samples at ``positions`` of the plan, of any shape."""
+        found = positions % self.left
+        for first, count in self.ranges:
+            found = np.where(found >= first, found + count, found)
+        return found
+
+    def applied(self, batch: BatchSlices) -> BatchSlices:
+        """The batch with positions of the plan turned into dataset samples."""
+        if not self.ranges:
+            return batch
+        following = np.where(batch.next_samples < 0, batch.next_samples, self.samples(batch.next_samples))
+        return replace(batch, samples=self.samples(batch.samples), next_samples=following)
+
+    def without(self, positions: range) -> "SkippedSamples":
+        """Skip the samples at these positions, too."""
+        more = np.unique(self.samples(np.arange(positions.start, positions.stop, dtype=np.int64)))
+        skipped = np.zeros(self.total + 2, dtype=np.int8)
+        skipped[more + 1] = 1
+        for first, count in self.ranges:
+            skipped[first + 1 : first + 1 + count] = 1
+        edges = np.diff(skipped)
+        firsts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        return replace(self, ranges=tuple(zip(firsts.tolist(), (ends - firsts).tolist(), strict=True)))
+
+    def to_json(self) -> list[list[int]]:
+        """The ranges as a checkpoint holds them."""
+        return [list(pair) for pair in self.ranges]
+
+    def with_ranges(self, ranges: Sequence[Sequence[int]]) -> "SkippedSamples":
+        """The same dataset with the ranges that ``to_json`` gave."""
+        return replace(self, ranges=tuple((first, count) for first, count in ranges))
+
+
+def positions_between(plan: TrainingPlan, first_step: int, last_step: int) -> range:
+    """Positions of the samples from which the steps ``first_step`` to ``last_step`` (included) read."""
+    first, last = global_batch(plan, first_step), global_batch(plan, last_step)
+    return range(int(first.samples.min()), 1 + int(max(last.samples.max(), last.next_samples.max())))

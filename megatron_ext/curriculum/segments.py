@@ -1,16 +1,173 @@
-"""Segments: a run cut into stretches of constant batch size and length, and the arithmetic of steps and tokens.
+"""The arithmetic of steps and tokens: levels, phases, segments, and the cycle of mixed lengths.
 
+A pacing says which values the sequence length takes and where each begins: its *levels*. Levels of the length and of
+the batch size together give *phases*, in which both are constant; phases cut off at the end of the run are *segments*.
 Within a segment every step trains ``batch_size * seq_len`` tokens, so both directions (tokens after a number of steps,
 steps until a number of tokens) are one division after a binary search. The number of segments is that of the lengths
 and batch sizes, whatever the number of steps.
+
+Levels are what the paper's formula gives when it is solved for the step instead of evaluated at every step. For start
+s, end e, duration T, multiple m and degree r, the length ``s + (e - s) * min(t/T, 1)^(1/r)`` floored to a multiple of m
+is at least ``s + k*m`` exactly from
+
+    t = ceil(T * (k*m)^r / (e - s)^r)
+
+on (s and e are multiples of m). Python integers make this exact; evaluating the formula in floats is one step late
+where ``t/T`` rounds down at a boundary.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_ext.base import Duration
-from megatron_ext.curriculum.pacing import Ladder
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of the sequence length or batch size, and where it begins."""
+
+    value: int
+    """Tokens per sequence, or sequences per batch."""
+
+    begins: int
+    """Steps done, or tokens consumed, before the first step that has this value."""
+
+    in_tokens: bool
+    """``begins`` counts tokens; otherwise steps."""
+
+    from_previous: bool = False
+    """``begins`` counts from the first step of the previous level; otherwise from the start of the run."""
+
+
+Levels = tuple[Level, ...]
+
+
+def constant(value: int) -> Levels:
+    """One level."""
+    return (Level(value=value, begins=0, in_tokens=False),)
+
+
+def rising(start: int, end: int, *, multiple: int, duration: Duration, degree: int = 1) -> Levels:
+    """Linear growth, or root growth of ``degree`` > 1, from ``start`` to ``end`` in jumps of ``multiple``.
+
+    ``end - start`` must be a multiple of ``multiple`` (the pacing's checks see to it). Levels that would begin at the
+    same point as a higher one are left out, so a duration shorter than the number of levels skips some of them.
+    """
+    rise = end - start
+    assert start > 0, f"levels start above 0, not at {start}"
+    assert rise >= 0, f"levels from {start} to {end} do not rise"
+    assert rise % multiple == 0, f"the rise from {start} to {end} is no multiple of {multiple}"
+    total, in_tokens = _amount(duration)
+    highest_at: dict[int, int] = {0: start}
+    for height in range(multiple, rise + 1, multiple):
+        highest_at[-(-total * height**degree // rise**degree)] = start + height
+    return tuple(Level(value=value, begins=begins, in_tokens=in_tokens) for begins, value in highest_at.items())
+
+
+def discrete(stages: Sequence[tuple[int, Duration]], *, full: int) -> Levels:
+    """Stages of (value, duration) one after the other, then ``full``; a duration counts from its stage's first step."""
+    levels = [Level(value=stages[0][0], begins=0, in_tokens=False)]
+    values = [value for value, _ in stages[1:]] + [full]
+    for value, (_, duration) in zip(values, stages, strict=True):
+        amount, in_tokens = _amount(duration)
+        levels.append(Level(value=value, begins=amount, in_tokens=in_tokens, from_previous=True))
+    assert all(low.value <= high.value for low, high in pairwise(levels)), "discrete stages must rise"
+    return tuple(levels)
+
+
+def value_at(levels: Levels, *, step: int, tokens: int) -> int:
+    """The value for the step before which ``step`` steps are done and ``tokens`` tokens consumed. O(log levels).
+
+    For levels of one unit that count from the start of the run, as ``rising`` makes them.
+    """
+    done = tokens if levels[0].in_tokens else step
+    return levels[bisect_right(levels, done, key=lambda level: level.begins) - 1].value
+
+
+def _amount(duration: Duration) -> tuple[int, bool]:
+    return (duration.tokens, True) if duration.tokens is not None else (duration.steps or 0, False)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From ``first_step`` on, this batch size and length; where it ends is not known yet."""
+
+    first_step: int
+    first_tokens: int
+    batch_size: int
+    seq_len: int
+
+    def steps_until(self, tokens: int) -> int:
+        """The first step, counted in this phase, before which ``tokens`` tokens of the run are consumed."""
+        missing = max(0, tokens - self.first_tokens)
+        return self.first_step + -(-missing // (self.batch_size * self.seq_len))
+
+
+def phases_of(lengths: Levels, batch_sizes: Levels, *, step: int = 0, tokens: int = 0) -> list[Phase]:
+    """Follow both schedules until each is on its last level; the last phase goes on without end.
+
+    Begins at ``step``, before which ``tokens`` tokens were consumed, with the levels for that point. A level counted in
+    tokens begins with the first step before which that many tokens are consumed.
+    """
+    phases: list[Phase] = []
+    length, batch = _Position(lengths), _Position(batch_sizes)
+    while True:
+        length, batch = length.at(step, tokens), batch.at(step, tokens)
+        here = Phase(first_step=step, first_tokens=tokens, batch_size=batch.value, seq_len=length.value)
+        if not phases or (phases[-1].batch_size, phases[-1].seq_len) != (here.batch_size, here.seq_len):
+            phases.append(here)
+        changes = [change for change in (length.next_change(here), batch.next_change(here)) if change is not None]
+        if not changes:
+            return phases
+        tokens += (min(changes) - step) * here.batch_size * here.seq_len
+        step = min(changes)
+
+
+@dataclass(frozen=True)
+class _Position:
+    """The present one of some levels, and where it was entered."""
+
+    levels: Levels
+    index: int = 0
+    entered_step: int = 0
+    entered_tokens: int = 0
+
+    @property
+    def value(self) -> int:
+        return self.levels[self.index].value
+
+    def at(self, step: int, tokens: int) -> "_Position":
+        """The position at a later point of the run: on the highest level that has begun."""
+        position = self
+        for index in range(self.index + 1, len(self.levels)):
+            threshold, in_tokens = position._threshold(index)
+            if (tokens if in_tokens else step) < threshold:
+                break
+            position = replace(position, index=index, entered_step=step, entered_tokens=tokens)
+        return position
+
+    def next_change(self, here: Phase) -> int | None:
+        """The step at which the next level begins if the run goes on as it is ``here``; None on the last level."""
+        if self.index + 1 == len(self.levels):
+            return None
+        threshold, in_tokens = self._threshold(self.index + 1)
+        return here.steps_until(threshold) if in_tokens else threshold
+
+    def _threshold(self, index: int) -> tuple[int, bool]:
+        level = self.levels[index]
+        if not level.from_previous:
+            return level.begins, level.in_tokens
+        return level.begins + (self.entered_tokens if level.in_tokens else self.entered_step), level.in_tokens
 
 
 @dataclass(frozen=True)
@@ -51,71 +208,30 @@ class Segment:
         return self.first_tokens + self.steps * self.step_tokens
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A segment that does not know yet where it ends: from here on, this batch size and length."""
-
-    first_step: int
-    first_tokens: int
-    batch_size: int
-    seq_len: int
-
-    def steps_until(self, tokens: int) -> int:
-        """The first step, counted in this stretch, before which ``tokens`` tokens of the run are consumed."""
-        missing = max(0, tokens - self.first_tokens)
-        return self.first_step + -(-missing // (self.batch_size * self.seq_len))
-
-
-def climb(lengths: Ladder, batch_sizes: Ladder, *, step: int = 0, tokens: int = 0) -> list[Stretch]:
-    """Walk both ladders until each is on its last level; the last stretch goes on without end.
-
-    The walk begins at ``step``, before which ``tokens`` tokens were consumed, with the ladders' levels for that point.
-    A level counted in tokens begins with the first step before which that many tokens are consumed.
-    """
-    stretches: list[Stretch] = []
-    length, batch = _Climber(lengths), _Climber(batch_sizes)
-    while True:
-        length, batch = length.at(step, tokens), batch.at(step, tokens)
-        here = Stretch(first_step=step, first_tokens=tokens, batch_size=batch.value, seq_len=length.value)
-        if not stretches or (stretches[-1].batch_size, stretches[-1].seq_len) != (here.batch_size, here.seq_len):
-            stretches.append(here)
-        changes = [change for change in (length.next_change(here), batch.next_change(here)) if change is not None]
-        if not changes:
-            return stretches
-        tokens += (min(changes) - step) * here.batch_size * here.seq_len
-        step = min(changes)
-
-
-def cut(stretches: Sequence[Stretch], duration: Duration) -> tuple[Segment, ...]:
-    """The segments of a run that ends with the step that reaches ``duration``; stretches after it are dropped.
+def cut(phases: Sequence[Phase], duration: Duration) -> tuple[Segment, ...]:
+    """The segments of a run that ends with the step that reaches ``duration``; phases after it are dropped.
 
     ``first_samples`` counts one sample per sequence.
     """
     segments: list[Segment] = []
     samples = 0
-    for index, stretch in enumerate(stretches):
-        run_end = duration.steps if duration.steps is not None else stretch.steps_until(duration.tokens or 0)
-        if run_end <= stretch.first_step:
+    for index, phase in enumerate(phases):
+        run_end = duration.steps if duration.steps is not None else phase.steps_until(duration.tokens or 0)
+        if run_end <= phase.first_step:
             break
-        is_last = index + 1 == len(stretches)
-        end = run_end if is_last else min(run_end, stretches[index + 1].first_step)
+        is_last = index + 1 == len(phases)
+        end = run_end if is_last else min(run_end, phases[index + 1].first_step)
+        steps = end - phase.first_step
         segments.append(
-            Segment(
-                first_step=stretch.first_step,
-                steps=end - stretch.first_step,
-                batch_size=stretch.batch_size,
-                seq_len=stretch.seq_len,
-                first_tokens=stretch.first_tokens,
-                first_samples=samples,
-            )
+            Segment(phase.first_step, steps, phase.batch_size, phase.seq_len, phase.first_tokens, first_samples=samples)
         )
-        samples += segments[-1].steps * stretch.batch_size
+        samples += steps * phase.batch_size
     return tuple(segments)
 
 
 def segment_of(segments: Sequence[Segment], step: int) -> Segment:
     """The segment that holds ``step`` (0-based); the last one also for the steps after the run. O(log n)."""
-    return segments[bisect_right(segments, step, key=_first_step) - 1]
+    return segments[bisect_right(segments, step, key=lambda segment: segment.first_step) - 1]
 
 
 def tokens_after(segments: Sequence[Segment], steps: int) -> int:
@@ -128,53 +244,98 @@ def steps_to_reach(segments: Sequence[Segment], tokens: int) -> int:
     """Fewest steps after which at least ``tokens`` tokens are consumed, beyond the run as above. O(log n)."""
     if tokens <= 0:
         return 0
-    segment = segments[bisect_left(segments, tokens, key=_first_tokens) - 1]
+    segment = segments[bisect_left(segments, tokens, key=lambda segment: segment.first_tokens) - 1]
     return segment.first_step + -(-(tokens - segment.first_tokens) // segment.step_tokens)
 
 
-def _first_step(segment: Segment) -> int:
-    return segment.first_step
-
-
-def _first_tokens(segment: Segment) -> int:
-    return segment.first_tokens
+def samples_of_streams(batch_size: int | Ints, tokens: Ints, seq_len: int) -> Ints:
+    """Samples that ``batch_size`` streams have opened when together they have read ``tokens`` tokens."""
+    return batch_size * -(-(tokens // batch_size) // seq_len)
 
 
 @dataclass(frozen=True)
-class _Climber:
-    """A place on a ladder, and where its level was entered."""
+class CycleSegments(Sequence[Segment]):
+    """A run of mixed lengths as segments of one step each, made when they are asked for.
 
-    ladder: Ladder
-    index: int = 0
-    entered_step: int = 0
-    entered_tokens: int = 0
+    Because the cycle repeats, tokens and samples before any step are a multiple of the cycle's plus a part of one
+    cycle: a run of any number of steps costs no more memory than its cycle, and every step is found in O(log steps).
+    """
 
-    @property
-    def value(self) -> int:
-        return self.ladder[self.index].value
+    cycle: tuple[int, ...]
+    """Lengths of one cycle's steps, in tokens."""
 
-    def at(self, step: int, tokens: int) -> "_Climber":
-        """The same climber at a later point of the run: on the highest level that has begun."""
-        climber = self
-        for index in self._levels_above():
-            threshold, in_tokens = climber._threshold(index)
-            if (tokens if in_tokens else step) < threshold:
-                break
-            climber = replace(climber, index=index, entered_step=step, entered_tokens=tokens)
-        return climber
+    batch_size: int
+    """Sequences of every step."""
 
-    def next_change(self, here: Stretch) -> int | None:
-        """The step at which the next level begins if the run goes on as it is ``here``; None on the last level."""
-        for index in self._levels_above():
-            threshold, in_tokens = self._threshold(index)
-            return here.steps_until(threshold) if in_tokens else threshold
-        return None
+    steps: int
+    """Steps of the run, at least 1."""
 
-    def _levels_above(self) -> Iterator[int]:
-        return iter(range(self.index + 1, len(self.ladder)))
+    stream_seq_len: int | None = None
+    """Tokens of a sample where streams read samples end to end (tail "recycle"); None: a sample per sequence."""
 
-    def _threshold(self, index: int) -> tuple[int, bool]:
-        level = self.ladder[index]
-        if not level.from_previous:
-            return level.begins, level.in_tokens
-        return level.begins + (self.entered_tokens if level.in_tokens else self.entered_step), level.in_tokens
+    def until(self, duration: Duration) -> "CycleSegments":
+        """The same cycle up to the step that reaches ``duration``."""
+        if duration.steps is not None:
+            return replace(self, steps=duration.steps)
+        cycles, rest = divmod(-(-(duration.tokens or 0) // self.batch_size), self._sums[-1])
+        within = next(step for step, total in enumerate(self._sums) if total >= rest)
+        return replace(self, steps=cycles * len(self.cycle) + within)
+
+    @cached_property
+    def _sums(self) -> tuple[int, ...]:
+        """Tokens of a stream before each step of a cycle, and after the last."""
+        return tuple(accumulate(self.cycle, initial=0))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Segment]:
+        return (self[step] for step in range(self.steps))
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Segment, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Segment | tuple[Segment, ...]:
+        """The step ``index`` as a segment; IndexError outside the run, as of any sequence."""
+        if isinstance(index, slice):
+            return tuple(self[step] for step in range(self.steps)[index])
+        step = range(self.steps)[index]
+        cycles, rest = divmod(step, len(self.cycle))
+        stream_tokens = cycles * self._sums[-1] + self._sums[rest]
+        opened = step if self.stream_seq_len is None else -(-stream_tokens // self.stream_seq_len)
+        return Segment(
+            first_step=step,
+            steps=1,
+            batch_size=self.batch_size,
+            seq_len=self.cycle[rest],
+            first_tokens=stream_tokens * self.batch_size,
+            first_samples=opened * self.batch_size,
+        )
+
+
+def total(durations: Sequence[Duration]) -> Duration | None:
+    """The sum of durations, or None where they have different units."""
+    if all(duration.steps is not None for duration in durations):
+        return Duration(steps=sum(duration.steps or 0 for duration in durations))
+    if all(duration.tokens is not None for duration in durations):
+        return Duration(tokens=sum(duration.tokens or 0 for duration in durations))
+    return None
+
+
+def amounts(first: Duration, second: Duration) -> tuple[int, int] | None:
+    """Both durations as numbers of their common unit; None where the units differ."""
+    if first.steps is not None and second.steps is not None:
+        return first.steps, second.steps
+    if first.tokens is not None and second.tokens is not None:
+        return first.tokens, second.tokens
+    return None
+
+
+def too_long(key: str, part: Duration | None, whole: Duration) -> Iterator[str]:
+    """A message if ``part`` does not end within the run; in different units only a plan can tell."""
+    found = amounts(part, whole) if part is not None else None
+    if found and found[0] >= found[1]:
+        yield f"{key} is {part}, not less than training.duration, {whole}: shorten it or lengthen the run"

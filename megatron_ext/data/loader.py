@@ -16,9 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_ext.curriculum.plan import PlannedStep, Tail, TrainingPlan
-from megatron_ext.curriculum.sampler import batch_slices, check_batches_divide, micro_batch_sizes, rank_block
-from megatron_ext.curriculum.skips import SkippedSamples
+from megatron_ext.curriculum.pacing import Tail
+from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
+from megatron_ext.curriculum.sampler import (
+    SkippedSamples,
+    batch_slices,
+    check_batches_divide,
+    micro_batch_sizes,
+    rank_block,
+)
 from megatron_ext.data.datasets import Samples
 
 T = TypeVar("T")

@@ -6,8 +6,41 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
-from megatron_ext.metrics.rate import TokenRate, format_count, format_duration
 from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
+from megatron_ext.text import format_count, format_duration
+
+_HALF_LIFE_S = 30.0
+_HALF_LIFE_STEPS = 10.0
+
+
+class TokenRate:
+    """Recent tokens per second of training: recent tokens over the recent time.
+
+    Both sums forget a step by half within 30 s of later steps or 10 later steps, whichever is longer: fast steps do
+    not make the rate jump, slow ones do not make it the rate of the last step alone. A ratio of sums stays right while
+    the length grows, where the mean of the steps' rates would weigh a short step like a long one.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def add(self, *, tokens: float, seconds: float) -> None:
+        """Count a step of so many tokens that took so many seconds."""
+        assert seconds >= 0, f"a step cannot take {seconds} s"
+        kept = max(0.5 ** (seconds / _HALF_LIFE_S), 0.5 ** (1 / _HALF_LIFE_STEPS))
+        self._tokens = kept * self._tokens + tokens
+        self._seconds = kept * self._seconds + seconds
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None before the first step."""
+        return self._tokens / self._seconds if self._seconds > 0 else None
+
+    def seconds_left(self, tokens: int) -> float | None:
+        """Seconds that so many tokens take at the recent rate; None where there is no rate yet."""
+        rate = self.tokens_per_s
+        return max(0, tokens) / rate if rate else None
 
 
 class ProgressBar:

@@ -17,14 +17,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from itertools import chain, takewhile
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.non_finite import put_back, take_out
-from megatron_ext.metrics.positions import bucket_edges, bucket_means
+from megatron_ext.text import put_back, take_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,8 @@ class TrainRecord:
     """Largest element of sqrt(Adam's second moment); None on steps where it was not measured."""
     adam_var: Mapping[str, Mapping[str, Sequence[float]]] | None = None
     """The same in detail, where the run records it: {"layers": {"0": [l1, max], ...}, "kinds": {"attention": ...}}."""
+    peak_memory_bytes: int | None = None
+    """Most memory that rank 0 held during the step: of its GPU, or of its process since the start on a CPU."""
     sample_ids: tuple[int, ...] | None = None
     """Dataset sample of each sequence of the global batch, where the run keeps them."""
     offsets: tuple[int, ...] | None = None
@@ -128,9 +130,11 @@ class EventRecord:
 
 Record = TrainRecord | EvalRecord | EventRecord
 
+_NESTED = frozenset({"position_loss", "adam_var"})
+"""Fields that hold numbers inside which may not be finite."""
 _LISTS = frozenset({"sample_ids", "offsets", "position_edges", "position_loss"})
 """Fields that are lists in a line and tuples in a record."""
-_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max", "adam_var"}
+_OPTIONAL = _LISTS | {"prefix_loss", "adam_var_l1", "adam_var_max", "adam_var", "peak_memory_bytes"}
 """Fields that a line leaves out where they are None."""
 
 _FIELDS: dict[type[TrainRecord] | type[EvalRecord], tuple[Field[object], ...]] = {
@@ -142,9 +146,9 @@ _REQUIRED = {cls: frozenset(item.name for item in items if item.default is MISSI
 _CLASSES: dict[str, type[TrainRecord] | type[EvalRecord]] = {cls.kind: cls for cls in _FIELDS}
 
 
-def required_fields(kind: type[TrainRecord] | type[EvalRecord]) -> frozenset[str]:
-    """Fields without which a line of this kind is no record."""
-    return _REQUIRED[kind]
+def required_fields(kind: str) -> frozenset[str]:
+    """Fields without which a line of this kind ("train" or "eval") is no record."""
+    return _REQUIRED[_CLASSES[kind]]
 
 
 def encode(record: Record) -> str:
@@ -166,7 +170,7 @@ def encode(record: Record) -> str:
             value = getattr(record, name)
             if value is not None or name not in _OPTIONAL:
                 line[name] = value
-    non_finite = take_out(line)
+    non_finite = take_out(line, nested=_NESTED)
     if non_finite:
         line["non_finite"] = non_finite
     return json.dumps(line, allow_nan=False)
@@ -178,12 +182,15 @@ def decode(line: Mapping[str, object]) -> Record | None:
     Fields that this version does not know are left out, so that it can read what a later one wrote.
 
     Raises:
-        UserError: the line has no kind, or a required field is missing.
+        UserError: the line has no kind, or a required field is missing, or ``non_finite`` spells no number.
     """
     values = dict(line)
     non_finite = values.pop("non_finite", None)
     if isinstance(non_finite, dict):
-        values = put_back(values, non_finite)
+        try:
+            values = put_back(values, non_finite)
+        except (TypeError, ValueError):
+            raise UserError(f'"non_finite" is {non_finite}, not names with "nan", "inf" or "-inf"') from None
     kind = values.pop("kind", None)
     if kind == EventRecord.kind:
         name = values.pop("name", None)
@@ -208,3 +215,34 @@ def _build(cls: type[TrainRecord] | type[EvalRecord], values: dict[str, object])
         if isinstance(listed, list):
             known[name] = tuple(listed)
     return cls(**known)  # type: ignore[arg-type]
+
+
+_FIRST_EDGE = 8
+"""End of the first bucket of positions; each further one is as long as all before it."""
+
+
+def bucket_edges(seq_len: int) -> tuple[int, ...]:
+    """Edges of the buckets [0, 8), [8, 16), [16, 32), ... that cover ``seq_len`` positions; the last may be short.
+
+    A token late in a sequence has more context and is easier to predict, so the mean loss of short sequences is higher
+    than that of long ones under the same weights. The mean over the same positions is not: by position, runs at
+    different lengths compare.
+    """
+    doubled = takewhile(lambda edge: edge < seq_len, (_FIRST_EDGE << power for power in range(64)))
+    return tuple(chain((0,), doubled, (seq_len,)))
+
+
+def bucket_means(losses: npt.NDArray[np.float64], edges: tuple[int, ...]) -> tuple[float, ...]:
+    """Mean of ``losses`` ([positions]) in each bucket [edges[i], edges[i + 1]).
+
+    Weighted by the buckets' widths, the means average to the mean of all positions.
+    """
+    assert edges[0] == 0
+    assert edges[-1] == len(losses)
+    means = np.add.reduceat(losses, edges[:-1]) / np.diff(edges)
+    return tuple(means.tolist())
+
+
+def prefix_length(prefix: int | None, first_seq_len: int) -> int:
+    """Positions over which the training loss is also averaged: ``metrics.prefix``, by default the first length."""
+    return first_seq_len if prefix is None else prefix

@@ -1,48 +1,104 @@
-"""From finished steps to train records: the one place where values leave the device."""
+"""Finished steps between the device and the metrics: the one place where values of a step are fetched.
 
-from collections.abc import Callable, Mapping, Sequence
+Reading a loss makes the host wait for the device. The loop therefore adds each finished step here with its tensors as
+they are, and drains the steps every few of them: one copy from the device then serves them all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Any
 
-from megatron_ext.config.training import MetricsConfig
+import torch
+
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.data.loader import Batch
 from megatron_ext.engine.engine import StepResult
-from megatron_ext.metrics.pending import FetchedStep, PendingSteps
-from megatron_ext.metrics.recorder import Recorder
 from megatron_ext.metrics.records import TrainRecord
-from megatron_ext.runtime.clock import Mark, seconds_between
+from megatron_ext.runtime.device import Mark, seconds_between
 
-
-class VarianceSummary(Protocol):
-    """What is recorded of a measurement of Adam's variance."""
-
-    @property
-    def l1(self) -> float:
-        """l1 norm of sqrt(v) over all parameters."""
-
-    @property
-    def largest(self) -> float:
-        """Largest element of sqrt(v)."""
-
-    @property
-    def layers(self) -> Mapping[str, tuple[float, float]]:
-        """Both, of each layer."""
-
-    @property
-    def kinds(self) -> Mapping[str, tuple[float, float]]:
-        """Both, of each kind of parameter."""
+Values = torch.Tensor | float | None
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What turns raw values into metrics."""
+class FinishedStep:
+    """What the host knows of a step while its values are still on the device."""
 
-    loss_ratio: Callable[[float], float]
-    """Loss of a step -> its loss ratio; called once a step, in order."""
+    planned: PlannedStep
+    micro_batches: tuple[int, ...]
+    """Sequences of each micro-batch of this rank."""
 
-    adam_variance: Callable[[Sequence[float]], VarianceSummary]
-    """Fetched values of a measurement of Adam's variance -> what they say."""
+    start: Mark
+    end: Mark
+    skipped: bool = False
+    """Whether the weights were left alone."""
+
+    loss_ratio: float | None = None
+    """Its loss ratio, where a guard has asked for the loss already."""
+
+    peak_memory_bytes: int | None = None
+    """Peak memory of this rank's device during the step."""
+
+    batch: Batch | None = None
+    """What the step read, where sample ids are recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedStep:
+    """A finished step with its values on the host."""
+
+    info: FinishedStep
+    loss: float
+    """Mean loss, nats per token."""
+    grad_norm: float | None
+    """Global l2 norm of the gradient; None where it is not known."""
+    prefix_loss: float | None = None
+    """Mean loss over the first positions of every sequence; None where it was not measured."""
+    adam_variance: tuple[float, ...] | None = None
+    """What ``AdamVariance.measure`` returned; None where it was not measured."""
+
+
+class PendingSteps:
+    """Collects finished steps in order, without waiting for the device, until they are drained."""
+
+    def __init__(self) -> None:
+        self._infos: list[FinishedStep] = []
+        self._scalars: list[Values] = []
+        self._vectors: list[torch.Tensor | None] = []
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def add(self, info: FinishedStep, result: StepResult, *, adam_variance: torch.Tensor | None = None) -> None:
+        """Add a finished step. The result's 0-d tensors are copied, for an engine may reuse its buffers.
+
+        ``adam_variance`` [n] is what ``AdamVariance.measure`` returned after the step, and is kept as it is.
+        """
+        self._infos.append(info)
+        self._scalars += [_copied(result.loss), _copied(result.grad_norm), _copied(result.prefix_loss)]
+        self._vectors.append(adam_variance)
+
+    def drain(self) -> list[FetchedStep]:
+        """All steps added since the last drain, in order; waits for the device once."""
+        tensors = [value for value in [*self._scalars, *self._vectors] if isinstance(value, torch.Tensor)]
+        on_host: Iterator[float] = iter(())
+        if tensors:
+            # float64 holds every element type exactly, and lets tensors of different types share the copy.
+            on_host = iter(torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in tensors]).tolist())
+        scalars = [next(on_host) if isinstance(value, torch.Tensor) else value for value in self._scalars]
+        vectors = [None if vector is None else tuple(islice(on_host, vector.numel())) for vector in self._vectors]
+        steps = []
+        for index, info in enumerate(self._infos):
+            loss, grad_norm, prefix_loss = scalars[3 * index : 3 * index + 3]
+            assert loss is not None, "a step is added with a loss"
+            steps.append(FetchedStep(info, loss, grad_norm, prefix_loss, vectors[index]))
+        self._infos, self._scalars, self._vectors = [], [], []
+        return steps
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What turns the time of a step into model FLOPs utilization."""
 
     flops: Callable[[PlannedStep], float]
     """FLOPs that the model needs for a step, forward and backward, over all ranks."""
@@ -51,82 +107,44 @@ class Measures:
     """Peak FLOPs per second of all ranks together; 0 where it is not known."""
 
 
-@dataclass(frozen=True)
-class _Finished:
-    planned: PlannedStep
-    result: StepResult
-    micro_batches: tuple[int, ...]
-    batch: Batch | None
-    start: Mark
-    end: Mark
+def train_record(step: FetchedStep, rates: Rates, *, loss_ratio: float, variance: Mapping[str, Any]) -> TrainRecord:
+    """The line of a step in the metrics.
+
+    Args:
+        step: The step, after which marks of the clock have been reached.
+        rates: The run's.
+        loss_ratio: Its loss ratio.
+        variance: Fields of the record about Adam's variance; empty where it was not measured.
+    """
+    info, planned = step.info, step.info.planned
+    seconds = seconds_between(info.start, info.end)
+    return TrainRecord(
+        step=planned.step + 1,
+        tokens=planned.consumed_tokens + planned.tokens,
+        samples=planned.consumed_samples + planned.batch_size,
+        seq_len=planned.seq_len,
+        batch_size=planned.batch_size,
+        micro_batch_size=max(info.micro_batches),
+        micro_batches=len(info.micro_batches),
+        lr=planned.lr,
+        loss=step.loss,
+        loss_ratio=loss_ratio,
+        grad_norm=step.grad_norm,
+        step_time_s=seconds,
+        tokens_per_s=planned.tokens / seconds,
+        mfu=rates.flops(planned) / (seconds * rates.peak_flops) if rates.peak_flops else None,
+        skipped=info.skipped,
+        prefix_loss=step.prefix_loss,
+        peak_memory_bytes=info.peak_memory_bytes,
+        sample_ids=None if info.batch is None else _tuple(info.batch.samples),
+        offsets=None if info.batch is None else _tuple(info.batch.offsets),
+        **variance,
+    )
 
 
-class StepLog:
-    """Collects steps while their values are on the device, and records them every ``flush_every`` steps."""
+def _tuple(values: Any) -> tuple[int, ...]:
+    return tuple(values.tolist())
 
-    def __init__(self, recorder: Recorder, measures: Measures, config: MetricsConfig) -> None:
-        self._recorder = recorder
-        self._measures = measures
-        self._flush_every = config.flush_every
-        self._keep_sample_ids = config.keep_sample_ids
-        self._variance_detail = config.adam_variance_detail
-        self._pending: PendingSteps[_Finished] = PendingSteps()
 
-    def add(
-        self,
-        planned: PlannedStep,
-        result: StepResult,
-        *,
-        micro_batches: tuple[int, ...],
-        batch: Batch,
-        start: Mark,
-        end: Mark,
-    ) -> None:
-        """Take a finished step; ``micro_batches`` are one rank's sizes, ``batch`` is what it read."""
-        kept = batch if self._keep_sample_ids else None
-        finished = _Finished(planned, result, micro_batches, kept, start, end)
-        self._pending.add(
-            finished,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            prefix_loss=result.prefix_loss,
-            adam_variance=result.adam_variance,
-        )
-        if len(self._pending) >= self._flush_every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Record all steps that are still waiting; waits for the device."""
-        for step in self._pending.drain():
-            self._recorder.train(self._record(step))
-
-    def _record(self, step: FetchedStep[_Finished]) -> TrainRecord:
-        finished, planned = step.info, step.info.planned
-        seconds = seconds_between(finished.start, finished.end)
-        peak = self._measures.peak_flops
-        batch = finished.batch
-        variance = None if step.adam_variance is None else self._measures.adam_variance(step.adam_variance)
-        detail = {"layers": variance.layers, "kinds": variance.kinds} if variance and self._variance_detail else None
-        return TrainRecord(
-            step=planned.step + 1,
-            tokens=planned.consumed_tokens + planned.tokens,
-            samples=planned.consumed_samples + planned.batch_size,
-            seq_len=planned.seq_len,
-            batch_size=planned.batch_size,
-            micro_batch_size=max(finished.micro_batches),
-            micro_batches=len(finished.micro_batches),
-            lr=planned.lr,
-            loss=step.loss,
-            loss_ratio=self._measures.loss_ratio(step.loss),
-            grad_norm=step.grad_norm,
-            step_time_s=seconds,
-            tokens_per_s=planned.tokens / seconds,
-            mfu=self._measures.flops(planned) / (seconds * peak) if peak else None,
-            skipped=finished.result.skipped,
-            prefix_loss=step.prefix_loss,
-            adam_var_l1=variance.l1 if variance else None,
-            adam_var_max=variance.largest if variance else None,
-            adam_var=detail,
-            sample_ids=None if batch is None else tuple(batch.samples.tolist()),
-            offsets=None if batch is None else tuple(batch.offsets.tolist()),
-        )
+def _copied(value: Values) -> Values:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -5,10 +5,10 @@ B sequences of length L.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Literal
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.run import RunConfig
+from megatron_ext.config.model import ModelConfig, ParallelConfig
 from megatron_ext.curriculum.segments import Segment
 
 
@@ -34,9 +34,7 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All of them."""
-        return (
-            self.word_embeddings + self.position_embeddings + self.layers + self.final_norm + self.output_layer
-        )  # fmt: skip
+        return sum(astuple(self))
 
 
 def count_parameters(model: ModelConfig, *, positions: int, tensor: int = 1) -> ParameterCount:
@@ -109,7 +107,18 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def estimate_memory(config: RunConfig, *, data_size: int) -> MemoryEstimate:
+_MAX_LIVE_PARAMETERS = 1_000_000_000
+
+
+def estimate_memory(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    precision: Literal["fp32", "bf16", "fp16"],
+    positions: int,
+    seq_len: int,
+    data_size: int,
+) -> MemoryEstimate:
     """Peak memory of one rank of ``data_size`` data-parallel ranks (times ``parallel.tensor``).
 
     With P the rank's parameters (its tensor-parallel part), d = ``data_size`` and w the bytes of a value (fp32 4, bf16
@@ -121,42 +130,42 @@ def estimate_memory(config: RunConfig, *, data_size: int) -> MemoryEstimate:
                     update; / d from ZeRO 2 on
         optimizer   8 P for Adam's moments and 4 P for the fp32 copy of the weights that DeepSpeed keeps (fp32 without
                     ZeRO has none); / d from ZeRO 1 on
-        activations and logits of one micro-batch of ``micro_batch_tokens`` tokens at the full length: see below
+        activations and logits of one micro-batch of ``parallel.micro_batch_tokens`` at ``seq_len``, the full length:
+                    see below
 
     What ``model.kernels`` "auto" comes to is not known here; it counts as "reference", which takes more.
     Offloaded parts (the optimizer, or the ZeRO 3 share of the weights) are counted under ``host``.
     Sources: ZeRO (Rajbhandari et al. 2020, section 3.1); DeepSpeed's ZeRO and BF16 optimizers for the fp32 copies.
     """
-    parallel, stage = config.parallel, config.parallel.zero_stage
-    parameters = count_parameters(config.model, positions=config.max_positions, tensor=parallel.tensor).total
-    is_fp32 = config.training.precision == "fp32"
+    stage, is_fp32 = parallel.zero_stage, precision == "fp32"
     width = 4 if is_fp32 else 2
-    weights = width * (_share(parameters, data_size) if stage == 3 else parameters)
+    parameters = count_parameters(model, positions=positions, tensor=parallel.tensor).total
+    share = -(-parameters // data_size)
+
+    weights = width * (share if stage == 3 else parameters)
     gathered = width * min(parameters, _MAX_LIVE_PARAMETERS) if stage == 3 else 0
-    gradient_bytes = 4 if is_fp32 or stage else 6
-    gradients = gradient_bytes * (_share(parameters, data_size) if stage >= 2 else parameters)
-    state_bytes = 8 if is_fp32 and not stage else 12
-    optimizer = state_bytes * (_share(parameters, data_size) if stage else parameters)
+    gradients = (4 if is_fp32 or stage else 6) * (share if stage >= 2 else parameters)
+    optimizer = (8 if is_fp32 and not stage else 12) * (share if stage else parameters)
     offloads_optimizer = parallel.offload_optimizer == "cpu" and stage >= 1
     offloads_weights = parallel.offload_params == "cpu" and stage == 3
+
+    # A micro-batch holds whole sequences.
+    tokens = max(1, (parallel.micro_batch_tokens or seq_len) // seq_len) * seq_len
     return MemoryEstimate(
         weights=gathered + (0 if offloads_weights else weights),
         gradients=gradients,
         optimizer=0 if offloads_optimizer else optimizer,
-        activations=_activations(config, width),
-        logits=_logits(config, width),
+        activations=tokens * _activations(model, parallel, seq_len=seq_len, width=width),
+        logits=tokens * _logits(model, parallel, width=width),
         host=(optimizer if offloads_optimizer else 0) + (weights if offloads_weights else 0),
     )
 
 
-_MAX_LIVE_PARAMETERS = 1_000_000_000
+def _activations(model: ModelConfig, parallel: ParallelConfig, *, seq_len: int, width: int) -> int:
+    """Bytes per token of a micro-batch that the layers keep for the backward pass.
 
-
-def _activations(config: RunConfig, width: int) -> int:
-    """Bytes that the layers keep of one micro-batch for the backward pass.
-
-    Per token and layer, with t tensor-parallel ranks, a heads, and w bytes a value (Korthikanti et al. 2022, equation
-    2, taken apart so that each term can be left out):
+    Per layer, with t tensor-parallel ranks, a heads, and w bytes a value (Korthikanti et al. 2022, equation 2, taken
+    apart so that each term can be left out):
 
         w (4h + (4h + 2f) / t)  inputs of the two LayerNorms, of QKV and the first MLP matrix; Q, K, V and the inputs
                                 of the attention's output matrix, of GELU and the second MLP matrix
@@ -174,38 +183,27 @@ def _activations(config: RunConfig, width: int) -> int:
     With full checkpointing each layer keeps its input, w h, and one layer at a time the above. The embedding's and the
     final LayerNorm's outputs add 3 w h (one more mask with dropout).
     """
-    model, tensor = config.model, config.parallel.tensor
-    h, heads = model.hidden_size, model.num_attention_heads
+    h, heads, tensor = model.hidden_size, model.num_attention_heads, parallel.tensor
     masks = h if model.hidden_dropout else 0
     layer = width * (4 * h + (4 * h + 2 * model.ffn_size) // tensor)
     layer += 2 * masks if model.kernels != "fused" else 0
     if model.attention == "sdpa":
         layer += 4 * heads // tensor
     elif model.attention == "fused_softmax":
-        layer += width * (2 if model.attention_dropout else 1) * heads * config.training.seq_len // tensor
+        layer += width * (2 if model.attention_dropout else 1) * heads * seq_len // tensor
     else:
         kept = 9 if model.attention_dropout else 4
-        layer += (kept * heads * config.training.seq_len + 3 * (4 - width) * h) // tensor
+        layer += (kept * heads * seq_len + 3 * (4 - width) * h) // tensor
     layers = model.num_layers * layer
-    if config.parallel.activation_checkpointing == "full":
+    if parallel.activation_checkpointing == "full":
         layers = model.num_layers * width * h + layer
-    return _micro_batch_tokens(config) * (layers + 3 * width * h + masks)
+    return layers + 3 * width * h + masks
 
 
-def _logits(config: RunConfig, width: int) -> int:
-    """Bytes of the logits of one micro-batch: per token V / t values, their gradient, and the fp32 softmax.
+def _logits(model: ModelConfig, parallel: ParallelConfig, *, width: int) -> int:
+    """Bytes of a token's logits: V / t values, their gradient, and the fp32 softmax.
 
     Fused kernels write the gradient over the logits and keep no softmax.
     """
-    rows = config.model.padded_vocab_size // config.parallel.tensor
-    return _micro_batch_tokens(config) * rows * (width if config.model.kernels == "fused" else 2 * width + 4)
-
-
-def _micro_batch_tokens(config: RunConfig) -> int:
-    """Tokens of a micro-batch of whole sequences at the full length."""
-    seq_len = config.training.seq_len
-    return max(1, config.micro_batch_tokens // seq_len) * seq_len
-
-
-def _share(amount: int, ranks: int) -> int:
-    return -(-amount // ranks)
+    rows = model.padded_vocab_size // parallel.tensor
+    return rows * (width if model.kernels == "fused" else 2 * width + 4)

@@ -67,8 +67,10 @@ def generate(
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            logits = model(tokens[:, -model.max_sequence_length :], last_only=True)[:, -1]
+            # The last positions that fit into the table [b, <= positions]; of them the last one's logits [b, vocab].
+            logits = model(tokens[:, -model.positions :], last_only=True)[:, -1]
             drawn = sampling.draw(logits, generator)
+            # Ranks draw from generators of their own: the first one's tokens count.
             if layout.tensor_size > 1:
                 dist.broadcast(drawn, group_src=0, group=layout.tensor_group)
             if stop_token is not None:

@@ -15,7 +15,6 @@ def layer_norm(
     *,
     eps: float,
     kernels: Kernels,
-    keep_output: bool = False,
 ) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 
@@ -25,15 +24,13 @@ def layer_norm(
         bias: [cols].
         eps: Added to the variance.
         kernels: Which ones compute.
-        keep_output: For backward keep the result, which the layer that reads it keeps anyway, instead of ``x``, which
-            is then found again from it. No weight may be 0, and where weights are small x is found less exactly.
 
     Returns:
         Of the shape and dtype of ``x``.
     """
     if not is_fused(kernels, x):
         return reference(x, weight, bias, eps=eps)
-    y: torch.Tensor = _Fused.apply(x, weight, bias, eps, keep_output)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = _Fused.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -44,25 +41,16 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917 - autograd passes by position
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, keep_output: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
         x = x.contiguous()
         y, mean, rstd = torch.ops.megatron_ext.layer_norm_forward.default(x, weight, bias, eps)
-        ctx.keep_output = keep_output
-        if keep_output:
-            ctx.save_for_backward(y, weight, bias, rstd)
-        else:
-            ctx.save_for_backward(x, weight, bias, rstd, mean)
+        ctx.save_for_backward(x, weight, mean, rstd)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, weight, bias, rstd, *mean = ctx.saved_tensors
-        gradients = torch.ops.megatron_ext.layer_norm_backward.default(
-            grad_outputs[0].contiguous(), saved, ctx.keep_output, weight, bias, mean[0] if mean else None, rstd
-        )
-        return (*gradients, None, None)
+        dy = grad_outputs[0].contiguous()
+        return *torch.ops.megatron_ext.layer_norm_backward.default(dy, *ctx.saved_tensors), None
 
 
 def register() -> None:
@@ -77,6 +65,6 @@ def _fake_forward(x: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_backward(
-    dy: torch.Tensor, _saved: torch.Tensor, _is_output: bool, weight: torch.Tensor, *_rest: object
+    dy: torch.Tensor, _x: torch.Tensor, weight: torch.Tensor, *_rest: object
 ) -> tuple[torch.Tensor, ...]:
     return torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)

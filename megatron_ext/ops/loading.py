@@ -15,11 +15,10 @@ from megatron_ext.ops import (
     softmax,
 )
 from megatron_ext.ops.building.builder import Library, build_library, cached_library, fitting_library, prebuilt_library
-from megatron_ext.ops.building.problem import KernelsUnavailableError
-from megatron_ext.ops.building.recipe import recipe_for
-from megatron_ext.ops.building.sources import Backend
+from megatron_ext.ops.building.recipe import Backend, recipe_for
+from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 from megatron_ext.runtime.device import compute_capabilities
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 
 _OPERATIONS = (layer_norm, add_layer_norm, softmax, bias_gelu, bias_dropout_add, cross_entropy, adam_variance)
 

@@ -1,1 +1,1 @@
-"""What ranks share: groups, the object DeepSpeed asks about them, random streams, recomputation, vocabulary."""
+"""The layout over ranks: groups, random streams, and operations on a split vocabulary."""

@@ -1,16 +1,18 @@
-"""Tensor- and data-parallel groups, made by megatron-core on an initialized torch.distributed."""
+"""Tensor- and data-parallel groups, made by megatron-core, and what DeepSpeed asks about them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ext.errors import UserError
+from megatron_ext.curriculum.sampler import data_parallel_size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands: ``tensor_size`` consecutive ranks hold one of ``data_size`` copies of the model."""
+    """This rank's place: ``tensor_size`` consecutive ranks hold one of ``data_size`` copies of the model."""
 
     tensor_rank: int
     tensor_size: int
@@ -30,11 +32,7 @@ def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
     """
     assert dist.is_initialized(), "torch.distributed must be initialized first"
     world_size = dist.get_world_size()
-    if world_size % tensor:
-        raise UserError(
-            f"parallel.tensor is {tensor}, which does not divide the {world_size} rank(s) started; "
-            f"start a multiple of {tensor} ranks or lower parallel.tensor"
-        )
+    data_size = data_parallel_size(world_size, tensor=tensor)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         distributed_timeout_minutes=timeout_minutes,
@@ -44,7 +42,7 @@ def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor,
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=world_size // tensor,
+        data_size=data_size,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
     )
@@ -53,3 +51,93 @@ def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
 def destroy_parallel() -> None:
     """Forget megatron-core's groups; the default group stays for its owner to destroy."""
     parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def single_rank_layout() -> Iterator[Layout]:
+    """Groups of this process alone, for a model outside a run: in a test, a notebook, a benchmark.
+
+    Needs neither a launcher nor variables, a port or a device: the store is in this process, and the gloo group of one
+    rank never communicates. torch.distributed must not be initialized; afterwards it is not either.
+    """
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield initialize_parallel(1, timeout_minutes=30.0)
+    finally:
+        destroy_parallel()
+        dist.destroy_process_group()
+
+
+class Mpu:
+    """The "model parallel unit" of one rank: its place under every name that DeepSpeed has used for it.
+
+    DeepSpeed 0.19.8 calls the old names (get_model_parallel_*) in its ZeRO optimizers and the engine, the Megatron
+    names (get_tensor_model_parallel_*, get_pipeline_model_parallel_*) in checkpoints, and the ones of its own topology
+    (get_slice_parallel_*, get_pipe_parallel_*) elsewhere. megatron.core.parallel_state lacks the first and the last.
+    Without pipeline stages, "model parallel" is tensor parallel. There are no sequence-parallel names on purpose:
+    DeepSpeed takes their presence for Ulysses.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._pipeline_group: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This rank among those that share its copy of the model."""
+        return self._layout.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self._layout.tensor_size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that share this rank's copy of the model."""
+        return self._layout.tensor_group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        """Global rank of the first of them."""
+        return dist.get_global_rank(self._layout.tensor_group, 0)
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank among those that hold the same part of the model."""
+        return self._layout.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Copies of the model."""
+        return self._layout.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same part of the model."""
+        return self._layout.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their global ranks."""
+        return dist.get_process_group_ranks(self._layout.data_group)
+
+    def get_data_parallel_src_rank(self) -> int:
+        """Global rank of the first of them."""
+        return dist.get_global_rank(self._layout.data_group, 0)
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        """Always 0: one pipeline stage."""
+        return 0
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Always 1: one pipeline stage."""
+        return 1
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """A group of this rank alone."""
+        return self._pipeline_group
+
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_src_rank = get_tensor_model_parallel_src_rank
+    get_slice_parallel_rank = get_tensor_model_parallel_rank
+    get_slice_parallel_world_size = get_tensor_model_parallel_world_size
+    get_slice_parallel_group = get_tensor_model_parallel_group
+    get_pipe_parallel_rank = get_pipeline_model_parallel_rank
+    get_pipe_parallel_world_size = get_pipeline_model_parallel_world_size
+    get_pipe_parallel_group = get_pipeline_model_parallel_group

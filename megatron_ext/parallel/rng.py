@@ -1,6 +1,6 @@
-"""Random streams of a rank, on any device.
+"""Random streams of a rank on any device, and recomputation that replays them.
 
-megatron-core's tracker (tensor_parallel/random.py) knows CUDA alone. Two streams are enough here:
+megatron-core's tracker and checkpointing (tensor_parallel/random.py) know CUDA alone. Two streams are enough here:
 
 - *replicated*: torch's default generator of the device. Equal on the tensor-parallel ranks of one model copy, different
   between copies. For dropout of activations that every tensor rank holds in full (embedding, residual).
@@ -12,7 +12,7 @@ overlap, also where seeds of runs are neighbors.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,11 @@ class RngSnapshot:
 
 
 class RngStreams:
-    """The two streams of one rank; the partitioned one is a saved state that rules the generator inside ``fork``."""
+    """The two streams of one rank.
+
+    A device has one generator. It is at the replicated stream; the partitioned one is a saved state that is put into it
+    inside ``fork``.
+    """
 
     def __init__(self, generator: torch.Generator, partitioned: torch.Tensor) -> None:
         self._generator = generator
@@ -117,9 +121,11 @@ class RngStreams:
 
 def seed_streams(seed: int, layout: Layout, device: torch.device) -> RngStreams:
     """Seed all generators of this process for the run's ``seed``; dropout on ``device`` then draws from the result."""
+    # Differs on every rank. The generator is seeded for its state alone.
     generator = default_generator(device)
     generator.manual_seed(_derive(seed, _PARTITIONED, layout.data_rank, layout.tensor_rank))
     partitioned = generator.get_state()
+    # Equal on the tensor ranks of a copy: tensor rank 0's words for all of them.
     replicated = _derive(seed, _REPLICATED, layout.data_rank, 0)
     random.seed(replicated)
     np.random.seed(replicated % 2**32)
@@ -142,3 +148,39 @@ def default_generator(device: torch.device) -> torch.Generator:
 def _derive(*words: int) -> int:
     # 63 bits: torch takes a signed 64-bit seed.
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[[torch.Tensor], torch.Tensor], streams: RngStreams, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.function, ctx.streams, ctx.snapshot = function, streams, streams.snapshot()
+        ctx.save_for_backward(hidden)
+        with torch.no_grad():
+            return function(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, torch.Tensor | None]:
+        # A new leaf: the graph built below ends here, and its gradient is this function's input gradient.
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        # The same random numbers as in forward, so the same dropout masks.
+        with torch.enable_grad(), ctx.streams.replay(ctx.snapshot):
+            output = ctx.function(hidden)
+        torch.autograd.backward(output, grad_outputs[0])
+        return None, None, hidden.grad
+
+
+def recompute(
+    function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, *, streams: RngStreams
+) -> torch.Tensor:
+    """``function(hidden)`` that keeps ``hidden`` alone and runs again in backward, with the same random numbers.
+
+    Activation checkpointing after Chen et al. (arXiv 1604.06174), reentrant like
+    torch.utils.checkpoint(use_reentrant=True): the whole function runs inside backward, through its modules' hooks,
+    which ZeRO 3 needs to gather the parameters. ``hidden`` must require a gradient. Backward needs
+    ``loss.backward()``; torch.autograd.grad does not reach the parameters.
+    """
+    assert hidden.requires_grad, "recomputation starts from a tensor that requires a gradient"
+    output: torch.Tensor = _Recompute.apply(function, streams, hidden)  # type: ignore[no-untyped-call]
+    return output

@@ -16,31 +16,41 @@ from megatron_ext.parallel.groups import Layout
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, layout: Layout) -> torch.Tensor:
-        # In place from here on: nothing else reads the logits, and they are the largest tensor of the step.
+        # logits [..., rows], labels [...]. In place from here on: nothing else reads the logits, and they are the
+        # largest tensor of the step.
         work = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         first, columns = real_slice(work.shape[-1], vocab_size=vocab_size, layout=layout)
-        real = work[..., :columns]
-        if real.shape[-1]:
-            maximum = real.amax(dim=-1)
+        real = work[..., :columns]  # [..., rows without padding], a view
+
+        # loss = log(sum exp(z - m)) - (z_label - m); with m the largest logit of all slices no exp overflows.
+        if columns:
+            maximum = real.amax(dim=-1)  # [...]
         else:
             maximum = torch.full(labels.shape, -torch.inf, dtype=work.dtype, device=work.device)
         reduce_over_vocab(maximum, layout, dist.ReduceOp.MAX)
         real.sub_(maximum.unsqueeze(-1))
+
+        # Each label's logit is in one rank's slice; the others add 0.
         index = labels - first
-        inside = (index >= 0) & (index < real.shape[-1])
-        index = torch.where(inside, index, 0).unsqueeze(-1)
+        inside = (index >= 0) & (index < columns)
+        index = torch.where(inside, index, 0).unsqueeze(-1)  # [..., 1]
         target = torch.where(inside, work.gather(-1, index).squeeze(-1), 0.0)
+
+        # Both sums in one all-reduce: [2, ...].
         real.exp_()
         sums = torch.stack([target, real.sum(dim=-1)])
         reduce_over_vocab(sums, layout, dist.ReduceOp.SUM)
-        work[..., real.shape[-1] :] = 0.0
         target, total = sums.unbind()
+
+        # Backward starts from exp(z - m), zero for padding.
+        work[..., columns:] = 0.0
         ctx.save_for_backward(work, total, index, inside)
         ctx.dtype = logits.dtype
         return total.log() - target
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        # d loss / d z = softmax(z) - onehot(label), times the gradient [...] of each loss.
         work, total, index, inside = ctx.saved_tensors
         grad = grad_outputs[0]
         work.mul_((grad / total).unsqueeze(-1))
@@ -72,7 +82,7 @@ class _Gather(torch.autograd.Function):
         ctx.layout = layout
         parts = [torch.empty_like(part) for _ in range(layout.tensor_size)]
         dist.all_gather(parts, part.contiguous(), group=layout.tensor_group)
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1)  # t times [..., rows] -> [..., t * rows]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -1,5 +1,7 @@
 """Which device a rank computes on, and through which backend it talks to the others."""
 
+import resource
+import time
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,17 @@ class Device:
         """Wait until the device has done everything that it was given."""
         if self.is_gpu:
             torch.cuda.synchronize(self.torch_device)
+
+    def peak_memory(self) -> int:
+        """Bytes held at most since the last call: on a GPU by tensors; on a CPU by the process since its start.
+
+        The host waits for nothing: both are counted where memory is allocated.
+        """
+        if not self.is_gpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+        peak = torch.cuda.max_memory_allocated(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        return peak
 
 
 def select_device(local_rank: int) -> Device:
@@ -69,3 +82,27 @@ def device_title(device: Device) -> str:
         return "CPU"
     properties = torch.cuda.get_device_properties(device.torch_device)
     return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in the device's queue (GPU) or in time (CPU)."""
+
+    at: float
+    event: torch.cuda.Event | None = None
+
+
+def mark(device: Device) -> Mark:
+    """Put a mark behind everything that has been queued so far."""
+    if not device.is_gpu:
+        return Mark(at=time.perf_counter())
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return Mark(at=time.perf_counter(), event=event)
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Seconds from ``start`` to ``end``. On a GPU both must have been reached: call it after a host sync."""
+    if start.event is None or end.event is None:
+        return end.at - start.at
+    return float(start.event.elapsed_time(end.event)) / 1000.0

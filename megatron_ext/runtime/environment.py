@@ -1,19 +1,25 @@
-"""What the launcher says about this process, and what must be set before DeepSpeed is imported."""
+"""What the environment says: the rank of this process, what libraries read, how kernels are built.
+
+The one place that reads and sets environment variables.
+"""
 
 import json
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.cluster_ranks import Place, place_by_mpirun, place_by_srun
+
+_PORTS_FROM, _PORTS = 20000, 10000
+_OMPI_JOB = "OMPI_MCA_ess_base_jobid"
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Place of this process in the job, as the deepspeed launcher, torchrun, srun or mpirun says it."""
+    """This process among the ranks of the job, as the deepspeed launcher, torchrun, srun or mpirun says it."""
 
     rank: int
     local_rank: int
@@ -32,39 +38,114 @@ def rank_info() -> RankInfo:
     """Read the launcher's variables: the deepspeed launcher's, torchrun's, srun's or mpirun's.
 
     Returns:
-        The place of this process; a process started by no launcher is a job of one rank on a free port.
+        The rank of this process; a process started by no launcher is a job of one rank on a free port.
 
     Raises:
-        UserError: a variable is missing or is no number.
+        UserError: a variable is missing or not of the form that its launcher gives it, or mpirun has started ranks on
+            several hosts and nothing says where rank 0 is.
     """
-    place = _place_by_launcher() if "RANK" in os.environ else place_by_srun(os.environ) or place_by_mpirun(os.environ)
-    if place is None:
-        return RankInfo(
-            rank=0, local_rank=0, world_size=1, local_world_size=1, master_address="127.0.0.1", master_port=0
-        )
-    numbers = {name: _number(name, text) for name, text in asdict(place).items() if name != "master_address"}
-    return RankInfo(master_address=place.master_address, **numbers)
+    if "RANK" in os.environ:
+        return _rank_by_torchrun()
+    # A batch script carries most of SLURM's variables too, but is no step.
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        return _rank_by_srun()
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        return _rank_by_mpirun()
+    return RankInfo(rank=0, local_rank=0, world_size=1, local_world_size=1, master_address="127.0.0.1", master_port=0)
 
 
-def _place_by_launcher() -> Place:
-    local_world_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
-    return Place(
-        rank=_text("RANK"),
-        local_rank=_text("LOCAL_RANK"),
-        world_size=_text("WORLD_SIZE"),
-        local_world_size=_text(local_world_size),
+def _rank_by_torchrun() -> RankInfo:
+    """What torchrun and the deepspeed launcher set."""
+    return RankInfo(
+        rank=_number("RANK"),
+        local_rank=_number("LOCAL_RANK"),
+        world_size=_number("WORLD_SIZE"),
+        local_world_size=_number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"),
         master_address=_text("MASTER_ADDR"),
-        master_port=_text("MASTER_PORT"),
+        master_port=_number("MASTER_PORT"),
     )
 
 
-SUPERVISOR = "MEGATRON_EXT_SUPERVISOR"
-"""Variable with the process id of the command that started the ranks of this machine."""
+def _rank_by_srun() -> RankInfo:
+    node = _number("SLURM_NODEID")
+    per_node = _tasks_per_node(_text("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
+    if node >= len(per_node):
+        raise UserError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE names {len(per_node)} nodes")
+    first = first_host(_text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))
+    return RankInfo(
+        rank=_number("SLURM_PROCID"),
+        local_rank=_number("SLURM_LOCALID"),
+        world_size=_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        local_world_size=per_node[node],
+        master_address=os.environ.get("MASTER_ADDR", first),
+        master_port=_master_port(_text("SLURM_JOB_ID")),
+    )
 
 
-def supervisor() -> int | None:
-    """Process id of the command that started this rank, or None where a launcher was called by hand."""
-    return _number(SUPERVISOR, _text(SUPERVISOR)) if SUPERVISOR in os.environ else None
+def _rank_by_mpirun() -> RankInfo:
+    world, local = _number("OMPI_COMM_WORLD_SIZE"), _number("OMPI_COMM_WORLD_LOCAL_SIZE")
+    if world != local and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "mpirun started ranks on several hosts and does not say where rank 0 is; set MASTER_ADDR to the address of "
+            "the first host and pass it on: mpirun -x MASTER_ADDR -x MASTER_PORT ..."
+        )
+    return RankInfo(
+        rank=_number("OMPI_COMM_WORLD_RANK"),
+        local_rank=_number("OMPI_COMM_WORLD_LOCAL_RANK"),
+        world_size=world,
+        local_world_size=local,
+        master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_master_port(os.environ.get("PMIX_NAMESPACE") or os.environ.get(_OMPI_JOB, "0")),
+    )
+
+
+def _master_port(job: str) -> int:
+    """MASTER_PORT, or one that differs between the jobs of a host, and that all ranks of one find without a word."""
+    if os.environ.get("MASTER_PORT"):
+        return _number("MASTER_PORT")
+    digits = re.sub(r"\D", "", job)[-9:]
+    return _PORTS_FROM + int(digits or 0) % _PORTS
+
+
+def _text(*names: str) -> str:
+    """The value of the first of ``names`` that is set."""
+    for name in names:
+        if name in os.environ:
+            return os.environ[name]
+    raise UserError(
+        f"environment variable {names[0]} is not set although others of its launcher are; start through "
+        "`megatron-ext train`, torchrun, srun or mpirun"
+    )
+
+
+def _number(*names: str) -> int:
+    text = _text(*names)
+    if not text.isdigit():
+        raise UserError(f"{names[0]} is {text!r}, not a number; start through `megatron-ext train`")
+    return int(text)
+
+
+def first_host(text: str) -> str:
+    """The first name of a SLURM node list: of ``n[1-3,07],gpu5`` it is n1.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    match = re.match(r"(?:[^,\[\]]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+(?=,|$)", text)
+    if match is None:
+        raise UserError(f"the node list {text!r} is not of the form NAME[FIRST-LAST,...],NAME")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """``2(x3),1`` is 2 on each of three nodes and 1 on the fourth."""
+    counts: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
+        if match is None:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, which is not of the form 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def prepare_libraries(info: RankInfo, accelerator: str) -> None:
@@ -75,7 +156,7 @@ def prepare_libraries(info: RankInfo, accelerator: str) -> None:
     decorator is told to do nothing; ``TORCHDYNAMO_DISABLE=0`` in the environment leaves it on.
 
     Args:
-        info: Place of this process, for one that no launcher started.
+        info: This process, for one that no launcher started.
         accelerator: "cpu" or "cuda". DeepSpeed probes for devices at import and, where it finds none, falls back in
             ways that differ between releases. A choice that the user made in the environment stays.
     """
@@ -137,20 +218,53 @@ def take_private_variables() -> None:
     os.environ.update(variables)
 
 
+def current_environment() -> dict[str, str]:
+    """All variables of this process, for the environment of another."""
+    return dict(os.environ)
+
+
 def variables_like(patterns: Iterable[str]) -> dict[str, str]:
     """Variables of this process whose names fit one of the patterns (globs)."""
     wanted = tuple(patterns)
     return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, item) for item in wanted)}
 
 
-def _text(name: str) -> str:
-    value = os.environ.get(name)
-    if value is None:
-        raise UserError(f"environment variable {name} is not set although RANK is; start through `megatron-ext train`")
-    return value
+CACHE_VARIABLE = "MEGATRON_EXT_KERNEL_CACHE"
+AHEAD_VARIABLE = "MEGATRON_EXT_BUILD_KERNELS"
 
 
-def _number(name: str, text: str) -> int:
-    if not text.isdigit():
-        raise UserError(f"{name.upper()} is {text!r}, not a number; start through `megatron-ext train`")
-    return int(text)
+@dataclass(frozen=True)
+class KernelEnvironment:
+    """The variables, with defaults filled in."""
+
+    cache: Path
+    """Where libraries that were built are kept: MEGATRON_EXT_KERNEL_CACHE."""
+
+    compiler: str
+    """C++ compiler: CXX, or g++."""
+
+    cuda_home: Path | None
+    """Where the CUDA toolkit is: CUDA_HOME or CUDA_PATH; None leaves the search to PATH and /usr/local/cuda."""
+
+    architectures: str | None
+    """TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"; None where it is unset or empty."""
+
+    jobs: int
+    """Compilers to run at once: MAX_JOBS, or the cores that this process may use."""
+
+    ahead: str | None
+    """MEGATRON_EXT_BUILD_KERNELS: what an installation compiles ahead of time; None where it is unset or empty."""
+
+
+def kernel_environment() -> KernelEnvironment:
+    """Read the environment as it is now."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    jobs = os.environ.get("MAX_JOBS", "")
+    return KernelEnvironment(
+        cache=Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "megatron-ext" / "kernels"),
+        compiler=os.environ.get("CXX") or "g++",
+        cuda_home=Path(home) if home else None,
+        architectures=os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or None,
+        jobs=int(jobs) if jobs.isdigit() and int(jobs) else len(os.sched_getaffinity(0)),
+        ahead=os.environ.get(AHEAD_VARIABLE, "").strip() or None,
+    )

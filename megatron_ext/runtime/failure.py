@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.log import LOGGER, file_only
-from megatron_ext.runtime.meeting import Meeting, Member
+from megatron_ext.runtime.rendezvous import Member, Rendezvous
 
 RECORD = "failure.json"
 """File of the run directory that says what ended the last job, where something did."""
@@ -49,7 +49,7 @@ def failure_of(error: BaseException, rank: int) -> Failure:
         return Failure(rank, "ended because of another rank", int(error.code or 0), "echo")
     trace = "".join(traceback.format_exception(error))[-_MAX_TRACE:]
     text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
-    return Failure(rank, text, 1, "echo" if _tells_of_others(error) else "error", trace)
+    return Failure(rank, text, 1, "echo" if _is_echo(error) else "error", trace)
 
 
 def lost(member: Member) -> Failure:
@@ -66,15 +66,15 @@ def silent(member: Member, seconds: float) -> Failure:
     return Failure(member.rank, text, 1, "silent")
 
 
-def say(failure: Failure, meeting: Meeting, *, everywhere: bool = False) -> None:
+def print_failure(failure: Failure, rendezvous: Rendezvous, *, everywhere: bool = False) -> None:
     """Print what ended the run, and put it into the log.
 
     Args:
         failure: the first cause.
-        meeting: gives the rank its host.
+        rendezvous: gives the rank its host.
         everywhere: all ranks said the same, so that no rank is named.
     """
-    title = meeting.members[failure.rank].title
+    title = rendezvous.members[failure.rank].title
     if failure.trace:
         print(failure.trace, file=sys.stderr, flush=True)  # noqa: T201 - a bug keeps its traceback
     separator = " " if failure.kind in ("lost", "silent") else ": "
@@ -83,30 +83,31 @@ def say(failure: Failure, meeting: Meeting, *, everywhere: bool = False) -> None
     file_only(LOGGER).error(text)
 
 
-def write_record(failure: Failure, meeting: Meeting, run_dir: Path, *, exclusive: bool) -> bool:
+def write_record(failure: Failure, rendezvous: Rendezvous, run_dir: Path, *, exclusive: bool) -> bool:
     """Write the run directory's record of a failure; with ``exclusive`` False where another rank has done so."""
-    content = asdict(failure) | {"host": meeting.members[failure.rank].host, "time": time.time()}
-    with suppress(FileExistsError), suppress_full_disk():
+    content = asdict(failure) | {"host": rendezvous.members[failure.rank].host, "time": time.time()}
+    with suppress(OSError):  # a full disk is no further failure
         with (run_dir / RECORD).open("x" if exclusive else "w") as file:
             json.dump(content, file)
         return True
     return not (exclusive and (run_dir / RECORD).exists())
 
 
-def suppress_full_disk() -> "suppress":
-    """A context in which a file that cannot be written is no further failure."""
-    return suppress(OSError)
+def clear_record(run_dir: Path) -> None:
+    """Remove the record of the last job."""
+    with suppress(OSError):
+        (run_dir / RECORD).unlink(missing_ok=True)
 
 
-def kill_if_here(failure: Failure, meeting: Meeting) -> None:
+def kill_if_here(failure: Failure, rendezvous: Rendezvous) -> None:
     """Kill a silent rank of this machine: it does not react to anything less, and its launcher waits for it."""
-    member = meeting.members[failure.rank]
-    if failure.kind == "silent" and member.machine == meeting.me.machine and member != meeting.me:
+    member = rendezvous.members[failure.rank]
+    if failure.kind == "silent" and member.machine == rendezvous.me.machine and member != rendezvous.me:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(member.pid, signal.SIGKILL)
 
 
-def _tells_of_others(error: BaseException) -> bool:
+def _is_echo(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OF_OTHERS)

@@ -1,12 +1,14 @@
-"""Files and directories that are whole or not there: forced to disk, and renamed into place in one go."""
+"""Files and directories that are whole or not there: forced to disk, and given their names in one go."""
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_EXISTS = frozenset({errno.EEXIST, errno.ENOTEMPTY})
 
 
 def sync(path: Path) -> None:
@@ -51,25 +53,37 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def publish_directory(source: Path, target: Path) -> bool:
-    """Give a finished directory its final name, so that ``target`` is seen whole or not at all, also after a crash.
+def publish_directory(source: Path, target: Path, *, keep: Callable[[Path], bool] = lambda _there: True) -> bool:
+    """Give a finished directory its name, forced to disk: whoever sees ``target`` sees all of it, also after a crash.
+
+    Args:
+        source: Beside ``target``, on the same file system; what was written there is done.
+        target: Its name from now on.
+        keep: Called with a directory that has the name already: whether it stays. If not, as where it is damaged, it
+            is moved away and replaced.
 
     Returns:
-        Whether ``source`` became ``target``; false where there is one already: then ``source`` is removed.
+        Whether ``source`` is ``target`` now; False where another process was first, and then ``source`` is removed.
 
     Raises:
-        OSError: it cannot be written there; ``source`` is as it was.
+        OSError: it cannot be read or renamed.
     """
-    # Content first, then the names, then the parent's name for it: a rename that survives a crash finds all of it.
-    for path in source.rglob("*"):
+    for path in (*source.rglob("*"), source):
         sync(path)
-    sync(source)
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        shutil.rmtree(source)
-        return False
-    sync(target.parent)
-    return True
+    while True:
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno not in _EXISTS:
+                raise
+        else:
+            sync(target.parent)
+            return True
+        if keep(target):
+            shutil.rmtree(source)
+            return False
+        # Moved before it is deleted: a deletion takes time and may be cut short.
+        aside = source.with_name(f"{source.name}.old")
+        with suppress(FileNotFoundError):
+            target.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

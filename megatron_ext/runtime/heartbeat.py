@@ -2,8 +2,9 @@
 
 A launcher sees a process end on its own host, and nothing else: not a process that hangs, not a host that is cut off;
 and what the other ranks then say ("connection closed by peer") hides the cause. So every rank keeps a TCP connection
-to rank 0, on which it gives a sign of life; whoever fails says so before it goes. Rank 0 decides on the first cause,
-says it, and tells the others, which end at once. Where rank 0 itself is gone the others find out for themselves.
+to rank 0, on which it gives a sign of life; whoever fails says so before it goes. Rank 0 decides which failure was the
+first, prints it, and sends it to the others, which end at once. Where rank 0 itself is gone the others find out for
+themselves. (A TCPStore has keys instead of connections: it does not say that a client is gone, and asks for no secret.)
 """
 
 import json
@@ -15,85 +16,80 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.failure import (
-    RECORD,
     Failure,
+    clear_record,
     kill_if_here,
     lost,
-    say,
+    print_failure,
     silent,
-    suppress_full_disk,
     write_record,
 )
-from megatron_ext.runtime.meeting import Meeting
+from megatron_ext.runtime.rendezvous import Rendezvous
 
 _BEATS = 5
 """Signs of life within the time after which a rank is given up."""
 
-_SETTLE_SECONDS = 1.0
+_GRACE_SECONDS = 1.0
 """How long rank 0 waits for the other ranks to find the same mistake in what the user gave."""
 
 _FAREWELL_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class WatchOptions:
-    """What the watch needs to know."""
+class Heartbeat:
+    """This rank's part: rank 0 monitors the others, which are linked to it."""
 
-    seconds: float
-    """Silence after which a rank is given up."""
-
-    run_dir: Path
-    """Where a failure is recorded."""
-
-
-class Watch:
-    """This rank's part in the watch."""
-
-    def __init__(self, meeting: Meeting, options: WatchOptions) -> None:
-        self._meeting = meeting
-        center = None
-        if meeting.info.is_main:
+    def __init__(self, rendezvous: Rendezvous, *, seconds: float, run_dir: Path) -> None:
+        self._part: _Monitor | _Link
+        if rendezvous.info.is_main:
             key = secrets.token_hex(16)
-            center = _Center(meeting, options, key)
-            meeting.store.set("watch", json.dumps({"port": center.port, "key": key}))
-        place = json.loads(meeting.store.get("watch"))
-        self._center = center
-        self._line = None if center else _Line(meeting, options, int(place["port"]), place["key"])
+            self._part = _Monitor(rendezvous, seconds, run_dir, key)
+            rendezvous.store.set("heartbeat", json.dumps({"port": self._part.port, "key": key}))
+        else:
+            self._part = _Link(rendezvous, seconds, run_dir, **json.loads(rendezvous.store.get("heartbeat")))
 
-    def leave_with(self, failure: Failure) -> NoReturn:
-        """End this process and the run with it; the message is that of the first cause, wherever that is."""
-        part = self._center or self._line
-        assert part is not None
-        part.report(failure)
-        # The watching thread ends the process, with the status of the first cause.
+    def fail(self, failure: Failure) -> NoReturn:
+        """End this process and the run with it; the message is that of the first failure, wherever that is."""
+        self._part.report(failure)
+        # The heartbeat's thread ends the process, with the status of the first failure.
         threading.Event().wait()
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Leave the watch: this rank has done what it had to do."""
-        part = self._center or self._line
-        assert part is not None
-        part.close()
+        """Say that this rank has done what it had to do."""
+        self._part.close()
 
 
 @contextmanager
-def watch(meeting: Meeting, options: WatchOptions) -> Iterator[Watch | None]:
-    """Watch the other ranks while the body runs, and be watched; None for a run of one rank, or where it is off."""
-    if meeting.info.is_main:
-        with suppress_full_disk():
-            (options.run_dir / RECORD).unlink(missing_ok=True)
-    if meeting.info.world_size == 1 or not options.seconds:
+def heartbeat(rendezvous: Rendezvous, *, seconds: float, run_dir: Path) -> Iterator[Heartbeat | None]:
+    """Monitor the ranks while the body runs.
+
+    Args:
+        rendezvous: the ranks.
+        seconds: without a sign of life after which a rank is given up; 0: none is.
+        run_dir: where a failure is recorded.
+
+    Yields:
+        This rank's part; None for a run of one rank, or where no rank is given up.
+    """
+    if rendezvous.info.is_main:
+        clear_record(run_dir)
+    if rendezvous.info.world_size == 1 or not seconds:
         yield None
         return
-    watching = Watch(meeting, options)
-    yield watching
-    watching.close()
+    part = Heartbeat(rendezvous, seconds=seconds, run_dir=run_dir)
+    yield part
+    part.close()
+
+
+def _send(to: socket.socket, message: dict[str, Any]) -> None:
+    with suppress(OSError):
+        to.sendall(json.dumps(message).encode() + b"\n")
 
 
 @dataclass
@@ -106,21 +102,12 @@ class _Peer:
     text: bytes = b""
 
 
-@dataclass
-class _Findings:
-    """Failures that rank 0 has heard of and not yet decided on."""
-
-    inputs: dict[int, Failure] = field(default_factory=dict)
-    echoes: list[Failure] = field(default_factory=list)
-    since: float = 0.0
-
-
-class _Center:
+class _Monitor:
     """Rank 0's thread: hears all, decides once."""
 
-    def __init__(self, meeting: Meeting, options: WatchOptions, key: str) -> None:
-        self._meeting, self._options, self._key = meeting, options, key
-        self._listener = socket.create_server(("", 0), backlog=meeting.info.world_size)
+    def __init__(self, rendezvous: Rendezvous, seconds: float, run_dir: Path, key: str) -> None:
+        self._rendezvous, self._seconds, self._run_dir, self._key = rendezvous, seconds, run_dir, key
+        self._listener = socket.create_server(("", 0), backlog=rendezvous.info.world_size)
         self._listener.setblocking(False)
         self.port = int(self._listener.getsockname()[1])
         self._selector = selectors.DefaultSelector()
@@ -128,10 +115,13 @@ class _Center:
         self._peers: list[_Peer] = []
         self._away: set[int] = set()
         self._present: set[int] = set()
-        self._findings = _Findings()
+        # Failures that may not be the first: mistakes that all ranks may find, and echoes of another's failure.
+        self._inputs: dict[int, Failure] = {}
+        self._echoes: list[Failure] = []
+        self._failing_since = 0.0
         self._reports: list[Failure] = []
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def report(self, failure: Failure) -> None:
@@ -144,7 +134,7 @@ class _Center:
         self._thread.join()
 
     def _run(self) -> None:
-        interval = self._options.seconds / _BEATS
+        interval = self._seconds / _BEATS
         started = checked = beat = time.monotonic()
         while not self._closing.is_set():
             self._hear(min(0.1, interval))
@@ -156,9 +146,10 @@ class _Center:
             checked = now
             if now - beat > interval:
                 beat = now
-                self._tell({"beat": 0})
-            self._judge(now, started)
-        self._tell({"bye": 0})
+                self._send_all({"beat": 0})
+            self._find_silent(now, started)
+            self._find_first(now)
+        self._send_all({"bye": 0})
         self._listener.close()
 
     def _hear(self, seconds: float) -> None:
@@ -172,7 +163,7 @@ class _Center:
             else:
                 self._read(key.data)
         for failure in self._reports:
-            self._consider(failure)
+            self._note(failure)
         self._reports.clear()
 
     def _read(self, peer: _Peer) -> None:
@@ -186,7 +177,7 @@ class _Center:
         if not received:
             self._drop(peer)
             if peer.rank is not None and peer.rank not in self._away:
-                self._consider(lost(self._meeting.members[peer.rank]))
+                self._note(lost(self._rendezvous.members[peer.rank]))
             return
         *lines, peer.text = (peer.text + received).split(b"\n")
         for line in lines:
@@ -199,48 +190,50 @@ class _Center:
                 return
             peer.rank = int(message["rank"])
             self._present.add(peer.rank)
+        if "failure" in message or "bye" in message:
+            self._away.add(peer.rank)
         if "failure" in message:
-            self._away.add(peer.rank)
-            self._consider(Failure(**message["failure"]))
-        if "bye" in message:
-            self._away.add(peer.rank)
+            self._note(Failure(**message["failure"]))
 
     def _drop(self, peer: _Peer) -> None:
         self._selector.unregister(peer.socket)
         peer.socket.close()
         self._peers.remove(peer)
 
-    def _consider(self, failure: Failure) -> None:
+    def _note(self, failure: Failure) -> None:
         if failure.kind == "input":
-            self._findings.inputs[failure.rank] = failure
+            self._inputs[failure.rank] = failure
         elif failure.kind == "echo":
-            self._findings.echoes.append(failure)
+            self._echoes.append(failure)
         else:
             self._end(failure)
-        self._findings.since = self._findings.since or time.monotonic()
+        self._failing_since = self._failing_since or time.monotonic()
 
-    def _judge(self, now: float, started: float) -> None:
-        members, seconds = self._meeting.members, self._options.seconds
+    def _find_silent(self, now: float, started: float) -> None:
+        """End the run where a rank gives no sign of life, or has never connected."""
+        members = self._rendezvous.members
         for peer in self._peers:
-            if peer.rank is not None and peer.rank not in self._away and now - peer.heard > seconds:
-                self._end(silent(members[peer.rank], seconds))
-        if now - started > seconds + _SETTLE_SECONDS and len(self._present) < len(members) - 1:
+            if peer.rank is not None and peer.rank not in self._away and now - peer.heard > self._seconds:
+                self._end(silent(members[peer.rank], self._seconds))
+        if now - started > self._seconds + _GRACE_SECONDS and len(self._present) < len(members) - 1:
             absent = min(set(range(1, len(members))) - self._present)
-            self._end(silent(members[absent], seconds))
-        inputs, waited = self._findings.inputs, now - self._findings.since
-        if inputs and (len(inputs) == len(members) or waited > _SETTLE_SECONDS):
-            first = next(iter(inputs.values()))
-            same = len(inputs) == len(members) and len({failure.text for failure in inputs.values()}) == 1
-            self._end(first, everywhere=same)
-        if self._findings.echoes and not inputs and waited > seconds + _SETTLE_SECONDS:
-            self._end(self._findings.echoes[0])
+            self._end(silent(members[absent], self._seconds))
+
+    def _find_first(self, now: float) -> None:
+        """End the run for a mistake in the input when all ranks have had time to find it; for an echo much later."""
+        world_size, waited = len(self._rendezvous.members), now - self._failing_since
+        if self._inputs and (len(self._inputs) == world_size or waited > _GRACE_SECONDS):
+            same = len(self._inputs) == world_size and len({each.text for each in self._inputs.values()}) == 1
+            self._end(next(iter(self._inputs.values())), everywhere=same)
+        if self._echoes and not self._inputs and waited > self._seconds + _GRACE_SECONDS:
+            self._end(self._echoes[0])
 
     def _end(self, failure: Failure, *, everywhere: bool = False) -> NoReturn:
-        say(failure, self._meeting, everywhere=everywhere)
+        print_failure(failure, self._rendezvous, everywhere=everywhere)
         if failure.kind != "input":
-            write_record(failure, self._meeting, self._options.run_dir, exclusive=False)
-        self._tell({"verdict": asdict(replace(failure, trace=""))})
-        kill_if_here(failure, self._meeting)
+            write_record(failure, self._rendezvous, self._run_dir, exclusive=False)
+        self._send_all({"end": asdict(replace(failure, trace=""))})
+        kill_if_here(failure, self._rendezvous)
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while (left := [peer for peer in self._peers if peer.rank is not None]) and time.monotonic() < deadline:
             for peer in left:
@@ -254,48 +247,47 @@ class _Center:
             time.sleep(0.02)
         os._exit(failure.status)
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _send_all(self, message: dict[str, Any]) -> None:
         for peer in self._peers:
-            with suppress(OSError):
-                peer.socket.sendall(json.dumps(message).encode() + b"\n")
+            _send(peer.socket, message)
 
 
-class _Line:
+class _Link:
     """Another rank's thread: gives signs of life to rank 0 and expects the same."""
 
-    def __init__(self, meeting: Meeting, options: WatchOptions, port: int, key: str) -> None:
-        self._meeting, self._options = meeting, options
-        place = (meeting.info.master_address, port)
+    def __init__(self, rendezvous: Rendezvous, seconds: float, run_dir: Path, *, port: int, key: str) -> None:
+        self._rendezvous, self._seconds, self._run_dir = rendezvous, seconds, run_dir
+        address = (rendezvous.info.master_address, port)
         try:
-            self._socket = socket.create_connection(place, timeout=options.seconds)
+            self._socket = socket.create_connection(address, timeout=seconds)
         except OSError as error:
             raise UserError(
-                f"{meeting.me.title} cannot connect to rank 0 at {place[0]}:{port} ({error}); the hosts of a run need "
-                "all ports between them, see also cluster.interface"
+                f"{rendezvous.me.title} cannot connect to rank 0 at {address[0]}:{port} ({error}); the hosts of a run "
+                "need all ports between them, see also cluster.interface"
             ) from error
-        self._socket.settimeout(options.seconds / _BEATS / 2)
+        self._socket.settimeout(seconds / _BEATS / 2)
         self._text = b""
         self._own: Failure | None = None
         self._main_left = False
         self._closing = threading.Event()
-        self._send({"rank": meeting.info.rank, "key": key})
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        _send(self._socket, {"rank": rendezvous.info.rank, "key": key})
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def report(self, failure: Failure) -> None:
-        """Tell rank 0 of this rank's failure."""
+        """Send rank 0 this rank's failure."""
         self._own = failure
         if self._main_left:
-            self._end(failure, said=False)
-        self._send({"failure": asdict(failure)})
+            self._end_alone(failure)
+        _send(self._socket, {"failure": asdict(failure)})
 
     def close(self) -> None:
         """Take leave of rank 0."""
         self._closing.set()
-        self._send({"bye": 0})
+        _send(self._socket, {"bye": 0})
 
     def _run(self) -> None:
-        interval = self._options.seconds / _BEATS
+        interval = self._seconds / _BEATS
         heard = beat = time.monotonic()
         while not self._closing.is_set():
             before = time.monotonic()
@@ -315,29 +307,29 @@ class _Line:
                 return
             if now - beat > interval / 2:
                 beat = now
-                self._send({"beat": 0})
-            if now - heard > self._options.seconds:
-                self._end(silent(self._meeting.members[0], self._options.seconds), said=False)
+                _send(self._socket, {"beat": 0})
+            if now - heard > self._seconds:
+                self._end_alone(silent(self._rendezvous.members[0], self._seconds))
 
     def _take(self, received: bytes) -> None:
         *lines, self._text = (self._text + received).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "verdict" in message:
-                self._end(Failure(**message["verdict"]), said=True)
+            if "end" in message:
+                self._exit(Failure(**message["end"]))
             if "bye" in message:
                 self._main_left = True
                 if self._own is not None:
-                    self._end(self._own, said=False)
+                    self._end_alone(self._own)
         if not received and not self._main_left and not self._closing.is_set():
-            self._end(lost(self._meeting.members[0]), said=False)
+            self._end_alone(lost(self._rendezvous.members[0]))
 
-    def _end(self, failure: Failure, *, said: bool) -> NoReturn:
-        if not said and write_record(failure, self._meeting, self._options.run_dir, exclusive=True):
-            say(failure, self._meeting)
-        kill_if_here(failure, self._meeting)
+    def _end_alone(self, failure: Failure) -> NoReturn:
+        """Without rank 0 the first rank that can write the record prints the message."""
+        if write_record(failure, self._rendezvous, self._run_dir, exclusive=True):
+            print_failure(failure, self._rendezvous)
+        self._exit(failure)
+
+    def _exit(self, failure: Failure) -> NoReturn:
+        kill_if_here(failure, self._rendezvous)
         os._exit(failure.status)
-
-    def _send(self, message: dict[str, Any]) -> None:
-        with suppress(OSError):
-            self._socket.sendall(json.dumps(message).encode() + b"\n")

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.environment import RankInfo
-from megatron_ext.runtime.meeting import Meeting, meet
+from megatron_ext.runtime.rendezvous import Rendezvous, join_rendezvous
 
 _RENDEZVOUS_SECONDS = 300.0
 
@@ -76,32 +76,32 @@ class Processes:
 
 @contextmanager
 def process_group(
-    info: RankInfo, device: Device, *, timeout_minutes: float, meeting: Meeting | None = None
+    info: RankInfo, device: Device, *, timeout_minutes: float, rendezvous: Rendezvous | None = None
 ) -> Iterator[Processes]:
     """Join the other ranks in collectives; leave the group at the end whatever happens.
 
     Args:
-        info: the place of this process.
+        info: this process.
         device: decides the backend.
         timeout_minutes: how long a collective may take.
-        meeting: where the ranks have met; None: they meet here.
+        rendezvous: of the ranks; None: it is held here.
 
     Raises:
         UserError: the ranks do not all come, or the port is taken by another program.
     """
     timeout = timedelta(minutes=timeout_minutes)
-    if meeting is None:
-        meeting = meet(info, seconds=_RENDEZVOUS_SECONDS)
+    if rendezvous is None:
+        rendezvous = join_rendezvous(info, seconds=_RENDEZVOUS_SECONDS)
     dist.init_process_group(
         device.backend,
-        store=PrefixStore("ranks", meeting.store),
+        store=PrefixStore("ranks", rendezvous.store),
         rank=info.rank,
         world_size=info.world_size,
         timeout=timeout,
     )
     try:
         host_group = dist.new_group(backend="gloo", timeout=timeout)
-        yield Processes(info=info, host_group=host_group, store=PrefixStore("messages", meeting.store))
+        yield Processes(info=info, host_group=host_group, store=PrefixStore("messages", rendezvous.store))
     finally:
         dist.destroy_process_group()
 

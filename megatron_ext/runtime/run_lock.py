@@ -1,4 +1,8 @@
-"""One job at a time in a run directory."""
+"""One job at a time in a run directory, or at what another file stands for.
+
+Not ``filelock``: it has no shared lock with which to look without being in the way, and where a file system knows no
+flock it goes over to files that outlive a killed holder.
+"""
 
 import fcntl
 import os
@@ -15,29 +19,46 @@ _FILE = ".lock"
 _POLL_SECONDS = 0.1
 
 
+class HeldError(Exception):
+    """Another live process holds the lock; the text names it."""
+
+
 @contextmanager
 def run_lock(run_dir: Path, *, wait_seconds: float = 1.0) -> Iterator[None]:
     """Hold ``run_dir`` for this process while the body runs; the directory is made.
 
-    The lock is the kernel's and ends with the process that holds it, however that ends, so that a killed job never
-    keeps its successor out. The file stays and names the last holder.
-
     Args:
         run_dir: The run's directory.
         wait_seconds: How long a holder is waited for: ``is_locked`` of another process holds it for a moment, and a job
-            that the cluster starts again may meet ranks of its first life that are still being killed.
+            that the cluster starts again may find ranks of its first life that are still being killed.
 
     Raises:
         UserError: another live process holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / _FILE).open("a+") as file:
+    try:
+        with file_lock(run_dir / _FILE, wait_seconds=wait_seconds):
+            yield
+    except HeldError as holder:
+        raise UserError(
+            f"{run_dir} is in use by another job ({holder}); wait for it, stop it, or give this run another name"
+        ) from None
+
+
+@contextmanager
+def file_lock(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock at ``path`` for this process while the body runs.
+
+    The lock is the kernel's and ends with the process that holds it, however that ends, so that a killed job never
+    keeps its successor out. The file stays and names the last holder.
+
+    Raises:
+        HeldError: another live process holds it.
+    """
+    with path.open("a+") as file:
         if not _lock(file, wait_seconds):
             file.seek(0)
-            raise UserError(
-                f"{run_dir} is in use by another job ({file.read().strip()}); wait for it, stop it, or give this run "
-                "another name"
-            )
+            raise HeldError(file.read().strip())
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -59,8 +80,13 @@ def _lock(file: IO[str], wait_seconds: float) -> bool:
 
 def is_locked(run_dir: Path) -> bool:
     """Whether a live process holds ``run_dir``."""
+    return is_held(run_dir / _FILE)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process holds the lock at ``path``."""
     try:
-        with (run_dir / _FILE).open("rb") as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

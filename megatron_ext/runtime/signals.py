@@ -1,6 +1,5 @@
-"""What makes a run stop after its step: SIGTERM, SIGINT, SIGUSR1, or the end of the command that started it."""
+"""What makes a run stop after its step: SIGTERM, SIGINT, SIGUSR1."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,28 +7,15 @@ from types import FrameType
 
 
 class StopRequest:
-    """Remembers the first signal that asked this process to stop, and notices when its supervisor is gone."""
+    """Remembers the first signal that asked this process to stop."""
 
-    def __init__(self, supervisor: int | None = None) -> None:
-        """Watch the process ``supervisor`` as well, whose end asks to stop; None watches none."""
+    def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._supervisor = supervisor
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived or the supervisor has ended."""
-        return self.signal_name is not None or self._orphaned()
-
-    def _orphaned(self) -> bool:
-        if self._supervisor is None:
-            return False
-        try:
-            os.kill(self._supervisor, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # it lives, as another user
-            return False
-        return False
+        """Whether a signal has arrived."""
+        return self.signal_name is not None
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """Take a signal: the handler that ``stop_on_signal`` installs."""
@@ -37,13 +23,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(supervisor: int | None = None) -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the body runs, then restore what was there before.
-
-    Args:
-        supervisor: Process whose end counts as a request too.
-    """
-    request = StopRequest(supervisor)
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT while the body runs, then restore what was there before."""
+    request = StopRequest()
     caught = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, request.receive) for number in caught}
     try:
@@ -57,9 +39,9 @@ _ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what SLURM is asked to send before a job's time is over."""
 
 
-def catch_stop_signals(supervisor: int | None = None) -> StopRequest:
+def catch_stop_signals() -> StopRequest:
     """Catch what asks a rank to stop, from its first moment on: before torch is imported, while it is, and later."""
-    request = StopRequest(supervisor)
+    request = StopRequest()
     for number in _ASK_TO_STOP:
         signal.signal(number, request.receive)
     return request

@@ -8,14 +8,15 @@ values also grow because v fills up, the same way in every run with the same bet
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.curriculum.plan import PlannedStep
-from megatron_ext.engine.engine import StepResult, TrainEngine
+from megatron_ext.engine.engine import Engine
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.parameters import parameter_kind
 from megatron_ext.ops.adam_variance import adam_variance
@@ -45,6 +46,11 @@ class VarianceSummary:
     kinds: dict[str, tuple[float, float]]
     """Kind of parameter (``parameter_kind``) -> its pair; every parameter is in one."""
 
+    def fields(self, *, detail: bool) -> dict[str, Any]:
+        """The fields of a step's record; with ``detail`` those of layers and kinds too."""
+        parts = {"adam_var": {"layers": self.layers, "kinds": self.kinds}} if detail else {}
+        return {"adam_var_l1": self.l1, "adam_var_max": self.largest, **parts}
+
 
 class AdamVariance:
     """Measures every so many steps, on the device.
@@ -55,7 +61,7 @@ class AdamVariance:
     """
 
     def __init__(
-        self, engine: TrainEngine, config: MetricsConfig, device: torch.device, *, kernels: Kernels = "reference"
+        self, engine: Engine, config: MetricsConfig, device: torch.device, *, kernels: Kernels = "reference"
     ) -> None:
         """Measure ``engine`` as ``config`` says; ``device`` is the one that collectives use."""
         self._kernels: Kernels = kernels
@@ -67,15 +73,13 @@ class AdamVariance:
         self._layers = _grouped((_layer_of(name), place) for place, name in enumerate(self._names))
         self._kinds = _grouped((parameter_kind(name), place) for place, name in enumerate(self._names))
 
-    def measured(self, planned: PlannedStep, result: StepResult) -> StepResult:
-        """The step's result, with a measurement where one is due after it. Called by all ranks after every step.
+    def measure_after(self, planned: PlannedStep) -> torch.Tensor | None:
+        """What ``measure`` returns where it is due after a step, else None. Called by all ranks after every step.
 
         Due are the steps with which the number of finished ones is divisible by ``metrics.adam_variance_every``; a step
         that was skipped measures what the steps before it left.
         """
-        if self._every == 0 or (planned.step + 1) % self._every:
-            return result
-        return replace(result, adam_variance=self.measure())
+        return None if self._every == 0 or (planned.step + 1) % self._every else self.measure()
 
     @torch.no_grad()
     def measure(self) -> torch.Tensor:

@@ -9,6 +9,7 @@ from tests.architecture.table import (
     DOORS,
     IMPORTS_TORCH,
     LAYERS,
+    LIBRARIES,
     MAX_FILE_LINES,
     MAX_FUNCTION_LINES,
     MAX_PARAMETERS,
@@ -100,13 +101,18 @@ def relative_imports(module: Module) -> Iterator[Violation]:
 
 
 def package_init(module: Module) -> Iterator[Violation]:
-    """An ``__init__.py`` holds a docstring, and in the package itself the version: importing a part stays cheap."""
+    """An ``__init__.py`` holds a docstring, and in the package itself the version: importing a part stays cheap.
+
+    A part that is a library may re-export names: imports of the package's own, and their list ``__all__``.
+    """
     if not module.path.endswith("/__init__.py"):
         return
     for node in module.tree.body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        version = module.inner == "__init__" and isinstance(node, ast.Assign) and "__version__" in ast.unparse(node)
-        if not (docstring or version):
+        assigned = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        version = module.inner == "__init__" and assigned == "__version__"
+        reexport = assigned == "__all__" or (isinstance(node, ast.ImportFrom) and inside(node.module or "", PACKAGE))
+        if not (docstring or version or (reexport and module.part in LIBRARIES)):
             yield module.violation(node, "package-init", "an __init__.py holds its docstring only")
 
 

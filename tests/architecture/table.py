@@ -7,6 +7,7 @@ from collections.abc import Mapping
 LAYERS: Mapping[str, int] = {
     "errors": -2,
     "base": -1,
+    "text": -1,
     "curriculum": 0,
     "config": 1,
     "runtime": 2,
@@ -19,15 +20,14 @@ LAYERS: Mapping[str, int] = {
     "metrics": 6,
     "checkpoint": 7,
     "evaluate": 8,
-    "session": 9,
-    "train": 10,
+    "build": 9,
     "trainer": 10,
+    "dry_run": 10,
     "preflight": 11,
     "slurm": 11,
     "launch": 11,
     "analysis": 11,
     "worker": 12,
-    "tuning": 12,
     "experiments": 12,
     "cli": 13,
     "__main__": 14,
@@ -46,7 +46,7 @@ DOORS: Mapping[str, frozenset[str]] = {
     "torch.cuda": frozenset({"runtime"}),
     "torch.utils.cpp_extension": frozenset({"ops"}),
     "deepspeed": frozenset({"engine"}),
-    # Its reader of ZeRO 3 checkpoints, which needs no engine.
+    # Reads the files of ZeRO 3 without an engine.
     "deepspeed.utils.zero_to_fp32": frozenset({"checkpoint"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.core.tensor_parallel": frozenset({"parallel"}),
@@ -61,12 +61,13 @@ DOORS: Mapping[str, frozenset[str]] = {
 }
 
 # Parts that never import torch or what imports it, not even inside a function.
-TORCH_FREE = frozenset({"errors", "base", "config", "curriculum"})
+TORCH_FREE = frozenset({"errors", "base", "text", "config", "curriculum"})
 # Modules that do not import it when they are imported (a function may).
 TORCH_FREE_AT_IMPORT = (
     "__init__",
     "errors",
     "base",
+    "text",
     "config",
     "curriculum",
     "cli",
@@ -76,8 +77,11 @@ TORCH_FREE_AT_IMPORT = (
 )
 IMPORTS_TORCH = frozenset({"torch", "deepspeed", "megatron", "transformers", "lm_eval", "tensorboard"})
 
+# Parts that people import from their own programs: their __init__ re-exports what is public.
+LIBRARIES = frozenset({"curriculum"})
+
 CUDA_LITERALS_IN = frozenset({"runtime", "ops"})
-NO_ITEM_IN = frozenset({"train", "engine.engine"})
+NO_ITEM_IN = frozenset({"trainer", "engine.deepspeed_engine"})
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

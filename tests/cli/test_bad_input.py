@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.cli.train import start
+from megatron_ext.config.loading import load_config
 from megatron_ext.errors import UserError
-from megatron_ext.runtime import launcher
+from megatron_ext.launch import launcher
 from megatron_ext.worker import main as worker
+from tests.cli.test_experiment import leave_traces
 from tests.ranks import run_ranks
 from tests.train.small_run import VOCABULARY, cli, write_config, write_corpus
 
@@ -208,11 +209,13 @@ def test_data_and_batches_are_checked_before_ranks_start(
     damage(folder)
     monkeypatch.setattr(launcher, "start_ranks", lambda *_args, **_options: pytest.fail("ranks were started"))
     with pytest.raises(UserError, match=told):
-        start(write_config(folder, **sections), nproc=2)
+        launcher.launch(launcher.this_machine(2), load_config(write_config(folder, **sections)))
 
 
 def test_mistake_that_only_the_ranks_find_goes_through_the_launcher(folder: Path) -> None:
-    done = cli("train", str(write_config(folder, parallel={"tensor": 2})), "--nproc", "3")
+    config = write_config(folder)
+    leave_traces(load_config(config), step=10)  # a checkpoint of one rank
+    done = cli("train", str(config), "--nproc", "2")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr

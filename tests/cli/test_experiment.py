@@ -12,16 +12,17 @@ import psutil
 import pytest
 
 from megatron_ext.checkpoint.store import Manifest, write_manifest
-from megatron_ext.cli import app, train
+from megatron_ext.cli import app
 from megatron_ext.cli.experiment_runs import statuses, train_all
-from megatron_ext.config.experiment import Experiment, load_experiment
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.experiments.config import Experiment, load_experiment
+from megatron_ext.launch import launcher
+from megatron_ext.launch.launcher import Target
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest
-from tests.config.test_experiment import load
+from tests.experiments.test_config import load
 from tests.metrics.test_records import train_record
 from tests.train.small_run import cli, records, started, wait_for_step, write_config, write_corpus
 
@@ -87,9 +88,8 @@ def fake_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     stop_once = SimpleNamespace(done=False)
 
-    def start(config: Path, *, nproc: int | None, stop: StopRequest) -> int:
-        assert nproc == 3
-        run = RunConfig.model_validate_json(config.read_text())
+    def launch(target: Target, run: RunConfig, *, stop: StopRequest) -> int:
+        assert target.ranks == 3
         asked.append(run.name)
         if run.name == "base-seed2":
             if not stop_once.done:
@@ -103,7 +103,7 @@ def fake_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         leave_traces(run, step=100)
         return 0
 
-    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(launcher, "launch", launch)
     return asked
 
 
@@ -176,7 +176,7 @@ def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: 
     code, out, _ = command("experiment", "status", str(study.source), "--json")
     assert code == 0
     first, second, *_ = json.loads(out)
-    left = TrainingPlan.from_config(study.runs[0].config).tokens - 40 * 4 * 64
+    left = study.runs[0].config.plan().tokens - 40 * 4 * 64
     assert first.pop("eta_s") == pytest.approx(left / train_record().tokens_per_s)
     assert first == {
         "run": "base-seed1",

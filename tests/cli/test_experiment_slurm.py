@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.config.experiment import load_experiment
-from megatron_ext.slurm.record import config_file, jobs_of
+from megatron_ext.experiments.config import load_experiment
+from megatron_ext.launch.slurm import config_file, jobs_of
 from tests.cli.test_experiment import command as command  # noqa: PLC0414 - fixtures
 from tests.cli.test_experiment import leave_traces
 from tests.cli.test_submit import Command, queued

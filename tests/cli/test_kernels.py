@@ -52,7 +52,7 @@ def test_what_was_asked_for_and_cannot_be_is_an_error_and_the_rest_is_told(
 
 @pytest.mark.usefixtures("fused")
 def test_bench_measures_every_operation() -> None:
-    from megatron_ext.ops.bench.traffic import OPERATIONS
+    from megatron_ext.ops.bench.figures import OPERATIONS
 
     options = ["bench", "--sizes", "small", "--no-compile", "--rounds", "1", "--seconds", "0", "--json"]
     answer = json.loads(RUN.invoke(kernels_app, options, catch_exceptions=False).stdout)

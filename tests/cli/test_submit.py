@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.cli.slurm_options import container_of, live_jobs
+from megatron_ext.cli.slurm_options import container_of
 from megatron_ext.config.loading import load_config
 from megatron_ext.errors import UserError
+from megatron_ext.launch.slurm import jobs_of, live_jobs
 from megatron_ext.runtime.run_lock import run_lock
-from megatron_ext.slurm.record import jobs_of
 from tests.cli.test_experiment import command as command  # noqa: PLC0414 - the fixture
 from tests.cli.test_experiment import leave_traces
 from tests.train.small_run import write_config, write_corpus

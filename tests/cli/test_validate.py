@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from megatron_ext.cli.validate import command, summary
-from megatron_ext.config.explain import ConfigError
+from megatron_ext.config.messages import ConfigError
 from megatron_ext.errors import UserError
 from tests.config.builders import small_config, small_tree, write
 
@@ -67,19 +68,24 @@ def test_durations_that_only_the_plan_can_compare_are_checked(tmp_path: Path) ->
 
 
 STEPS = {"duration": {"steps": 50}}
+WARMUP = {"batch_size_warmup": {"start": 2, "increment": 2, **STEPS}}
 
 
 @pytest.mark.parametrize(
-    ("curriculum", "words"),
+    ("sections", "words"),
     [
-        ({"pacing": "constant"}, "none: 128 tokens from the first step on"),
-        ({"pacing": "linear", "start": 8, **STEPS}, "linear: 8 to 128 over 50 steps, multiples of 8"),
-        ({"pacing": "root", "start": 8, "end": 64, **STEPS}, "root: 8 to 64 over 50 steps"),
-        ({"pacing": "discrete", "stages": [{"seq_len": 32, **STEPS}]}, "discrete: 32 for 50 steps, then 128"),
+        ({"curriculum": {"pacing": "constant"}}, "none: 128 tokens from the first step on"),
+        ({"curriculum": {"pacing": "linear", "start": 8, **STEPS}}, "linear: 8 to 128 over 50 steps, multiples of 8"),
+        ({"curriculum": {"pacing": "root", "start": 8, "end": 64, **STEPS}}, "root: 8 to 64 over 50 steps"),
+        (
+            {"curriculum": {"pacing": "discrete", "stages": [{"seq_len": 32, **STEPS}]}},
+            "discrete: 32 for 50 steps, then 128",
+        ),
+        ({"training": WARMUP}, "from 2 by 2 over 50 steps"),
     ],
 )
-def test_every_pacing_is_described(curriculum: dict[str, object], words: str) -> None:
-    assert any(words in line for line in summary(small_config(curriculum=curriculum)))
+def test_every_pacing_and_batch_size_warmup_are_described(sections: dict[str, Any], words: str) -> None:
+    assert any(words in line for line in summary(small_config(**sections)))
 
 
 def test_adaptive_pacing_is_described_with_both_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +95,3 @@ def test_adaptive_pacing_is_described_with_both_bounds(tmp_path: Path, capsys: p
     text = capsys.readouterr().out
     assert "adaptive: 8 to 128 over 20 steps at the fastest to 50 steps at the slowest, a decision every 20" in text
     assert re.search(r"plan +89 to 104 steps, 80,000 tokens or up to a batch more, at most 832 samples", text), text
-
-
-def test_batch_size_warmup_is_described() -> None:
-    config = small_config(training={"batch_size_warmup": {"start": 2, "increment": 2, **STEPS}})
-    assert any("from 2 by 2 over 50 steps" in line for line in summary(config))

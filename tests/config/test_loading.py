@@ -1,4 +1,4 @@
-"""load_config: what is right is read, what is wrong is said in our own words."""
+"""Loading: files, extends, presets, overrides; what is right is read, what is wrong is said in our own words."""
 
 import json
 import re
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.files import Layer
-from megatron_ext.config.loading import load_config, parse_layers
+from megatron_ext.config.loading import load_config, parse_json, parse_layers, read_layers
+from megatron_ext.config.merging import Layer, merge_all
 from megatron_ext.errors import UserError
 from tests.config.builders import small_tree, write
 
@@ -110,7 +110,7 @@ def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, override: 
     ("override", "hint"),
     [
         ("training.seqlen=4", "did you mean training.seq_len?"),
-        ("model.seqlen=4", "write training.seq_len instead"),
+        ("model.seqlen=4", "did you mean training.seq_len?"),
         ("training.seq_length=4", "did you mean training.seq_len?"),
         ("training.sq_len=4", "did you mean training.seq_len?"),
         ("trainig.seq_len=4", "trainig: unknown key; did you mean training?"),
@@ -162,14 +162,10 @@ def test_each_problem_names_the_file_it_is_in(tmp_path: Path) -> None:
     }
 
 
-def test_a_missing_section_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "run.json", {key: value for key, value in small_tree().items() if key != "learning_rate"})
-    with pytest.raises(UserError, match=r"run\.json: learning_rate is missing; it has no default\. Warmup and decay"):
-        load_config(path)
-
-
 def test_an_empty_config_names_every_section_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(
+        UserError, match=r"run\.json: learning_rate is missing; it has no default\. Warmup and"
+    ) as caught:
         load_config(write(tmp_path / "run.json", {}))
     missing = re.findall(r": (\w+) is missing", str(caught.value))
     assert missing == ["model", "data", "training", "learning_rate"]
@@ -181,15 +177,9 @@ def test_long_values_are_cut(tmp_path: Path) -> None:
 
 
 def test_a_deepspeed_block_pasted_at_the_top_is_translated(tmp_path: Path) -> None:
-    block = {
-        "enabled": True,
-        "curriculum_type": "seqlen",
-        "min_difficulty": 8,
-        "max_difficulty": 128,
-        "schedule_type": "fixed_linear",
-        "schedule_config": {"total_curriculum_step": 50, "difficulty_step": 8},
-    }
-    message = problems_of(tmp_path, curriculum_learning=block)
+    schedule = {"total_curriculum_step": 50, "difficulty_step": 8}
+    block = {"enabled": True, "min_difficulty": 8, "max_difficulty": 128, "schedule_type": "fixed_linear"}
+    message = problems_of(tmp_path, curriculum_learning=block | {"schedule_config": schedule})
     assert message.startswith('run.json: curriculum_learning: unknown key; write "curriculum": {"pacing": "linear"')
 
 
@@ -216,7 +206,7 @@ def damaged_trees(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100)
 @given(damaged_trees())
 def test_whatever_is_in_the_file_it_loads_or_is_refused_in_our_words(tree: dict[str, Any]) -> None:
     try:
@@ -236,3 +226,141 @@ def test_an_experiment_is_not_taken_for_a_run(tmp_path: Path) -> None:
     path = write(tmp_path / "many.json", {"name": "many", "base": "run.json", "variants": {"one": {}}})
     with pytest.raises(UserError, match=r"many\.json describes an experiment.*experiment run"):
         load_config(path)
+
+
+def merged(path: Path) -> dict[str, object]:
+    return merge_all(layer.tree for layer in read_layers(path))
+
+
+def test_later_files_win_and_the_file_itself_wins_over_all(tmp_path: Path) -> None:
+    write(tmp_path / "parts" / "a.json", {"seed": 1, "name": "a", "model": {"num_layers": 1, "hidden_size": 1}})
+    write(tmp_path / "parts" / "b.json", {"seed": 2, "model": {"num_layers": 2}})
+    main = write(tmp_path / "main.json", {"extends": ["parts/a.json", "parts/b.json"], "model": {"vocab_size": 3}})
+    assert merged(main) == {
+        "seed": 2,
+        "name": "a",
+        "model": {"num_layers": 2, "hidden_size": 1, "vocab_size": 3},
+    }
+
+
+def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "root.json", {"seed": 5})
+    write(tmp_path / "deep" / "middle.json", {"extends": "../root.json"})
+    main = write(tmp_path / "deep" / "deeper" / "main.json", {"extends": "../middle.json"})
+    monkeypatch.chdir(tmp_path / "deep")
+    assert merged(main) == {"seed": 5}
+    assert merged(Path("deeper/main.json")) == {"seed": 5}
+
+
+def test_one_file_may_be_reached_on_two_ways(tmp_path: Path) -> None:
+    write(tmp_path / "root.json", {"seed": 5})
+    write(tmp_path / "a.json", {"extends": "root.json", "name": "a"})
+    write(tmp_path / "b.json", {"extends": "root.json", "name": "b"})
+    assert merged(write(tmp_path / "main.json", {"extends": ["a.json", "b.json"]})) == {"seed": 5, "name": "b"}
+
+
+def test_a_circle_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", {"extends": "b.json"})
+    write(tmp_path / "b.json", {"extends": "c.json"})
+    write(tmp_path / "c.json", {"extends": "b.json"})
+    with pytest.raises(UserError) as caught:
+        read_layers(tmp_path / "a.json")
+    message = str(caught.value)
+    assert "circle" in message
+    assert message.count("b.json") == 2
+    assert "a.json" not in message
+
+
+def test_a_preset_fills_the_model(tmp_path: Path) -> None:
+    main = write(tmp_path / "main.json", {"extends": "preset:gpt2-117m", "model": {"hidden_dropout": 0.0}})
+    model = merged(main)["model"]
+    assert isinstance(model, dict)
+    assert (model["num_layers"], model["hidden_size"], model["hidden_dropout"]) == (12, 768, 0.0)
+
+
+def test_an_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
+    main = write(tmp_path / "main.json", {"extends": "preset:gpt2-117M"})
+    with pytest.raises(UserError, match=r"no preset 'gpt2-117M'; did you mean preset:gpt2-117m\? .*gpt3-175b"):
+        read_layers(main)
+
+
+@pytest.mark.parametrize("value", [3, None, [1], [""], {"file": "a.json"}])
+def test_extends_of_the_wrong_type_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(UserError, match=r"extends is .*: expected a file name"):
+        read_layers(write(tmp_path / "main.json", {"extends": value}))
+
+
+def test_a_missing_file_says_who_named_it(tmp_path: Path) -> None:
+    main = write(tmp_path / "main.json", {"extends": "base_config.json"})
+    write(tmp_path / "base_confg.json", {})
+    with pytest.raises(
+        UserError, match=r'base_config\.json does not exist \(named by "extends" in .*main\.json\)'
+    ) as caught:
+        read_layers(main)
+    assert "did you mean" in str(caught.value)
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist; check the path"):
+        read_layers(tmp_path / "nowhere.json")
+
+
+def test_a_directory_and_binary_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a directory"):
+        read_layers(tmp_path)
+    binary = tmp_path / "main.json"
+    binary.write_bytes(b'{"name": "\xff\xfe"}')
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 10\)"):
+        read_layers(binary)
+
+
+def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to(tmp_path / "b.json")
+    (tmp_path / "b.json").symlink_to(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_layers(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_layers(write(tmp_path / "main.json", {"extends": "a\0.json"}))
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "main.json"
+    path.write_bytes(b'\xef\xbb\xbf{"seed": 1}')
+    assert merged(path) == {"seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "hint"),
+    [
+        ('{\n "seed": 1,\n}', 3, 1, "remove the comma before '}'"),
+        ('{\n "seed": 1 // fixed\n}', 2, 12, "JSON has no comments"),
+        ('{"seed" 1}', 1, 9, "expecting ':' delimiter"),
+        ('{"seed": 1', 1, 11, "the file ends too early"),
+        ("", 1, 1, "the file is empty"),
+        ("{'seed': 1}", 1, 2, "double quotes"),
+        ('{"a": 1} {"b": 2}', 1, 10, "extra data"),
+    ],
+)
+def test_a_syntax_error_names_file_line_and_column(text: str, line: int, column: int, hint: str) -> None:
+    where = re.escape(f"run.json:{line}:{column}: no valid JSON at line {line}, column {column}: ")
+    with pytest.raises(UserError, match=f"^{where}.*{re.escape(hint)}"):
+        parse_json(text, source="run.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "the file holds .*: expected a JSON object") for text in ("[1]", "3", "null", '"a"', "true")),
+        *((f'{{"seed": {number}}}', f"{number} is not a number") for number in ("NaN", "Infinity", "-Infinity")),
+        ('{"data": {"sources": [{}, {"prefix": "a", "prefix": "a"}]}}', r"data\.sources\[1\]\.prefix is written twice"),
+        ('{"": 1, "": 2}', "is written twice"),
+        ("[" * 100_000, ""),
+        ('{"seed": ' + "1" * 5000 + "}", ""),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_is_no_strict_json_object_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^run\.json: .*{message}"):
+        parse_json(text, source="run.json")
+
+
+def test_comments_and_schema_references_are_dropped() -> None:
+    text = '{"$schema": "s", "$comment": "one", "model": {"$comment": "two", "$comment": "three", "num_layers": 2}}'
+    assert parse_json(text, source="run.json") == {"model": {"num_layers": 2}}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.config.merging import dotted, lookup, merge, merge_all, parse_override, parse_overrides
+from megatron_ext.config.loading import parse_overrides
+from megatron_ext.config.merging import dotted, lookup, merge, merge_all
 from megatron_ext.errors import UserError
 
 keys = st.sampled_from(["a", "b", "c", "name", "size"])
@@ -64,7 +65,7 @@ def test_merging_is_associative_where_sections_stay_sections(three: list[dict[st
 
 @given(st.lists(keys, min_size=1, max_size=4), leaves)
 def test_an_override_sets_exactly_its_key(path: list[str], value: Any) -> None:
-    tree = parse_override(f"{'.'.join(path)}={json.dumps(value)}")
+    tree = parse_overrides([f"{'.'.join(path)}={json.dumps(value)}"])
     assert lookup(tree, path) == (True, value)
     assert leaf_paths(tree) == [tuple(path)]
 
@@ -87,32 +88,33 @@ def test_the_order_of_overrides_of_different_keys_does_not_matter(overrides: lis
     ],
 )
 def test_values_are_json_or_else_text(text: str, value: Any) -> None:
-    assert parse_override(text) == {"k": value}
+    assert parse_overrides([text]) == {"k": value}
 
 
 @pytest.mark.parametrize("text", ["", "seed", "=3", "a..b=3", ".a=1", "a.=1"])
 def test_an_override_that_names_no_key_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--set .* is not of the form section\.key=value"):
-        parse_override(text)
+        parse_overrides([text])
 
 
-def test_a_curriculum_whose_pacing_changes_is_replaced() -> None:
-    base = {"curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 3}}}
-    assert merge(base, {"curriculum": {"pacing": "constant"}}) == {"curriculum": {"pacing": "constant"}}
-    kept = merge(base, {"curriculum": {"pacing": "linear", "start": 16}})
-    assert kept["curriculum"] == {"pacing": "linear", "start": 16, "duration": {"steps": 3}}
-    assert merge(base, {"curriculum": {"start": 16}}) == kept
+LINEAR = {"pacing": "linear", "start": 8, "duration": {"steps": 3}}
 
 
-def test_a_duration_in_another_unit_replaces_the_old_one() -> None:
-    base = {"training": {"duration": {"tokens": 5}, "seq_len": 8}}
-    merged = merge(base, {"training": {"duration": {"steps": 3}}})
-    assert merged == {"training": {"duration": {"steps": 3}, "seq_len": 8}}
-
-
-def test_lists_are_replaced() -> None:
-    assert merge({"a": [1, 2, 3]}, {"a": [4]}) == {"a": [4]}
+@pytest.mark.parametrize(
+    ("base", "later", "merged"),
+    [
+        # A curriculum with another pacing and a duration in another unit are replaced, and so are lists.
+        ({"c": LINEAR}, {"c": {"pacing": "constant"}}, {"c": {"pacing": "constant"}}),
+        ({"c": LINEAR}, {"c": {"pacing": "linear", "start": 16}}, {"c": {**LINEAR, "start": 16}}),
+        ({"c": LINEAR}, {"c": {"start": 16}}, {"c": {**LINEAR, "start": 16}}),
+        ({"d": {"tokens": 5}, "n": 8}, {"d": {"steps": 3}}, {"d": {"steps": 3}, "n": 8}),
+        ({"a": [1, 2, 3]}, {"a": [4]}, {"a": [4]}),
+    ],
+)
+def test_what_is_replaced_whole(base: dict[str, Any], later: dict[str, Any], merged: dict[str, Any]) -> None:
+    assert merge(base, later) == merged
 
 
 def test_dotted_paths_read_as_they_are_written() -> None:
     assert dotted(("data", "sources", 0, "prefix")) == "data.sources[0].prefix"
+    assert dotted(("data", "a\nb")) == r'data."a\nb"'

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.files import preset_names
-from megatron_ext.config.loading import load_config
+from megatron_ext.config.loading import load_config, preset_names
 from tests.config.builders import write
 
 # GPT-2: layers and width of Radford et al. 2019, table 2, heads of the released models. GPT-3: Brown et al. 2020,

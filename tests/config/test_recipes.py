@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config.curriculum import DiscretePacing, LinearPacing
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.pacings import DiscretePacing, LinearPacing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"base.json", "large_batch.json"}
-# A comparison of several runs is no run config; tests/config/test_experiment.py reads it.
+# A comparison of several runs is no run config; tests/experiments/test_config.py reads it.
 EXPERIMENTS = sorted(
     path
     for path in (CONFIGS / "experiments").glob("*.json")

@@ -1,5 +1,7 @@
 """RunConfig's own properties."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,19 @@ def test_what_changes_the_run_changes_its_digest(changes: dict[str, Any]) -> Non
 )
 def test_layout_and_bookkeeping_do_not(changes: dict[str, Any]) -> None:
     assert small_config(**changes).digest() == small_config().digest()
+
+
+def test_a_resolved_config_is_parsed_without_what_only_peoples_files_need() -> None:
+    for_people = {f"megatron_ext.config.{name}" for name in ("loading", "messages", "foreign", "schema")}
+    code = (
+        "import sys\n"
+        "from megatron_ext.config.run import RunConfig\n"
+        "RunConfig.model_validate_json(sys.stdin.read())\n"
+        f"print(sorted({for_people} & set(sys.modules)))"
+    )
+    resolved = small_config(deepspeed={"fp16": {"hysteresis": 4}}, training={"precision": "fp16"}).model_dump_json()
+    done = subprocess.run([sys.executable, "-c", code], input=resolved, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_duration_reads_as_words() -> None:

@@ -1,4 +1,4 @@
-"""Adaptive runs without a model: a course that is shown made-up losses step by step."""
+"""Adaptive runs without a model: a schedule that is shown made-up losses step by step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import AdaptiveCourse, Decision, open_course
+from megatron_ext.curriculum.adaptive import AdaptiveSchedule, Decision
 from megatron_ext.curriculum.plan import PlannedStep
 from tests.curriculum.runs import Json, run_config
 
@@ -43,33 +43,35 @@ class Walk:
     decisions: list[Decision] = field(default_factory=list)
 
 
-def adaptive(config: RunConfig) -> AdaptiveCourse:
-    """The course of an adaptive run from its beginning."""
-    course = open_course(config)
-    assert isinstance(course, AdaptiveCourse)
-    return course
+def adaptive(config: RunConfig) -> AdaptiveSchedule:
+    """The schedule of an adaptive run from its beginning."""
+    schedule = config.schedule()
+    assert isinstance(schedule, AdaptiveSchedule)
+    return schedule
 
 
-def walk(course: AdaptiveCourse, losses: Losses, *, first: int = 0, variance: Losses | None = None) -> Iterator[Walk]:
+def walk(
+    schedule: AdaptiveSchedule, losses: Losses, *, first: int = 0, variance: Losses | None = None
+) -> Iterator[Walk]:
     """Go through a run as the training loop does, from step ``first`` on; yields the walk so far after each step."""
     done = Walk()
     step = first
-    while step < course.plan.steps:
-        planned = course.plan[step]
+    while step < schedule.plan.steps:
+        planned = schedule.plan[step]
         seen = None if variance is None else variance(planned)
-        course.observe(seq_len=planned.seq_len, loss=losses(planned), variance=seen)
+        schedule.observe(seq_len=planned.seq_len, loss=losses(planned), variance=seen)
         step += 1
-        if course.due(planned):
-            decision = course.decide(planned)
-            course.follow(decision)
+        if schedule.due(planned):
+            decision = schedule.decide(planned)
+            schedule.apply(decision)
             done.decisions.append(decision)
         done.steps.append(planned)
         yield done
 
 
-def whole(course: AdaptiveCourse, losses: Losses, **options: Any) -> Walk:
+def whole(schedule: AdaptiveSchedule, losses: Losses, **options: Any) -> Walk:
     """The run to its end."""
-    *_, done = walk(course, losses, **options)
+    *_, done = walk(schedule, losses, **options)
     return done
 
 

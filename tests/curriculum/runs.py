@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum import MixedPacing
 
 Json = dict[str, Any]
 
@@ -54,6 +55,11 @@ def formula_value(pacing: Json, *, end: int, progress: int) -> int:
     return int(start + height)
 
 
+def cycle_of(curriculum: Json) -> tuple[int, ...]:
+    """The order of mixed lengths under the default seed; what the order is, test_pacings.py says."""
+    return MixedPacing.model_validate_json(json.dumps(curriculum)).cycle(seed=1234)
+
+
 @dataclass
 class WalkedStep:
     """What the reference says of one step."""
@@ -67,9 +73,12 @@ def walk(seq_len: int, batch_size: int, curriculum: Json, batch_warmup: Json | N
     """Steps of a run without end, by the formulas."""
     step = tokens = 0
     stage, stage_step, stage_tokens = 0, 0, 0
+    cycle = cycle_of(curriculum) if curriculum["pacing"] == "mixed" else ()
     while True:
         if curriculum["pacing"] == "constant":
             length = seq_len
+        elif curriculum["pacing"] == "mixed":
+            length = cycle[step % len(cycle)]
         elif curriculum["pacing"] == "discrete":
             stages = curriculum["stages"]
             if stage < len(stages):
@@ -99,17 +108,20 @@ def durations(draw: st.DrawFn, steps: int = 40, tokens: int = 800) -> Json:
 
 
 @st.composite
-def curricula(draw: st.DrawFn) -> tuple[int, Json]:
+def curricula(draw: st.DrawFn, mixed: bool = True) -> tuple[int, Json]:
     """(full length, curriculum)."""
     multiple = draw(st.sampled_from([1, 2, 8]))
     start = multiple * draw(st.integers(1, 4))
     end = start + multiple * draw(st.integers(0, 12))
-    pacing = draw(st.sampled_from(["constant", "linear", "root", "discrete"]))
-    if pacing == "constant" or (pacing == "discrete" and start == end):
+    pacing = draw(st.sampled_from(["constant", "linear", "root", "discrete", *(["mixed"] if mixed else [])]))
+    if pacing == "constant" or (pacing in ("discrete", "mixed") and start == end):
         return end, {"pacing": "constant"}
-    if pacing == "discrete":
+    if pacing in ("discrete", "mixed"):
         heights = draw(st.lists(st.integers(0, (end - start) // multiple - 1), min_size=1, max_size=4, unique=True))
         lengths = [start + multiple * height for height in sorted(heights)]
+        if pacing == "mixed":
+            cycles = {"lengths": [*lengths, end], "per_cycle": draw(st.integers(1, 3))}
+            return end, {"pacing": pacing, "multiple": multiple, **cycles}
         stages = [{"seq_len": length, "duration": draw(durations(steps=15, tokens=300))} for length in lengths]
         return end, {"pacing": pacing, "stages": stages, "multiple": multiple}
     seq_len = end + multiple * draw(st.integers(0, 1))
@@ -129,9 +141,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, tail: str = "truncate") -> Case:
+def cases(draw: st.DrawFn, tail: str = "truncate", mixed: bool = True) -> Case:
     """Runs of a few dozen steps that last beyond their warmups, with every shape of learning rate."""
-    seq_len, curriculum = draw(curricula())
+    seq_len, curriculum = draw(curricula(mixed))
     batch_size, batch_warmup = draw(st.integers(1, 12)), None
     if curriculum["pacing"] == "constant" and tail == "truncate" and draw(st.booleans()):
         increment = draw(st.integers(1, 3))

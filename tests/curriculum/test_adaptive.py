@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import open_course
-from megatron_ext.curriculum.course import Course
-from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan, bounding_plans
+from megatron_ext.curriculum.adaptive import Schedule
+from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.curriculum.sampler import batch_slices
 from megatron_ext.errors import UserError
 from tests.curriculum.adaptive_runs import Losses, adaptive, adaptive_config, adaptive_configs, noise, walk, whole
@@ -33,9 +32,9 @@ def bound(config: RunConfig, which: str, step: PlannedStep) -> int:
 @property_test
 @given(adaptive_configs(), st.integers(0, 1000))
 def test_never_outside_the_bounds_and_the_run_ends_within_theirs(config: RunConfig, seed: int) -> None:
-    bounds = bounding_plans(config)
+    bounds = config.possible_plans()
     done = whole(adaptive(config), noise(seed))
-    multiple, start = config.curriculum.multiple, config.curriculum.start  # type: ignore[union-attr]
+    multiple, start = config.curriculum.step_between_lengths, done.steps[0].seq_len
     for step in done.steps:
         assert bound(config, "slowest", step) <= step.seq_len <= bound(config, "fastest", step)
         assert (step.seq_len - start) % multiple == 0
@@ -52,23 +51,23 @@ def test_never_outside_the_bounds_and_the_run_ends_within_theirs(config: RunConf
 @property_test
 @given(adaptive_configs(), st.integers(0, 1000))
 def test_the_dataset_never_runs_out(config: RunConfig, seed: int) -> None:
-    course = adaptive(config)
-    samples, tail = course.plan.samples, config.data.tail
-    for step in whole(course, noise(seed)).steps:
+    schedule = adaptive(config)
+    samples, tail = schedule.plan.samples, config.data.tail
+    for step in whole(schedule, noise(seed)).steps:
         slices = batch_slices(step, seq_len=config.training.seq_len, tail=tail)
         assert max(slices.samples.max(), slices.next_samples.max()) < samples
-    assert course.plan.samples == samples
+    assert schedule.plan.samples == samples
 
 
 @property_test
 @given(adaptive_configs(), st.integers(0, 1000))
 def test_a_decision_changes_no_step_that_is_done(config: RunConfig, seed: int) -> None:
-    course = adaptive(config)
-    for done in walk(course, noise(seed)):
+    schedule = adaptive(config)
+    for done in walk(schedule, noise(seed)):
         number = len(done.steps)
-        assert [course.plan[t] for t in range(max(0, number - 3), number)] == done.steps[-3:]
+        assert [schedule.plan[t] for t in range(max(0, number - 3), number)] == done.steps[-3:]
     # The steps as they were planned when they were taken are the final plan: lengths, counts and learning rates.
-    assert list(course.plan) == done.steps
+    assert list(schedule.plan) == done.steps
     totals = [step.consumed_tokens for step in done.steps]
     assert totals == [sum(step.tokens for step in done.steps[:t]) for t in range(len(done.steps))]
 
@@ -98,7 +97,7 @@ def test_a_state_restored_anywhere_has_the_same_future(config: RunConfig, seed: 
 def test_a_process_that_only_follows_has_the_same_plan(config: RunConfig, seed: int) -> None:
     leader, follower = adaptive(config), adaptive(config)
     for decision in whole(leader, noise(seed)).decisions:
-        follower.follow(decision)
+        follower.apply(decision)
     assert follower.plan == leader.plan
 
 
@@ -106,15 +105,15 @@ def test_calm_losses_follow_the_fastest_plan() -> None:
     config = adaptive_config()
     decisions = whole(adaptive(config), lambda step: 5.0 - 0.001 * step.step).decisions
     assert {decision.action for decision in decisions} == {"grow"}
-    fastest = bounding_plans(config)["fastest"]
+    fastest = config.possible_plans()["fastest"]
     assert all(decision.seq_len == fastest[decision.step].seq_len for decision in decisions)
 
 
 def test_losses_that_never_calm_down_follow_the_slowest_plan() -> None:
     config = adaptive_config()
-    course = adaptive(config)
-    done = whole(course, lambda step: 2.0 if step.step < 3 else 6.0 + 0.01 * step.step)
-    assert done.steps == list(bounding_plans(config)["slowest"])
+    schedule = adaptive(config)
+    done = whole(schedule, lambda step: 2.0 if step.step < 3 else 6.0 + 0.01 * step.step)
+    assert done.steps == list(config.possible_plans()["slowest"])
     assert {decision.action for decision in done.decisions} == {"back"}
 
 
@@ -156,7 +155,7 @@ def test_a_spike_steps_back_then_holds_while_it_falls_then_grows() -> None:
     assert [by_step[step].action for step in (60, 65)] == ["hold", "hold"]
     assert all(decision.action == "grow" for decision in decisions if decision.step > 65)
     # It catches up with the fastest plan.
-    assert by_step[100].seq_len == bounding_plans(config)["fastest"][100].seq_len
+    assert by_step[100].seq_len == config.possible_plans()["fastest"][100].seq_len
 
 
 def test_a_loss_that_is_not_finite_for_good_steps_back_each_time() -> None:
@@ -212,14 +211,15 @@ def test_no_decision_after_the_slowest_plan_has_ended() -> None:
 
 def test_before_any_decision_the_plan_is_the_slowest_and_a_fixed_one_has_no_state() -> None:
     config = adaptive_config()
-    plan = TrainingPlan.from_config(config)
-    assert list(plan) == list(bounding_plans(config)["slowest"])
-    told = open_course(config).to_json()
-    assert told["bounds"] == {which: bound.to_json() for which, bound in bounding_plans(config).items()}
+    plan = config.plan()
+    assert list(plan) == list(config.possible_plans()["slowest"])
+    told = config.schedule().to_json()
+    assert told["bounds"] == {which: bound.to_json() for which, bound in config.possible_plans().items()}
     assert told["steps"] == told["bounds"]["slowest"]["steps"] > told["bounds"]["fastest"]["steps"]
-    fixed = open_course(run_config(seq_len=8, batch_size=2, duration={"steps": 3}))
-    assert type(fixed) is Course
-    fixed.observe(seq_len=8, loss=1.0, variance=None)
+    fixed = run_config(seq_len=8, batch_size=2, duration={"steps": 3}).schedule()
+    assert type(fixed) is Schedule
+    fixed.observe(seq_len=8, loss=1.0)
+    assert not any(map(fixed.due, fixed.plan))
     assert fixed.state_dict() == {}
     fixed.load_state_dict({})
     with pytest.raises(UserError, match="lengths"):
@@ -228,21 +228,21 @@ def test_before_any_decision_the_plan_is_the_slowest_and_a_fixed_one_has_no_stat
 
 @pytest.mark.parametrize("part", ["lengths", "watch", "last_ratio"])
 def test_a_state_of_another_version_is_refused(part: str) -> None:
-    course = adaptive(adaptive_config())
-    state = {key: value for key, value in course.state_dict().items() if key != part}
+    schedule = adaptive(adaptive_config())
+    state = {key: value for key, value in schedule.state_dict().items() if key != part}
     with pytest.raises(UserError, match=part):
-        course.load_state_dict(state)
+        schedule.load_state_dict(state)
 
 
 def test_a_state_without_a_measure_is_refused() -> None:
-    course = adaptive(adaptive_config())
-    state: dict[str, Any] = course.state_dict()
+    schedule = adaptive(adaptive_config())
+    state: dict[str, Any] = schedule.state_dict()
     del state["watch"]["lowest"]
     with pytest.raises(UserError, match="lowest"):
-        course.load_state_dict(state)
+        schedule.load_state_dict(state)
 
 
 def test_bounds_that_do_not_end_within_the_run_are_named() -> None:
     config = adaptive_config(duration={"tokens": 30000}, slowest={"steps": 1000})
     with pytest.raises(UserError, match=r"curriculum\.slowest: .*reaches seq_len 64 at step 1000"):
-        open_course(config)
+        config.schedule()

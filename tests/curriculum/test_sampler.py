@@ -4,11 +4,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import BatchSlices, SamplePlan, check_batches_divide, micro_batch_sizes, rank_block
+from megatron_ext.curriculum.sampler import (
+    BatchSlices,
+    SkippedSamples,
+    check_batches_divide,
+    global_batch,
+    micro_batch_sizes,
+    positions_between,
+    rank_block,
+)
 from megatron_ext.errors import UserError
 from tests.curriculum.runs import Case, cases, property_test, run_config
 
@@ -28,34 +36,34 @@ def tokens_read(batch: BatchSlices, seq_len: int) -> list[list[tuple[int, int]]]
 @property_test
 @given(cases(tail="recycle"))
 def test_recycle_reads_every_token_of_the_stream_exactly_once(case: Case) -> None:
-    plan = TrainingPlan.from_config(case.config)
+    plan = case.config.plan()
     batch_size, seq_len = case.config.training.batch_size, plan.seq_len
-    lanes: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
+    streams: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
     for step in range(plan.steps):
-        rows = tokens_read(SamplePlan(plan).slices(step), seq_len)
+        rows = tokens_read(global_batch(plan, step), seq_len)
         assert len({sample for row in rows for sample, _ in row}) >= batch_size
-        for lane, row in zip(lanes, rows, strict=True):
-            lane.extend(row)
-            assert {sample for sample, _ in row} <= {lane_sample for lane_sample, _ in lane}
-    used = Counter(token for lane in lanes for token in lane)
+        for stream, row in zip(streams, rows, strict=True):
+            stream.extend(row)
+            assert {sample for sample, _ in row} <= {stream_sample for stream_sample, _ in stream}
+    used = Counter(token for stream in streams for token in stream)
     assert set(used.values()) == {1}
     assert used.total() == plan.tokens
-    for number, lane in enumerate(lanes):
+    for number, stream in enumerate(streams):
         everything = [
             (sample, position) for sample in range(number, plan.samples, batch_size) for position in range(seq_len)
         ]
-        assert lane == everything[: len(lane)]
-        assert len(everything) - len(lane) < seq_len  # no sample is asked for that is not needed
+        assert stream == everything[: len(stream)]
+        assert len(everything) - len(stream) < seq_len  # no sample is asked for that is not needed
 
 
 @property_test
 @given(cases(tail="recycle"))
 def test_recycle_counts_the_samples_it_has_opened(case: Case) -> None:
-    plan = TrainingPlan.from_config(case.config)
+    plan = case.config.plan()
     opened: set[int] = set()
     for step in plan:
         assert step.consumed_samples == len(opened)
-        opened |= {sample for row in tokens_read(SamplePlan(plan).slices(step.step), plan.seq_len) for sample, _ in row}
+        opened |= {sample for row in tokens_read(global_batch(plan, step.step), plan.seq_len) for sample, _ in row}
     assert plan.samples == len(opened) == max(opened) + 1
     assert [segment.first_samples for segment in plan.segments] == [
         plan[segment.first_step].consumed_samples for segment in plan.segments
@@ -65,8 +73,8 @@ def test_recycle_counts_the_samples_it_has_opened(case: Case) -> None:
 @property_test
 @given(cases())
 def test_truncate_draws_every_sample_once_from_its_beginning(case: Case) -> None:
-    plan = TrainingPlan.from_config(case.config)
-    batches = [SamplePlan(plan).slices(step) for step in range(plan.steps)]
+    plan = case.config.plan()
+    batches = [global_batch(plan, step) for step in range(plan.steps)]
     assert np.concatenate([batch.samples for batch in batches]).tolist() == list(range(plan.samples))
     for batch, step in zip(batches, plan, strict=True):
         assert len(batch) == step.batch_size
@@ -78,8 +86,8 @@ def test_truncate_draws_every_sample_once_from_its_beginning(case: Case) -> None
 @property_test
 @given(st.sampled_from(["truncate", "recycle"]).flatmap(lambda tail: cases(tail=tail)), st.data())
 def test_the_ranks_blocks_concatenate_to_the_global_batch(case: Case, data: st.DataObject) -> None:
-    plan = TrainingPlan.from_config(case.config)
-    batch = SamplePlan(plan).slices(data.draw(st.integers(0, plan.steps - 1)))
+    plan = case.config.plan()
+    batch = global_batch(plan, data.draw(st.integers(0, plan.steps - 1)))
     divisors = [ranks for ranks in range(1, len(batch) + 1) if len(batch) % ranks == 0]
     ranks = data.draw(st.sampled_from(divisors))
     blocks = [rank_block(batch, rank, ranks) for rank in range(ranks)]
@@ -93,17 +101,16 @@ def test_the_ranks_blocks_concatenate_to_the_global_batch(case: Case, data: st.D
 @property_test
 @given(st.sampled_from(["truncate", "recycle"]).flatmap(lambda tail: cases(tail=tail)), st.data())
 def test_a_new_plan_that_starts_anywhere_gives_the_rest_of_the_run(case: Case, data: st.DataObject) -> None:
-    def read(sampler: SamplePlan, step: int) -> list[list[tuple[int, int]]]:
-        return tokens_read(sampler.slices(step), sampler.plan.seq_len)
+    def read(plan: TrainingPlan, step: int) -> list[list[tuple[int, int]]]:
+        return tokens_read(global_batch(plan, step), plan.seq_len)
 
-    through = SamplePlan(TrainingPlan.from_config(case.config))
-    whole = [read(through, step) for step in range(through.plan.steps)]
-    start = data.draw(st.integers(0, through.plan.steps))
-    resumed = SamplePlan(TrainingPlan.from_config(case.config))
-    assert [read(resumed, step) for step in range(start, resumed.plan.steps)] == whole[start:]
+    through, resumed = case.config.plan(), case.config.plan()
+    whole = [read(through, step) for step in range(through.steps)]
+    start = data.draw(st.integers(0, through.steps))
+    assert [read(resumed, step) for step in range(start, resumed.steps)] == whole[start:]
 
 
-def test_recycle_goes_on_in_the_lane_s_next_sample() -> None:
+def test_recycle_goes_on_in_the_stream_s_next_sample() -> None:
     config = run_config(
         seq_len=16,
         batch_size=2,
@@ -111,23 +118,21 @@ def test_recycle_goes_on_in_the_lane_s_next_sample() -> None:
         curriculum={"pacing": "discrete", "stages": [{"seq_len": 12, "duration": {"steps": 3}}], "multiple": 4},
         data={"tail": "recycle"},
     )
-    batches = [SamplePlan(TrainingPlan.from_config(config)).slices(step) for step in range(4)]
+    batches = [global_batch(config.plan(), step) for step in range(4)]
     assert [batch.samples.tolist() for batch in batches] == [[0, 1], [0, 1], [2, 3], [4, 5]]
     assert [batch.offsets.tolist() for batch in batches] == [[0, 0], [12, 12], [8, 8], [4, 4]]
     assert [batch.next_samples.tolist() for batch in batches] == [[-1, -1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused() -> None:
-    plan = TrainingPlan.from_config(run_config(seq_len=8, batch_size=6, duration={"steps": 1}))
+    plan = run_config(seq_len=8, batch_size=6, duration={"steps": 1}).plan()
     with pytest.raises(UserError, match=r"6 sequences .* 4 data-parallel ranks.*training\.batch_size"):
-        rank_block(SamplePlan(plan).slices(0), 0, 4)
+        rank_block(global_batch(plan, 0), 0, 4)
 
 
 def test_every_batch_of_a_plan_is_checked() -> None:
     warmup = {"start": 4, "increment": 2, "duration": {"tokens": 400}}
-    plan = TrainingPlan.from_config(
-        run_config(seq_len=8, batch_size=8, training={"batch_size_warmup": warmup}, duration={"steps": 100})
-    )
+    plan = run_config(seq_len=8, batch_size=8, training={"batch_size_warmup": warmup}, duration={"steps": 100}).plan()
     assert plan.batch_sizes == [4, 6, 8]
     check_batches_divide(plan, 2)
     with pytest.raises(UserError, match=r"a batch of 6 sequences .* 4 data-parallel ranks"):
@@ -137,7 +142,7 @@ def test_every_batch_of_a_plan_is_checked() -> None:
 @property_test
 @given(cases())
 def test_batch_sizes_are_those_of_the_steps(case: Case) -> None:
-    plan = TrainingPlan.from_config(case.config)
+    plan = case.config.plan()
     assert plan.batch_sizes == sorted({step.batch_size for step in plan})
 
 
@@ -160,3 +165,72 @@ def test_micro_batches_of_known_steps() -> None:
     assert micro_batch_sizes(8, 128, 1000) == (4, 4)
     assert micro_batch_sizes(8, 128, 500) == (3, 3, 2)
     assert micro_batch_sizes(8, 512, 512) == (1,) * 8
+
+
+PARTS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=4)
+
+
+def skipped_of(total: int, parts: list[tuple[int, int]]) -> SkippedSamples:
+    skipped = SkippedSamples(total)
+    for first, count in parts:
+        skipped = skipped.without(range(first, first + count))
+        assume(skipped.left > 0)
+    return skipped
+
+
+def ids(skipped: SkippedSamples) -> set[int]:
+    return {sample for first, count in skipped.ranges for sample in range(first, first + count)}
+
+
+@property_test
+@given(total=st.integers(13, 50), parts=PARTS)
+def test_one_lap_reads_every_other_sample_once_and_in_order(total: int, parts: list[tuple[int, int]]) -> None:
+    skipped = skipped_of(total, parts)
+    kept = [sample for sample in range(total) if sample not in ids(skipped)]
+    assert skipped.left == len(kept)
+    assert skipped.samples(np.arange(2 * len(kept))).tolist() == kept * 2
+    assert all(a + count < b for (a, count), (b, _) in zip(skipped.ranges, skipped.ranges[1:], strict=False))
+
+
+@property_test
+@given(total=st.integers(13, 50), parts=PARTS, first=st.integers(0, 40), count=st.integers(1, 12))
+def test_what_was_read_at_the_positions_is_skipped_and_nothing_before_them_moves(
+    total: int, parts: list[tuple[int, int]], first: int, count: int
+) -> None:
+    before = skipped_of(total, parts)
+    read = set(before.samples(np.arange(first, first + count)).tolist())
+    after = before.without(range(first, first + count))
+    assert ids(after) == ids(before) | read
+    if after.left and first + count <= before.left:
+        earlier = np.arange(min(first, after.left))
+        assert after.samples(earlier).tolist() == before.samples(earlier).tolist()
+    assert before.with_ranges(after.to_json()) == after
+
+
+def plan_of(tail: str) -> TrainingPlan:
+    curriculum = {"pacing": "linear", "start": 8, "duration": {"steps": 30}}
+    data = {"tail": tail}
+    return run_config(seq_len=32, batch_size=4, duration={"steps": 40}, curriculum=curriculum, data=data).plan()
+
+
+@property_test
+@given(tail=st.sampled_from(["truncate", "recycle"]), to=st.integers(1, 20), length=st.integers(0, 5))
+def test_steps_after_a_rollback_read_nothing_that_the_steps_given_up_had_read(tail: str, to: int, length: int) -> None:
+    plan = plan_of(tail)
+    bad = to + length
+    skipped = SkippedSamples.none(plan.samples, plan)
+    after = skipped.without(positions_between(plan, to, bad))
+    given_up = [global_batch(plan, step) for step in range(to, bad + 1)]
+    read = {sample for batch in given_up for sample in (*batch.samples, *batch.next_samples) if sample >= 0}
+    for step in range(to, plan.steps):
+        plain = global_batch(plan, step)
+        batch = after.applied(plain)
+        assert not read & {*batch.samples.tolist(), *batch.next_samples.tolist()}
+        assert batch.offsets.tolist() == plain.offsets.tolist()
+        assert len(set(batch.samples.tolist())) == len(batch)
+        if tail == "recycle":
+            # Streams keep to their own samples, and a sequence that runs over goes on in the stream's next one.
+            assert (batch.samples % 4).tolist() == [0, 1, 2, 3]
+            over = batch.next_samples >= 0
+            assert (over == (plain.next_samples >= 0)).all()
+            assert (batch.next_samples[over] % 4).tolist() == np.arange(4)[over].tolist()

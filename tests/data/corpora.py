@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.data.datasets import Datasets, Samples, build_datasets
 from megatron_ext.data.token_files import TokenFileWriter, TokenPaths
 
@@ -61,7 +60,7 @@ def build(config: RunConfig) -> Datasets:
         config.data,
         seq_len=config.training.seq_len,
         vocab_size=config.model.vocab_size,
-        samples=TrainingPlan.from_config(config).samples,
+        samples=config.plan().samples,
         valid_samples=config.validation.samples,
         seed=config.seed,
     )

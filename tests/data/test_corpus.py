@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_standard_library_is_the_fallback(tmp_path: Path, monkeypatch: pytest.Mo
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_bytes({"latin": b"# \xff", "void": b"\n"}.get(Path(name).stem, b"import os\n"))
     monkeypatch.setattr(corpus, "_PLAYS_PACKAGE", "no_such_package_here")
-    monkeypatch.setattr(corpus.sysconfig, "get_path", {"stdlib": str(library)}.__getitem__)
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(library)}.__getitem__)
     summary = write_demo_corpus(tmp_path / "python.jsonl")
     assert (summary.source, summary.documents, summary.characters) == ("python", 2, 20)
     assert {d["name"]: d["text"] for d in _documents(tmp_path / "python.jsonl")} == {

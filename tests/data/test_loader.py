@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.segments import Stretch, cut
+from megatron_ext.curriculum.segments import Phase, cut
 from megatron_ext.data.datasets import Datasets, Samples
 from megatron_ext.data.loader import Batch, Prefetcher, TrainLoader, ValidationLoader
 from megatron_ext.errors import UserError
@@ -42,7 +42,7 @@ def _run(folder: Path, tail: str, **sections: Any) -> Run:
     data = {"sources": [{"prefix": prefix}], "split": [90, 10, 0], "tail": tail}
     training = {"seq_len": 16, "batch_size": 12, "duration": {"steps": STEPS}}
     config = run_config(data, **{"training": training, "curriculum": GROWING, **sections})
-    return Run(plan=TrainingPlan.from_config(config), data=build(config))
+    return Run(plan=config.plan(), data=build(config))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_step_that_departs_from_the_plan_is_obeyed(run: Run) -> None:
 
 
 def test_another_version_of_the_plan_is_followed_from_the_next_step_on(run: Run) -> None:
-    held = [Stretch(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
+    held = [Phase(s.first_step, s.first_tokens, s.batch_size, s.seq_len) for s in run.plan.segments[:2]]
     other = replace(run.plan, segments=cut(held, run.plan.duration))
     assert other[8] == run.plan[8]
     assert other[30].seq_len < run.plan[30].seq_len
@@ -219,7 +219,7 @@ def test_validation_covers_every_sample_once_in_equal_micro_batches(tmp_path: Pa
         loaders = [ValidationLoader(valid, 3 * 16, data_rank=rank, data_size=ranks) for rank in range(ranks)]
         (sizes,) = {loader.sizes for loader in loaders}
         assert max(sizes) <= 3
-        seen = []
+        seen: list[tuple[Any, Any]] = []
         for loader in loaders:
             batches = list(loader)
             assert [len(batch.tokens) for batch in batches] == list(sizes)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.data.loader import ValidationLoader
-from megatron_ext.engine.micro_batches import MicroBatch
+from megatron_ext.engine.engine import MicroBatch
 from megatron_ext.parallel.groups import destroy_parallel
 from tests.engine.training import SEQ_LEN, VOCABULARY, Setup, run_steps, set_up, small_config
 from tests.ranks import run_ranks, single_rank

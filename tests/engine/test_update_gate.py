@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.engine.engine import StepResult
-from megatron_ext.engine.micro_batches import MicroBatch
-from megatron_ext.engine.update_gate import Judge
+from megatron_ext.engine.engine import MicroBatch, StepResult, UpdatePolicy
 from megatron_ext.parallel.groups import destroy_parallel
 from tests.engine.training import VOCABULARY, Setup, set_up, small_config
 from tests.ranks import run_ranks
@@ -35,7 +33,7 @@ class Refuses:
 
 
 def step(
-    setup: Setup, batch: int, *, lr: float, judge: Judge | None = None, planted: float | None = None
+    setup: Setup, batch: int, *, lr: float, policy: UpdatePolicy | None = None, planted: float | None = None
 ) -> StepResult:
     """One step on tokens that depend on ``batch`` and the rank; ``planted`` multiplies the last rank's losses."""
     rank = setup.layout.data_rank
@@ -45,7 +43,7 @@ def step(
     pieces = [MicroBatch(row[:, :-1], row[:, 1:]) for row in rows]
     count = MICRO_BATCHES * 2 * LENGTH * setup.layout.data_size
     with spoiled(setup, planted if rank == setup.layout.data_size - 1 else None):
-        return setup.engine.step(pieces, global_tokens=count, lr=lr, judge=judge)
+        return setup.engine.step(pieces, global_tokens=count, lr=lr, policy=policy)
 
 
 @contextmanager
@@ -75,11 +73,11 @@ def refused_and_never_seen(
 ) -> tuple[bool, bool, bool, Asked]:
     """Whether (refused steps changed nothing, they are called skipped, the rest equals a run without them)."""
     run = RunConfig.model_validate_json(config)
-    setup, judge, same, skipped = set_up(run), Refuses(refused), True, []
+    setup, policy, same, skipped = set_up(run), Refuses(refused), True, []
     for batch in range(STEPS):
         before = state_of(setup)
         factor = math.nan if batch in planted else None
-        skipped.append(step(setup, batch, lr=1e-2 * (batch + 1), judge=judge, planted=factor).skipped)
+        skipped.append(step(setup, batch, lr=1e-2 * (batch + 1), policy=policy, planted=factor).skipped)
         if batch in refused:
             same = same and equal(before, state_of(setup))
     with_refused = state_of(setup)
@@ -91,7 +89,7 @@ def refused_and_never_seen(
     without = state_of(setup)
     destroy_parallel()
     named = skipped == [batch in refused for batch in range(STEPS)]
-    return same, named, equal(with_refused, without), judge.asked
+    return same, named, equal(with_refused, without), policy.asked
 
 
 def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:

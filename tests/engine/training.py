@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.sampler import SamplePlan, micro_batch_sizes, rank_block
-from megatron_ext.engine.engine import TrainEngine
-from megatron_ext.engine.micro_batches import cut_micro_batches
-from megatron_ext.model.gpt import build_gpt
+from megatron_ext.curriculum.sampler import global_batch, micro_batch_sizes, rank_block
+from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_ext.engine.engine import cut_micro_batches
 from megatron_ext.ops.kernels import Kernels
 from megatron_ext.ops.loading import load_operators
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
@@ -63,7 +63,7 @@ class Setup:
     plan: TrainingPlan
     layout: Layout
     streams: RngStreams
-    engine: TrainEngine
+    engine: DeepSpeedEngine
 
 
 def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
@@ -73,19 +73,17 @@ def set_up(config: RunConfig, *, prefix: int = 0) -> Setup:
     kernels: Kernels = "fused" if config.model.kernels == "fused" else "reference"
     if kernels == "fused":
         load_operators("cpu")
-    model = build_gpt(config, layout, streams, kernels=kernels)
-    engine = TrainEngine(config, model, layout=layout, device=CPU, prefix=prefix)
-    return Setup(config, TrainingPlan.from_config(config), layout, streams, engine)
+    engine = build_engine(config, layout, streams, device=CPU, kernels=kernels, prefix=prefix)
+    return Setup(config, config.plan(), layout, streams, engine)
 
 
 def run_steps(setup: Setup, first: int = 0, last: int | None = None) -> Curve:
     """Train steps [first, last) of the plan on tokens that depend on the sample alone."""
     corpus = _corpus(setup.plan.samples)
-    sampler = SamplePlan(setup.plan)
     curve = Curve([], [], [], [], [])
     for step in range(first, setup.plan.steps if last is None else last):
         planned = setup.plan[step]
-        block = rank_block(sampler.slices(step), setup.layout.data_rank, setup.layout.data_size)
+        block = rank_block(global_batch(setup.plan, step), setup.layout.data_rank, setup.layout.data_size)
         rows = corpus[torch.from_numpy(block.samples)]
         tokens, labels = rows[:, : planned.seq_len], rows[:, 1 : planned.seq_len + 1]
         sizes = micro_batch_sizes(len(block), planned.seq_len, setup.config.micro_batch_tokens)

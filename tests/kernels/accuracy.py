@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+F32, F16, BF16 = FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of activations."""
 
 # Times torch's own error, and on top of it units in the last place of the row's largest value: torch is exact on some

@@ -1,20 +1,14 @@
-"""The machines that can run kernels; the fixture ``backend`` has one parameter for each.
-
-A test takes the fixture, copies its inputs with ``backend.tensor``, makes its outputs with ``backend.empty`` (NaN
-bytes, so that what a kernel leaves out is seen), and calls a function of csrc/common/abi.h.
-"""
+"""The machines that can run kernels; the fixture ``backend`` has one parameter for each."""
 
 from collections.abc import Callable
 from functools import partial
-
-import pytest
 
 from tests.kernels.emulator.backend import emulator_backend
 from tests.kernels.interface import KernelBackend, KernelError
 from tests.kernels.library import cpu_backend, cuda_backend
 from tests.kernels.ptx.backend import ptx_backend
 
-__all__ = ["BACKENDS", "MARKS", "KernelBackend", "KernelError"]
+__all__ = ["BACKENDS", "KernelBackend", "KernelError"]
 
 # Each makes its backend or raises ``CannotBuildError`` with the reason why it cannot be had here.
 BACKENDS: dict[str, Callable[[], KernelBackend]] = {
@@ -24,4 +18,3 @@ BACKENDS: dict[str, Callable[[], KernelBackend]] = {
     "cuda": cuda_backend,
     **{f"ptx-{architecture}": partial(ptx_backend, architecture) for architecture in (80, 90, 100)},
 }
-MARKS: dict[str, pytest.MarkDecorator] = {"cuda": pytest.mark.gpu}

@@ -46,6 +46,8 @@ class Step:
     inputs: tuple[Path, ...]
     suffix: str
     toolchain: str
+    included: tuple[Path, ...] = ()
+    """What the command has a source include, which its text does not say."""
 
 
 @cache
@@ -85,7 +87,7 @@ def with_includes(source: Path) -> list[Path]:
 def output_of(step: Step) -> Path:
     """Where the output of a step is, or will be."""
     digest = hashlib.sha256(f"{step.toolchain}\n{step.command}\n{step.suffix}\n".encode())
-    for source in step.inputs:
+    for source in (*step.inputs, *step.included):
         if source.parent == BUILDS:
             digest.update(source.name.encode())
             continue

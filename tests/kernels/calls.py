@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.kernels.abi import DTYPES
 from tests.kernels.backends import KernelBackend
+from tests.kernels.interface import DTYPES
 
 SEED_TYPE = torch.int64
 
@@ -48,23 +48,20 @@ def layer_norm_forward(
 def layer_norm_backward(
     backend: KernelBackend,
     dy: torch.Tensor,
-    saved: torch.Tensor,
+    x: torch.Tensor,
     weight: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
-    statistics: tuple[torch.Tensor | None, torch.Tensor],
+    statistics: tuple[torch.Tensor, torch.Tensor],
     partitions: int,
 ) -> dict[str, torch.Tensor]:
-    """dx, dweight, dbias; ``statistics``: mean and rstd; ``saved`` is the output where there is no mean."""
+    """dx, dweight, dbias; ``statistics``: mean and rstd."""
     rows, cols = dy.shape
-    mean, rstd = statistics
     dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
     dx = backend.empty(rows, cols, dtype=dy.dtype)
     dweight, dbias = (backend.empty(cols, dtype=weight.dtype) for _ in range(2))
     workspace = backend.empty(2, partitions, cols, dtype=torch.float32)
-    inputs = [_maybe(backend, each) for each in (dy, saved, weight, bias, mean, rstd)]
-    places = [*inputs[:2], int(mean is None), *inputs[2:]]
-    backend.call("layer_norm_backward", *dtypes, *places, dx, dweight, dbias, workspace, partitions, rows, cols)
+    inputs = [backend.tensor(each) for each in (dy, x, weight, *statistics)]
+    backend.call("layer_norm_backward", *dtypes, *inputs, dx, dweight, dbias, workspace, partitions, rows, cols)
     return {"dx": dx, "dweight": dweight, "dbias": dbias}
 
 
@@ -149,38 +146,6 @@ def causal_softmax_backward(
     dropout = noise.probability, noise.on(backend)
     where = (upstream, backend.tensor(probs), dscores, scale)
     backend.call("causal_softmax_backward", DTYPES[dy.dtype], *where, *dropout, *dy.shape)
-    return {"dscores": dscores}
-
-
-def masked_softmax_forward(
-    backend: KernelBackend, scores: torch.Tensor, mask: torch.Tensor, scale: float, *, noise: Noise = QUIET
-) -> dict[str, torch.Tensor]:
-    """probs and, with dropout, dropped; scores [batch, heads, sq, sk], mask [1 or batch, 1, sq, sk]."""
-    probs = backend.empty(*scores.shape, dtype=scores.dtype)
-    dropped = backend.empty(*scores.shape, dtype=scores.dtype) if noise.probability > 0 else None
-    dropout = noise.probability, noise.on(backend)
-    inputs = (DTYPES[scores.dtype], backend.tensor(scores), backend.tensor(mask.to(torch.uint8)))
-    where = (*inputs, probs, dropped, scale, *dropout)
-    backend.call("masked_softmax_forward", *where, *scores.shape, mask.shape[0])
-    return {"probs": probs} if dropped is None else {"probs": probs, "dropped": dropped}
-
-
-def masked_softmax_backward(
-    backend: KernelBackend,
-    dy: torch.Tensor,
-    probs: torch.Tensor,
-    scale: float,
-    *,
-    noise: Noise = QUIET,
-    in_place: bool = False,
-) -> dict[str, torch.Tensor]:
-    """dscores, in the memory of dy where ``in_place``."""
-    upstream = backend.tensor(dy)
-    dscores = upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype)
-    dropout = noise.probability, noise.on(backend)
-    where = (upstream, backend.tensor(probs), dscores, scale)
-    cols = dy.shape[-1]
-    backend.call("masked_softmax_backward", DTYPES[dy.dtype], *where, *dropout, dy.numel() // cols, cols)
     return {"dscores": dscores}
 
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,15 +11,48 @@ from typing import Any
 
 import torch
 
-from megatron_ext.ops.building.recipe import KERNEL_FLAGS
-from tests.kernels.abi import Parameter, addresses, functions
+from megatron_ext.ops.building.recipe import KERNEL_FLAGS, source_folder
+from megatron_ext.ops.building.toolchain import KernelsUnavailableError
+from megatron_ext.ops.loading import load_operators
 from tests.kernels.building import SOURCES, CannotBuildError, Step, make, tool, version_of
-from tests.kernels.executors import SERIAL, THREADED
-from tests.kernels.guarded import Guarded, GuardedMemory
-from tests.kernels.interface import Argument, KernelError, check_canaries
+from tests.kernels.interface import (
+    Argument,
+    Guarded,
+    GuardedMemory,
+    KernelError,
+    Parameter,
+    addresses,
+    check_canaries,
+    functions,
+)
 from tests.kernels.nvcc import device_library, kernel_sources
 
 _C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+# What torch's thread pool is to the kernels in the program (csrc/common/abi.h).
+Body = Callable[[int, int, int | None], None]
+BODY: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+EXECUTOR: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, BODY, ctypes.c_void_p)
+THREADS = 4
+
+
+def _serial(begin: int, end: int, _grain: int, body: Body, context: int | None) -> None:
+    if begin < end:
+        body(begin, end, context)
+
+
+def _threaded(begin: int, end: int, grain: int, body: Body, context: int | None) -> None:
+    """Pieces as small as they may be, the last ones first, several at a time (ctypes lets go of the interpreter)."""
+    starts = range(begin, end, max(grain, 1))
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = [pool.submit(body, start, min(start + max(grain, 1), end), context) for start in reversed(starts)]
+        for each in done:
+            each.result()
+
+
+SERIAL = EXECUTOR(_serial)
+THREADED = EXECUTOR(_threaded)
 
 
 def _c_type(parameter: Parameter) -> Any:
@@ -115,9 +150,19 @@ def cpu_library(root: Path = SOURCES, flags: tuple[str, ...] = KERNEL_FLAGS) -> 
 @cache
 def _cpu(root: Path) -> Library:
     # Another architecture than this machine's own: x86-64 takes the paths without AVX.
-    march = os.environ.get("KERNEL_TEST_MARCH", "native")
-    flags = tuple(f"-march={march}" if flag == "-march=native" else flag for flag in KERNEL_FLAGS)
+    march = os.environ.get("KERNEL_TEST_MARCH")
+    if march is None and root == source_folder():
+        return Library.of(_program_library(), "cpu")
+    flags = tuple(f"-march={march or 'native'}" if flag == "-march=native" else flag for flag in KERNEL_FLAGS)
     return Library.of(cpu_library(root, flags), "cpu")
+
+
+def _program_library() -> Path:
+    """What the program itself loads."""
+    try:
+        return load_operators("cpu").path
+    except KernelsUnavailableError as error:
+        raise CannotBuildError(str(error)) from error
 
 
 def cpu_backend(*, threads: bool, root: Path = SOURCES) -> CpuBackend:

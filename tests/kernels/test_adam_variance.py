@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from tests.kernels.accuracy import FLOATS, cpu, normal, same_bits
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, cpu, normal, same_bits
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import adam_variance
-from tests.kernels.thinning import Everywhere
 
 # One element, less than a vector, what is left over behind vectors, and more than three blocks take at once
 # (3 x 512 threads x 4 vectors).
 COUNTS = [1, 3, 8, 31, 1025, 16384, 30001]
 PARTITIONS = 3
 
-EVERYWHERE: Everywhere = {"test_sum_and_maximum": {"count": [31, 30001], "dtype": [torch.float32]}}
+EVERYWHERE = {
+    "test_sum_and_maximum": [(1, F32), (8, BF16), (31, F32), (1025, F16), (30001, F32)],
+}
 
 
 def _second_moments(count: int, dtype: torch.dtype) -> torch.Tensor:

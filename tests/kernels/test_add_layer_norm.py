@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.kernels.accuracy import FLOATS, check, cpu, dropout_factors, normal, same_bits
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, dropout_factors, normal, same_bits
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import (
     QUIET,
@@ -14,7 +14,6 @@ from tests.kernels.calls import (
     layer_norm_backward,
     layer_norm_forward,
 )
-from tests.kernels.thinning import Everywhere
 
 EPS = 1e-5
 PARTITIONS = 2
@@ -22,9 +21,11 @@ NOISE = Noise(probability=0.3, seed=987654321987)
 # (rows, cols), as in test_layer_norm.
 SHAPES = [(9, 7), (9, 18), (1100, 8), (21, 768), (17, 1024), (9, 1025), (5, 8200), (2, 16384)]
 
-EVERYWHERE: Everywhere = {
-    "test_with_bias_and_dropout": {"shape": [(9, 7), (17, 1024), (5, 8200)], "dtype": [torch.bfloat16]}
-}
+EVERYWHERE = {
+    "test_with_bias_and_dropout": [
+        ((9, 7), F16), ((1100, 8), F32), ((17, 1024), BF16), ((9, 1025), F32), ((5, 8200), F16),
+    ],
+}  # fmt: skip
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from tests.kernels.accuracy import FLOATS, check, cpu, dropout_factors, normal
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, dropout_factors, normal
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import QUIET, Noise, bias_dropout_add_backward, bias_dropout_add_forward
-from tests.kernels.thinning import Everywhere
 
 PARTITIONS = 2
 NOISE = Noise(probability=0.1, seed=-(2**40) - 3)
 # (rows, cols): as in test_bias_gelu.
 SHAPES = [(3, 1), (150, 7), (150, 8), (9, 18), (9, 31), (70, 264), (9, 1025), (2, 16384)]
 
-EVERYWHERE: Everywhere = {"test_with_dropout": {"shape": [(150, 7), (70, 264)], "dtype": [torch.float16]}}
+EVERYWHERE = {
+    "test_with_dropout": [((3, 1), F32), ((150, 7), F16), ((150, 8), F32), ((70, 264), BF16)],
+}
 
 
 def _check(

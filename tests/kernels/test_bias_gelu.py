@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.kernels.accuracy import FLOATS, check, cpu, normal, same_bits
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, normal, same_bits
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import bias_gelu_backward, bias_gelu_forward
-from tests.kernels.thinning import Everywhere
 
 PARTITIONS = 2
 # (rows, cols): one thread, several tiles across, more rows than two partitions take at once (2 x 8 x 4), vectors and
 # single elements.
 SHAPES = [(3, 1), (150, 7), (150, 8), (9, 18), (9, 31), (70, 264), (9, 1023), (5, 1024), (9, 1025), (2, 16384)]
 
-EVERYWHERE: Everywhere = {"test_both_ways": {"shape": [(150, 7), (70, 264)], "dtype": [torch.float16]}}
+EVERYWHERE = {
+    "test_both_ways": [((3, 1), F32), ((150, 7), F16), ((150, 8), F32), ((70, 264), BF16)],
+}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

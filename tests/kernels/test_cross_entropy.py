@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.kernels.accuracy import FLOATS, check, cpu, normal, same_bits
+from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, normal, same_bits
 from tests.kernels.backends import KernelBackend
 from tests.kernels.calls import cross_entropy_backward, cross_entropy_forward
-from tests.kernels.thinning import Everywhere
 
 INF = float("inf")
 # (rows, columns, of which real): vectors at the start of each row or anywhere, a row shorter than a vector, and more
@@ -26,7 +25,12 @@ SHAPES = [
 WIDE = [(2, 16384, 16384), (2, 12345, 12340)]
 FIRST = 1000
 
-EVERYWHERE: Everywhere = {"test_slice": {"shape": [(5, 31, 31), (2, 12345, 12340)], "dtype": [torch.float16]}}
+EVERYWHERE = {
+    "test_slice": [
+        ((3, 1, 1), F32), ((5, 7, 5), BF16), ((9, 8, 8), F16), ((5, 31, 31), F32), ((4, 1023, 1000), F32),
+        ((2, 12345, 12340), BF16),
+    ],
+}  # fmt: skip
 
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

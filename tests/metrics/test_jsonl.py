@@ -1,21 +1,25 @@
-"""metrics.jsonl: appending, rewinding, and reading what a killed run left."""
+"""metrics.jsonl: appending, rewinding, and reading what a killed run left, as records and as columns."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import JsonlSink, read_metrics
+from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink, Metrics, read_columns, read_events, read_metrics
 from megatron_ext.metrics.records import EvalRecord, EventRecord, encode
-from tests.metrics.test_records import train_record
+from tests.metrics.test_records import train_record, train_records
 
 
 def write_run(path: Path, steps: int = 4) -> None:
@@ -116,24 +120,99 @@ def test_kinds_of_a_later_version_survive_a_rewind(tmp_path: Path) -> None:
     assert steps_of(path) == [1]
 
 
-@pytest.mark.parametrize("line", ["{broken", "3", '{"kind": "eval"}', '{"kind": "train"},{"kind": "train"}', ""])
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    write_run(path)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
-    with pytest.raises(UserError, match="line 3: not a metrics record"):
-        read_metrics(path)
+NAMES = ("step", "tokens", "loss", "loss_ratio", "skipped", "mfu", "prefix_loss", "adam_var_l1", "grad_norm")
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+records = st.one_of(
+    train_records,
+    st.builds(EvalRecord.from_loss, step=st.just(1), tokens=st.just(8), loss=numbers),
+    st.builds(EventRecord, st.just("odd"), st.dictionaries(st.sampled_from(["loss", "path"]), st.text(max_size=3))),
+)
+spacings = st.sampled_from([None, (",", ":"), (" , ", " : ")])
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.tuples(records, spacings), max_size=12), cut=st.integers(0, 60), chunk=st.sampled_from([1, 5]))
+def test_columns_and_events_are_those_of_the_records(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[Any, Any]], cut: int, chunk: int
+) -> None:
+    path = tmp_path_factory.mktemp("columns") / FILE_NAME
+    texts = [json.dumps(json.loads(encode(record)), separators=spacing) for record, spacing in lines]
+    content = "".join(text + "\n" for text in texts).encode()
+    path.write_bytes(content[: max(0, len(content) - cut)])
+    metrics = read_metrics(path)
+    assert tuple(read_events(path)) == metrics.events
+    found: Any
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_ext.metrics.jsonl._CHUNK", chunk)
+        for kind, found in (("train", metrics.train), ("eval", metrics.evaluations)):
+            columns = read_columns(path.parent, NAMES, kind=kind)
+            assert list(columns) == list(NAMES)
+            for name in NAMES:
+                values = [getattr(record, name, None) for record in found]
+                np.testing.assert_array_equal(columns[name], [math.nan if v is None else float(v) for v in values])
+
+
+@pytest.mark.parametrize(
+    ("line", "records_too"),
+    [
+        ("{broken", True),
+        ("3", True),
+        ("", True),
+        ('{"kind": "eval"}', True),
+        ('{"kind": "train"},{"kind": "train"}', True),
+        ('{"kind": "train", "step": 1}', True),
+        (encode(train_record()).replace('"loss": 5.5, ', ""), True),
+        (encode(train_record()).replace('"loss": 5.5', '"loss": "5.5"'), False),
+        (encode(train_record()).replace('"loss": 5.5', '"loss": 5.5.5'), True),
+        (encode(train_record()).replace('"loss": 5.5', '"loss": +5.5'), True),
+        (encode(train_record()).replace('"loss": 5.5', '"loss": '), True),
+        (encode(train_record(loss=math.nan)).replace('"nan"', '"many"'), True),
+        (encode(train_record())[:-1], True),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 3, 1501])
+def test_a_broken_line_is_named(tmp_path: Path, line: str, records_too: bool, number: int) -> None:
+    lines = [encode(train_record(step=step)) for step in range(1, number + 3)]
+    lines.insert(number - 1, line)
+    (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
+    message = f"line {number}: not a metrics record"
+    with pytest.raises(UserError, match=message):
+        read_columns(tmp_path, ("step", "loss"))
+    if records_too:
+        with pytest.raises(UserError, match=message):
+            read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spelled", ["5.500000000000000000000000000000000001", "true", " 5.5", "null", "-0", "1e-320", "1e400", "NaN"]
+)
+def test_every_spelling_of_a_number_is_read_as_json_reads_it(tmp_path: Path, spelled: str) -> None:
+    lines = [encode(train_record(step=step, prefix_loss=5.5)) for step in (1, 2, 3)]
+    lines[1] = lines[1].replace('"prefix_loss": 5.5', f'"prefix_loss": {spelled}')
+    (tmp_path / FILE_NAME).write_text("\n".join(lines) + "\n")
+    value = json.loads(spelled)
+    expected = [5.5, math.nan if value is None else float(value), 5.5]
+    np.testing.assert_array_equal(read_columns(tmp_path, ("prefix_loss",))["prefix_loss"], expected)
+
+
+def test_a_last_line_without_its_newline_counts_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    path.write_text(encode(train_record(step=1)) + "\n" + encode(train_record(step=2)))
+    assert read_columns(path, ("step",))["step"].tolist() == [1, 2]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_columns(path, ("step",))["step"].tolist() == [1]
+
+
+@pytest.mark.parametrize("read", [read_metrics, read_events, lambda path: read_columns(path, ("step",))])
+def test_a_missing_file_is_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(UserError, match=r"no metrics\.jsonl there"):
-        read_metrics(tmp_path)
+        read(tmp_path)
 
 
 def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").touch()
-    assert read_metrics(tmp_path).train == ()
+    (tmp_path / FILE_NAME).touch()
+    assert read_metrics(tmp_path) == Metrics((), (), ())
+    assert [column.shape for column in read_columns(tmp_path, ("step", "loss")).values()] == [(0,), (0,)]
 
 
 WRITER = """

@@ -7,22 +7,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.model.attention import ATTENTION_BACKENDS, CausalAttention, core_attention
-from megatron_ext.model.spec import transformer_config
+from megatron_ext.model.gpt import transformer_config
+from megatron_ext.model.layer import ATTENTION_BACKENDS, CausalAttention, core_attention
 from megatron_ext.parallel.groups import Layout
 from megatron_ext.parallel.rng import RngStreams, seed_streams
-from tests.model.small import small_config
+from tests.model.small import small_model
 
 _BACKENDS = sorted(ATTENTION_BACKENDS)
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def _build(name: str, streams: RngStreams, *, dropout: float = 0.0, width: int = 32) -> CausalAttention:
-    config = small_config(hidden_size=width, attention_dropout=dropout)
-    return core_attention(name, streams)(config=transformer_config(config), layer_number=1)
+    config = transformer_config(small_model(hidden_size=width, attention_dropout=dropout))
+    return core_attention(name, streams)(config=config, layer_number=1)
 
 
-def _streams(layout: Layout) -> RngStreams:
+@pytest.fixture(scope="module")
+def streams(layout: Layout) -> RngStreams:
     return seed_streams(11, layout, torch.device("cpu"))
 
 
@@ -41,14 +42,14 @@ def _float64_reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=st.tuples(st.integers(1, 70), st.integers(1, 3), st.sampled_from([1, 8, 20])))
 def test_equal_to_the_float64_reference(
-    layout: Layout, name: str, dtype: torch.dtype, shape: tuple[int, int, int]
+    streams: RngStreams, name: str, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
     length, batch, head = shape
     generator = torch.Generator().manual_seed(length)
     # As the model makes them: slices of one tensor, not contiguous.
     mixed = (1.5 * torch.randn(length, batch, 4, 3 * head, generator=generator)).to(dtype).requires_grad_()
     query, key, value = mixed.chunk(3, dim=-1)
-    context = _build(name, _streams(layout), width=4 * head)(query, key, value, None, attn_mask_type=None)
+    context = _build(name, streams, width=4 * head)(query, key, value, None, attn_mask_type=None)
     upstream = torch.randn(context.shape, generator=generator).to(dtype)
     (gradient,) = torch.autograd.grad(context, mixed, upstream)
 
@@ -65,15 +66,15 @@ def test_equal_to_the_float64_reference(
 
 
 @pytest.mark.parametrize("name", _BACKENDS)
-def test_large_fp16_scores_do_not_overflow(layout: Layout, name: str) -> None:
+def test_large_fp16_scores_do_not_overflow(streams: RngStreams, name: str) -> None:
     query = torch.full((4, 1, 4, 64), 60.0, dtype=torch.float16)
-    context = _build(name, _streams(layout), width=256)(query, query, query)
+    context = _build(name, streams, width=256)(query, query, query)
     torch.testing.assert_close(context, torch.full((4, 1, 256), 60.0, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("name", _BACKENDS)
-def test_dropout_drops_probabilities_of_the_partitioned_stream(layout: Layout, name: str) -> None:
-    streams, rate, length = _streams(layout), 0.25, 64
+def test_dropout_drops_probabilities_of_the_partitioned_stream(streams: RngStreams, name: str) -> None:
+    rate, length = 0.25, 64
     attention = _build(name, streams, dropout=rate, width=4 * length)
     query = torch.randn(length, 2, 4, length)
     # With the identity as values the context is the probabilities themselves.
@@ -96,11 +97,11 @@ def test_dropout_drops_probabilities_of_the_partitioned_stream(layout: Layout, n
 
 @pytest.mark.parametrize("name", _BACKENDS)
 @pytest.mark.parametrize(("training", "dropout"), [(False, 0.5), (True, 0.0)])
-def test_nothing_is_drawn_without_dropout(layout: Layout, name: str, training: bool, dropout: float) -> None:
-    streams = _streams(layout)
+def test_nothing_is_drawn_without_dropout(streams: RngStreams, name: str, training: bool, dropout: float) -> None:
     attention = _build(name, streams, dropout=dropout).train(training)
     query = torch.randn(5, 2, 4, 8)
-    state = streams.snapshot()
+    before = streams.snapshot()
     attention(query, query, query)
-    assert torch.equal(streams.snapshot().replicated, state.replicated)
-    assert torch.equal(streams.snapshot().partitioned, state.partitioned)
+    after = streams.snapshot()
+    assert torch.equal(after.replicated, before.replicated)
+    assert torch.equal(after.partitioned, before.partitioned)

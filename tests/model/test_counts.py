@@ -1,19 +1,18 @@
 """Counts against totals that others published, against formulas written out by hand, and against the built model."""
 
-import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.config.model import ModelConfig, ParallelConfig
+from megatron_ext.curriculum.segments import Segment
 from megatron_ext.model.counts import (
+    MemoryEstimate,
     count_parameters,
     estimate_memory,
     full_length_flops,
@@ -23,29 +22,20 @@ from megatron_ext.model.counts import (
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.groups import Layout
+from tests.model.small import keeping
+
+Precision = Literal["fp32", "bf16"]
 
 
 def model(layers: int, width: int, heads: int, **more: Any) -> ModelConfig:
     return ModelConfig(num_layers=layers, hidden_size=width, num_attention_heads=heads, **more)
 
 
-def run(shape: dict[str, Any], *, precision: str = "fp32", seq_len: int = 128, **parallel: Any) -> RunConfig:
-    return RunConfig.model_validate_json(
-        json.dumps(
-            {
-                "model": shape,
-                "data": {"sources": [{"prefix": "corpus"}]},
-                "training": {
-                    "seq_len": seq_len,
-                    "batch_size": 4,
-                    "duration": {"steps": 10},
-                    "precision": precision,
-                },
-                "learning_rate": {"peak": 1e-3},
-                "parallel": parallel,
-            }
-        )
-    )
+def memory(
+    shape: ModelConfig, *, precision: Precision = "fp32", seq_len: int = 1024, data_size: int = 8, **parallel: Any
+) -> MemoryEstimate:
+    sizes = {"positions": seq_len, "seq_len": seq_len, "data_size": data_size}
+    return estimate_memory(shape, ParallelConfig(**parallel), precision=precision, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +74,10 @@ def test_a_tensor_rank_s_parts_add_up_to_the_model_with_the_whole_parts_repeated
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_built_model_has_as_many_parameters(layout: Layout, tied: bool) -> None:
-    config = run(
-        {
-            "num_layers": 2,
-            "hidden_size": 48,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 80,
-            "vocab_size": 211,
-            "max_position_embeddings": 150,
-            "tie_embeddings": tied,
-        }
-    )
-    built = sum(parameter.numel() for parameter in build_gpt(config, layout).parameters())
-    assert built == count_parameters(config.model, positions=150).total
+    shape = model(2, 48, 4, ffn_hidden_size=80, vocab_size=211, tie_embeddings=tied)
+    gpt = build_gpt(shape, layout=layout, positions=150, seed=1)
+    built = sum(parameter.numel() for parameter in gpt.parameters())
+    assert built == count_parameters(shape, positions=150).total
 
 
 def products(shape: ModelConfig, length: int, *, causal: bool) -> int:
@@ -142,119 +123,99 @@ def test_flops_agree_with_megatron_lm_s_published_formula() -> None:
 def test_the_forward_pass_runs_as_many_flops(layout: Layout) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 250, "attention": "reference"}
-    config = run(shape, seq_len=32)
+    shape = model(2, 64, 4, vocab_size=250, attention="reference")
     tokens = torch.zeros(3, 32, dtype=torch.int64)
-    gpt = build_gpt(config, layout)
+    gpt = build_gpt(shape, layout=layout, positions=32, seed=1)
     with FlopCounterMode(display=False) as counter:
         gpt(tokens, tokens).sum().backward()
-    assert counter.get_total_flops() == step_flops(config.model, batch_size=3, seq_len=32)
+    assert counter.get_total_flops() == step_flops(shape, batch_size=3, seq_len=32)
 
 
 def test_run_flops_sum_the_steps_at_their_lengths() -> None:
-    content = run({"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}).model_dump(mode="json")
-    content["curriculum"] = {"pacing": "linear", "start": 8, "duration": {"steps": 7}}
-    config = RunConfig.model_validate_json(json.dumps(content))
-    plan = TrainingPlan.from_config(config)
-    by_step = [step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len) for step in plan]
-    assert run_flops(config.model, plan.segments) == sum(by_step)
-    baseline = full_length_flops(config.model, tokens=plan.tokens, seq_len=plan.seq_len)
-    steps_at_full_length = plan.tokens / (4 * 128)
-    assert baseline == pytest.approx(
-        steps_at_full_length * step_flops(config.model, batch_size=4, seq_len=128), rel=1e-12
-    )
+    shape, runs = model(2, 64, 4), [(5, 4, 8), (2, 4, 64), (3, 8, 128)]
+    segments = [Segment(0, steps, batch_size, seq_len, 0, 0) for steps, batch_size, seq_len in runs]
+    lengths = [(batch_size, seq_len) for steps, batch_size, seq_len in runs for _ in range(steps)]
+    by_step = [step_flops(shape, batch_size=batch, seq_len=length) for batch, length in lengths]
+    assert run_flops(shape, segments) == sum(by_step)
+    tokens = sum(batch * length for batch, length in lengths)
+    baseline = full_length_flops(shape, tokens=tokens, seq_len=128)
+    assert baseline == pytest.approx(tokens / 128 * step_flops(shape, batch_size=1, seq_len=128), rel=1e-12)
     assert sum(by_step) < baseline
 
 
-GPT2 = {"num_layers": 48, "hidden_size": 1600, "num_attention_heads": 25}
+GPT2_XL = model(48, 1600, 25)
 PARAMETERS = 1_557_686_400  # with the vocabulary padded to 50,304
 
 
 @pytest.mark.parametrize(
-    ("precision", "parallel", "bytes_a_parameter"),
+    ("precision", "zero_stage", "bytes_a_parameter"),
     [
-        ("fp32", {"zero_stage": 0}, (4, 4, 8)),
-        ("bf16", {"zero_stage": 0}, (2, 6, 12)),
-        ("bf16", {"zero_stage": 1}, (2, 4, 12 / 8)),
-        ("bf16", {"zero_stage": 2}, (2, 4 / 8, 12 / 8)),
-        ("fp32", {"zero_stage": 2}, (4, 4 / 8, 12 / 8)),
+        ("fp32", 0, (4, 4, 8)),
+        ("bf16", 0, (2, 6, 12)),
+        ("bf16", 1, (2, 4, 12 / 8)),
+        ("bf16", 2, (2, 4 / 8, 12 / 8)),
+        ("fp32", 2, (4, 4 / 8, 12 / 8)),
     ],
 )
 def test_model_states_by_zero_stage(
-    precision: str, parallel: dict[str, Any], bytes_a_parameter: tuple[float, float, float]
+    precision: Precision, zero_stage: int, bytes_a_parameter: tuple[float, float, float]
 ) -> None:
-    memory = estimate_memory(run(GPT2, precision=precision, seq_len=1024, **parallel), data_size=8)
-    found = (memory.weights, memory.gradients, memory.optimizer)
-    assert found == pytest.approx(tuple(PARAMETERS * amount for amount in bytes_a_parameter), rel=1e-8)
-    assert memory.host == 0
+    found = memory(GPT2_XL, precision=precision, zero_stage=zero_stage)
+    states = (found.weights, found.gradients, found.optimizer)
+    assert states == pytest.approx(tuple(PARAMETERS * amount for amount in bytes_a_parameter), rel=1e-8)
+    assert found.host == 0
 
 
-def test_zero_3_shards_the_weights_and_gathers_at_most_a_billion() -> None:
-    memory = estimate_memory(run(GPT2, precision="bf16", seq_len=1024, zero_stage=3), data_size=8)
-    assert memory.weights == pytest.approx(2 * PARAMETERS / 8 + 2e9, rel=1e-8)
-
-
-def test_offloading_moves_bytes_to_the_host() -> None:
-    here = estimate_memory(run(GPT2, precision="bf16", seq_len=1024, zero_stage=3), data_size=8)
-    away = estimate_memory(
-        run(GPT2, precision="bf16", seq_len=1024, zero_stage=3, offload_optimizer="cpu", offload_params="cpu"),
-        data_size=8,
-    )
+def test_zero_3_shards_the_weights_and_gathers_at_most_a_billion_and_offloading_moves_bytes_to_the_host() -> None:
+    here = memory(GPT2_XL, precision="bf16", zero_stage=3)
+    assert here.weights == pytest.approx(2 * PARAMETERS / 8 + 2e9, rel=1e-8)
+    away = memory(GPT2_XL, precision="bf16", zero_stage=3, offload_optimizer="cpu", offload_params="cpu")
     assert away.optimizer == 0
     assert away.host == here.optimizer + (here.weights - 2 * 10**9)
     assert away.device + away.host == here.device
 
 
 def test_activations_grow_with_the_micro_batch_in_whole_sequences() -> None:
-    one, same, two = (
-        estimate_memory(run(GPT2, seq_len=1024, micro_batch_tokens=tokens), data_size=1)
-        for tokens in (1024, 2047, 2048)
-    )
-    assert one == same
+    one, same, two = (memory(GPT2_XL, micro_batch_tokens=tokens) for tokens in (1024, 2047, 2048))
+    assert memory(GPT2_XL) == one == same
     assert two.activations == 2 * one.activations
     assert two.logits == 2 * one.logits
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 @pytest.mark.parametrize(
-    ("attention", "kernels"), [("sdpa", "reference"), ("reference", "reference"), ("fused_softmax", "fused")]
+    ("attention", "kernels"),
+    [
+        ("sdpa", "reference"),
+        ("reference", "reference"),
+        pytest.param("fused_softmax", "fused", marks=pytest.mark.kernels),
+    ],
 )
 def test_activations_are_what_autograd_keeps(
-    layout: Layout, request: pytest.FixtureRequest, attention: str, kernels: Kernels, precision: str
+    *,
+    layout: Layout,
+    request: pytest.FixtureRequest,
+    attention: str,
+    kernels: Kernels,
+    precision: Precision,
+    dtype: torch.dtype,
 ) -> None:
     if kernels == "fused":
         request.getfixturevalue("fused")
-    shape = {
-        "num_layers": 6,
-        "hidden_size": 128,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-        "attention": attention,
-        "kernels": kernels,
-    }
-    config = run(shape, precision=precision, micro_batch_tokens=512)
-    gpt = build_gpt(config, layout, kernels=kernels).to(torch.float32 if precision == "fp32" else torch.bfloat16)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
+    shape = model(6, 128, 4, vocab_size=512, attention=attention, kernels=kernels)
+    expected = memory(shape, precision=precision, seq_len=128, data_size=1, micro_batch_tokens=512)
+    gpt = build_gpt(shape, layout=layout, positions=128, seed=1, kernels=kernels).to(dtype)
     tokens = torch.randint(0, 512, (4, 128))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with keeping(gpt) as kept:
         loss = gpt(tokens, tokens).sum()
-    softmax = 4 * 512 * 512 if kernels == "reference" else estimate_memory(config, data_size=1).logits
-    found = sum(storage.nbytes() for storage in kept.values()) - softmax
+    softmax = 4 * 512 * 512 if kernels == "reference" else expected.logits
+    found = sum(kept.values()) - softmax
     assert loss.requires_grad
-    assert estimate_memory(config, data_size=1).activations == pytest.approx(found, rel=0.03)
+    assert expected.activations == pytest.approx(found, rel=0.03)
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs() -> None:
-    plain = estimate_memory(run(GPT2, seq_len=1024), data_size=1)
-    less = estimate_memory(run(GPT2, seq_len=1024, activation_checkpointing="full"), data_size=1)
+    plain, less = (memory(GPT2_XL, activation_checkpointing=kind) for kind in ("none", "full"))
     inputs = 48 * 1024 * 1600 * 4
     ends = 3 * 1024 * 1600 * 4
     layer = (plain.activations - ends) // 48

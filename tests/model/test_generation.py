@@ -1,7 +1,5 @@
 """Sampling follows the logits, and all tensor ranks get the same text."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,17 +7,17 @@ from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
 from megatron_ext.model.generation import Sampling, generate
-from megatron_ext.model.gpt import Gpt, build_gpt
+from megatron_ext.model.gpt import Gpt
 from megatron_ext.parallel.groups import Layout, initialize_parallel
-from tests.model.small import random_tokens, shake, small_config
+from tests.model.small import POSITIONS, build_small, random_tokens, shake
 from tests.ranks import run_ranks
 
 _GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture
-def model(layout: Layout) -> Iterator[Gpt]:
-    model = build_gpt(small_config(hidden_dropout=0.1), layout)
+def model(layout: Layout) -> Gpt:
+    model = build_small(layout, hidden_dropout=0.1)
     shake(model)
     return model
 
@@ -32,7 +30,7 @@ def test_greedy_is_the_argmax_step_by_step_past_the_position_table(model: Gpt) -
     assert model.training
     model.eval()
     for position in range(35, 47):
-        seen = result[:, max(0, position - 40) : position]
+        seen = result[:, max(0, position - POSITIONS) : position]
         assert torch.equal(model(seen)[:, -1].argmax(-1), result[:, position])
 
 
@@ -107,7 +105,7 @@ def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
 
 
 def _generate(rank: int, _world_size: int, tensor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    model = build_gpt(small_config(tensor=tensor), initialize_parallel(tensor, 5.0))
+    model = build_small(initialize_parallel(tensor, 5.0))
     start = random_tokens(2, 4)
     greedy = generate(model, start, max_new_tokens=10, sampling=_GREEDY)
     # Every rank brings another generator; the first rank's counts.

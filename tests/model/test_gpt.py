@@ -1,15 +1,15 @@
 """The model on one rank: initialization, padding, causality, dropout, recomputation, precision, state dict."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from megatron_ext.errors import UserError
-from megatron_ext.model.gpt import Gpt, build_gpt
+from megatron_ext.model.gpt import Gpt, Recomputation
 from megatron_ext.parallel.groups import Layout
-from tests.model.small import random_tokens, shake, small_config
+from tests.model.small import build_small, keeping, random_tokens, shake
 
 
 def _gradients(model: Gpt, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -20,7 +20,7 @@ def _gradients(model: Gpt, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_initial_loss_is_the_log_of_the_vocabulary(layout: Layout, tied: bool) -> None:
-    model = build_gpt(small_config(vocab_size=5000, hidden_size=64, tie_embeddings=tied), layout)
+    model = build_small(layout, vocab_size=5000, hidden_size=64, tie_embeddings=tied)
     with torch.no_grad():
         losses = model(random_tokens(20, 40, vocab=5000), random_tokens(20, 40, vocab=5000, seed=1))
     assert losses.shape == (20, 40)
@@ -29,8 +29,8 @@ def test_initial_loss_is_the_log_of_the_vocabulary(layout: Layout, tied: bool) -
 
 
 def test_initialization_is_gpt2s(layout: Layout) -> None:
-    config = small_config(hidden_size=128, num_layers=8, init_std=0.03, vocab_size=2000, max_position_embeddings=300)
-    for name, parameter in build_gpt(config, layout).named_parameters():
+    model = build_small(layout, hidden_size=128, num_layers=8, init_std=0.03, vocab_size=2000, positions=300)
+    for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -44,13 +44,13 @@ def test_initialization_is_gpt2s(layout: Layout) -> None:
 
 
 def test_weights_follow_the_seed_and_building_draws_from_no_stream(layout: Layout) -> None:
-    model = build_gpt(small_config(seed=1), layout)
+    model = build_small(layout, seed=1)
     # Not where a build with this seed ends.
     torch.rand(3)
     before = model.streams.snapshot()
-    again = build_gpt(small_config(seed=1), layout, model.streams)
+    again = build_small(layout, seed=1, streams=model.streams)
     assert torch.equal(model.streams.snapshot().replicated, before.replicated)
-    other = build_gpt(small_config(seed=2), layout, model.streams)
+    other = build_small(layout, seed=2, streams=model.streams)
     weights = [m.state_dict()["decoder.layers.1.mlp.linear_fc1.weight"] for m in (model, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -59,8 +59,8 @@ def test_weights_follow_the_seed_and_building_draws_from_no_stream(layout: Layou
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_of_the_vocabulary_changes_nothing(layout: Layout, tied: bool) -> None:
     tokens, labels = random_tokens(2, 9), random_tokens(2, 9, seed=1)
-    exact = build_gpt(small_config(vocab_multiple=1, tie_embeddings=tied), layout)
-    padded = build_gpt(small_config(vocab_multiple=512, tie_embeddings=tied), layout)
+    exact = build_small(layout, vocab_multiple=1, tie_embeddings=tied)
+    padded = build_small(layout, vocab_multiple=512, tie_embeddings=tied)
     shake(padded)
     state = padded.state_dict()
     exact.load_state_dict({name: t[:211] if len(t) == 512 else t for name, t in state.items()})
@@ -77,7 +77,7 @@ def test_padding_of_the_vocabulary_changes_nothing(layout: Layout, tied: bool) -
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_no_position_sees_a_later_one(layout: Layout, backend: str) -> None:
-    model = build_gpt(small_config(attention=backend), layout)
+    model = build_small(layout, attention=backend)
     shake(model)
     tokens = random_tokens(2, 12)
     changed = tokens.clone()
@@ -91,9 +91,9 @@ def test_no_position_sees_a_later_one(layout: Layout, backend: str) -> None:
 def test_recomputation_is_bitwise_equal_and_leaves_the_streams_equal(layout: Layout, backend: str) -> None:
     tokens, labels = random_tokens(3, 21), random_tokens(3, 21, seed=1)
     results = []
-    for recompute in ("none", "full"):
-        config = small_config(recompute=recompute, attention=backend, hidden_dropout=0.2, attention_dropout=0.3)
-        model = build_gpt(config, layout)
+    for recompute in get_args(Recomputation):
+        rates: dict[str, Any] = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
+        model = build_small(layout, recompute=recompute, attention=backend, **rates)
         shake(model)
         losses = model(tokens, labels)
         gradients = _gradients(model, losses.mean())
@@ -110,24 +110,17 @@ def test_recomputation_is_bitwise_equal_and_leaves_the_streams_equal(layout: Lay
 
 def test_recomputation_keeps_fewer_tensors(layout: Layout) -> None:
     sizes = {}
-    for recompute in ("none", "full"):
-        model = build_gpt(small_config(recompute=recompute, num_layers=6), layout)
-        saved: dict[int, int] = {}
-
-        def record(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+    for recompute in get_args(Recomputation):
+        model = build_small(layout, recompute=recompute, num_layers=6)
+        with keeping(model) as kept:
             loss = model(random_tokens(2, 40), random_tokens(2, 40))
-        sizes[recompute] = sum(size for pointer, size in saved.items() if pointer not in weights)
+        sizes[recompute] = sum(kept.values())
         del loss
     assert sizes["full"] < 0.5 * sizes["none"]
 
 
 def test_dropout_is_off_in_evaluation_and_restored_by_the_rng_state(layout: Layout) -> None:
-    model = build_gpt(small_config(hidden_dropout=0.2, attention_dropout=0.2), layout)
+    model = build_small(layout, hidden_dropout=0.2, attention_dropout=0.2)
     tokens = random_tokens(2, 20)
     state = model.streams.rng_state()
     first, second = model(tokens, tokens), model(tokens, tokens)
@@ -139,15 +132,14 @@ def test_dropout_is_off_in_evaluation_and_restored_by_the_rng_state(layout: Layo
     assert torch.equal(model(tokens, tokens), model(tokens, tokens))
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_half_precision_is_close_to_float32(
-    layout: Layout, precision: str, dtype: torch.dtype, backend: str, recompute: str
+    layout: Layout, dtype: torch.dtype, backend: str, recompute: Recomputation
 ) -> None:
     tokens, labels = random_tokens(4, 33), random_tokens(4, 33, seed=1)
-    settings: dict[str, Any] = {"attention": backend, "recompute": recompute}
-    full, half = (build_gpt(small_config(precision=p, **settings), layout) for p in ("fp32", precision))
+    full, half = (build_small(layout, attention=backend, recompute=recompute) for _ in range(2))
     half.to(dtype)
     losses, half_losses = full(tokens, labels), half(tokens, labels)
     assert half_losses.dtype == torch.float32
@@ -163,7 +155,7 @@ def test_half_precision_is_close_to_float32(
 
 
 def test_the_state_dict_holds_tensors_only_and_loads_strictly(layout: Layout) -> None:
-    model, other = (build_gpt(small_config(seed=seed), layout) for seed in (1, 2))
+    model, other = (build_small(layout, seed=seed) for seed in (1, 2))
     state = model.state_dict()
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     assert state.keys() == dict(model.named_parameters()).keys()
@@ -176,6 +168,6 @@ def test_the_state_dict_holds_tensors_only_and_loads_strictly(layout: Layout) ->
 
 
 def test_a_sequence_longer_than_the_position_table_is_refused(layout: Layout) -> None:
-    model = build_gpt(small_config(), layout)
+    model = build_small(layout)
     with pytest.raises(UserError, match=r"41 tokens.*max_position_embeddings is 40"):
         model(random_tokens(1, 41))

@@ -7,21 +7,20 @@ import torch
 from torch.nn import functional
 
 from megatron_ext.errors import UserError
-from megatron_ext.model.gpt import Gpt, build_gpt
+from megatron_ext.model.gpt import Gpt
 from megatron_ext.model.hf import gpt2_state_from_hf, gpt2_state_to_hf
 from megatron_ext.parallel.groups import Layout
-from tests.model.small import random_tokens, shake, small_config
+from tests.model.small import POSITIONS, build_small, random_tokens, shake, small_model
 
 transformers = pytest.importorskip("transformers")
 
 
 def _pair(layout: Layout, **model: Any) -> tuple[Gpt, torch.nn.Module]:
-    config = small_config(**model)
-    shape = config.model
+    shape = small_model(**model)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=shape.vocab_size,
-            n_positions=config.max_positions,
+            n_positions=POSITIONS,
             n_embd=shape.hidden_size,
             n_layer=shape.num_layers,
             n_head=shape.num_attention_heads,
@@ -36,7 +35,7 @@ def _pair(layout: Layout, **model: Any) -> tuple[Gpt, torch.nn.Module]:
         )
     )
     shake(theirs)
-    ours = build_gpt(config, layout)
+    ours = build_small(layout, **model)
     ours.load_state_dict(gpt2_state_from_hf(theirs.state_dict(), shape))
     return ours, theirs
 
@@ -68,7 +67,7 @@ def test_logits_and_gradients_are_those_of_transformers(
             torch.autograd.backward(loss)
         gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
         expected = gpt2_state_from_hf(
-            {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}, small_config(**variant).model
+            {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}, small_model(**variant)
         )
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
@@ -78,7 +77,7 @@ def test_logits_and_gradients_are_those_of_transformers(
 @pytest.mark.parametrize("variant", _VARIANTS, ids=str)
 def test_round_trip(layout: Layout, variant: dict[str, Any]) -> None:
     ours, theirs = _pair(layout, **variant)
-    back = gpt2_state_to_hf(ours.state_dict(), small_config(**variant).model)
+    back = gpt2_state_to_hf(ours.state_dict(), small_model(**variant))
     expected = theirs.state_dict()
     assert back.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -93,7 +92,7 @@ def test_bare_gpt2_names_and_old_mask_buffers_are_accepted(layout: Layout) -> No
     state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     state.pop("lm_head.weight")
     state["h.0.attn.bias"] = torch.ones(1, 1, 40, 40)
-    converted = gpt2_state_from_hf(state, small_config().model)
+    converted = gpt2_state_from_hf(state, small_model())
     for name, tensor in ours.state_dict().items():
         assert torch.equal(converted[name], tensor)
 
@@ -110,4 +109,4 @@ def test_bare_gpt2_names_and_old_mask_buffers_are_accepted(layout: Layout) -> No
 def test_weights_of_another_model_are_refused(layout: Layout, change: dict[str, Any], match: str) -> None:
     _, theirs = _pair(layout)
     with pytest.raises(UserError, match=match):
-        gpt2_state_from_hf(theirs.state_dict(), small_config(**change).model)
+        gpt2_state_from_hf(theirs.state_dict(), small_model(**change))

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import is_decayed, parameter_groups, parameter_kind
 from megatron_ext.parallel.groups import Layout
-from tests.model.small import small_config
+from tests.model.small import build_small
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_decay_and_vectors_do_not(layout: Layout, tied: bool) -> None:
-    model = build_gpt(small_config(tie_embeddings=tied), layout)
+    model = build_small(layout, tie_embeddings=tied)
     decayed, kept = parameter_groups(model.named_parameters(), 0.1)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert all(parameter.dim() == 2 for parameter in decayed["params"])
@@ -22,7 +21,7 @@ def test_matrices_decay_and_vectors_do_not(layout: Layout, tied: bool) -> None:
 
 
 def test_kinds(layout: Layout) -> None:
-    model = build_gpt(small_config(tie_embeddings=False, num_layers=1), layout)
+    model = build_small(layout, tie_embeddings=False, num_layers=1)
     kinds: dict[str, set[str]] = {}
     for name, _ in model.named_parameters():
         kinds.setdefault(parameter_kind(name), set()).add(name.removeprefix("decoder.layers.0."))
@@ -37,7 +36,7 @@ def test_kinds(layout: Layout) -> None:
 
 
 def test_frozen_parameters_are_in_no_group_and_unknown_names_are_bugs(layout: Layout) -> None:
-    model = build_gpt(small_config(), layout)
+    model = build_small(layout)
     model.embedding.position_embeddings.weight.requires_grad_(False)
     groups = parameter_groups(model.named_parameters(), 0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - 1

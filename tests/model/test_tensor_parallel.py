@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.model.gpt import Gpt, build_gpt
 from megatron_ext.model.parameters import parameter_kind, split_dimension
-from megatron_ext.parallel.groups import Layout, initialize_parallel
-from tests.model.small import random_tokens, small_config
+from megatron_ext.parallel.groups import initialize_parallel
+from tests.model.small import build_small, random_tokens, small_model
 from tests.ranks import run_ranks
 
 Tensors = dict[str, torch.Tensor]
@@ -22,27 +21,21 @@ _VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def _scaled(config: Any, layout: Layout) -> Gpt:
-    # Ten times the initial weights, so that attention and MLP count for something; no bias stays zero.
-    model = build_gpt(config, layout)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
-            if name.endswith("bias"):
-                parameter.add_(0.1)
-    return model
-
-
 def _compute(
     _rank: int, _world: int, tensor: int, variants: list[dict[str, Any]]
 ) -> list[tuple[Tensors, Tensors, Tensors]]:
     layout = initialize_parallel(tensor, 5.0)
     results = []
     for variant in variants:
-        config = small_config(tensor=tensor, **variant)
-        initial = {name: t.clone() for name, t in build_gpt(config, layout).state_dict().items()}
-        model = _scaled(config, layout)
-        vocab = config.model.vocab_size
+        model = build_small(layout, **variant)
+        initial = {name: t.clone() for name, t in model.state_dict().items()}
+        # Ten times the initial weights, so that attention and MLP count for something; no bias stays zero.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
+                if name.endswith("bias"):
+                    parameter.add_(0.1)
+        vocab = variant.get("vocab_size", small_model().vocab_size)
         tokens, labels = random_tokens(3, 19, vocab=vocab), random_tokens(3, 19, vocab=vocab, seed=1)
         losses = model(tokens, labels)
         torch.autograd.backward(losses.mean())
@@ -78,9 +71,12 @@ def test_two_ranks_equal_one() -> None:
 def _flags(_rank: int, _world: int) -> dict[str, tuple[bool, int | None]]:
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
-    model = build_gpt(small_config(tensor=2, tie_embeddings=False), initialize_parallel(2, 5.0))
+    model = build_small(initialize_parallel(2, 5.0), tie_embeddings=False)
     return {
-        name: (is_model_parallel_parameter(p), p.partition_dim if is_model_parallel_parameter(p) else None)
+        name: (
+            is_model_parallel_parameter(p),
+            getattr(p, "partition_dim", None) if is_model_parallel_parameter(p) else None,
+        )
         for name, p in model.named_parameters()
     }
 
@@ -92,8 +88,7 @@ def test_deepspeed_and_megatron_see_the_same_parameters_split() -> None:
 
 
 def _dropout(_rank: int, _world: int, rates: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
-    layout = initialize_parallel(2, 5.0)
-    model = build_gpt(small_config(tensor=2, recompute="full", **rates), layout)
+    model = build_small(initialize_parallel(2, 5.0), recompute="full", **rates)
     query = torch.ones(9, 1, 2, 8)
     # The same input on all ranks: what differs is the mask.
     context = model.decoder.layers[0].self_attention.core_attention(

@@ -1,16 +1,15 @@
 """The model under DeepSpeed's ZeRO stages and tensor parallelism: recomputation changes nothing there either."""
 
-from typing import Any
+from typing import Any, get_args
 
 import deepspeed
 import pytest
 import torch
 
-from megatron_ext.model.gpt import build_gpt
+from megatron_ext.model.gpt import Recomputation
 from megatron_ext.model.parameters import parameter_groups
-from megatron_ext.parallel.groups import initialize_parallel
-from megatron_ext.parallel.mpu import Mpu
-from tests.model.small import random_tokens, small_config
+from megatron_ext.parallel.groups import Mpu, initialize_parallel
+from tests.model.small import build_small, random_tokens
 from tests.ranks import run_ranks
 
 
@@ -18,11 +17,8 @@ def _train(_rank: int, _world_size: int, stage: int, tensor: int, precision: str
     deepspeed.init_distributed(dist_backend="gloo")
     layout = initialize_parallel(tensor, 5.0)
     curves = {}
-    for recompute in ("none", "full"):
-        config = small_config(
-            tensor=tensor, recompute=recompute, precision=precision, hidden_dropout=0.1, attention_dropout=0.1
-        )
-        model = build_gpt(config, layout)
+    for recompute in get_args(Recomputation):
+        model = build_small(layout, recompute=recompute, hidden_dropout=0.1, attention_dropout=0.1)
         groups = parameter_groups(model.named_parameters(), 0.1)
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.ops.building.recipe import recipe_for
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 
 ROOT = Path(__file__).parents[2]
 
 LOAD = """
 from megatron_ext.ops.building.recipe import recipe_for
-from megatron_ext.ops.building.sources import source_folder
+from megatron_ext.ops.building.recipe import source_folder
 from megatron_ext.ops.loading import load_operators
-from megatron_ext.runtime.kernel_environment import kernel_environment
+from megatron_ext.runtime.environment import kernel_environment
 library = load_operators("cpu")
 print(source_folder())
 print(library.path)
@@ -60,9 +60,14 @@ def load(site: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, installed with its sources alone."""
+    return installed(tmp_path_factory.mktemp("installed"))
+
+
 @pytest.mark.usefixtures("fused")
-def test_what_the_checkout_has_built_serves_the_installed_package(tmp_path: Path) -> None:
-    site = installed(tmp_path)
+def test_what_the_checkout_has_built_serves_the_installed_package(site: Path) -> None:
     sources, library, built = load(site)
     assert sources == str(site / "megatron_ext" / "csrc")
     key = recipe_for("cpu", kernel_environment()).key
@@ -80,8 +85,7 @@ def test_kernels_compiled_by_the_installation_need_no_compiler(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fused")
-def test_an_installed_package_builds_at_first_use(tmp_path: Path) -> None:
-    site = installed(tmp_path)
+def test_an_installed_package_builds_at_first_use(site: Path, tmp_path: Path) -> None:
     _, library, built = load(site, MEGATRON_EXT_KERNEL_CACHE=str(tmp_path / "cache"))
     assert Path(library).is_relative_to(tmp_path / "cache")
     assert built == "True"

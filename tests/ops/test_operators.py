@@ -9,13 +9,12 @@ from torch.library import opcheck
 pytestmark = pytest.mark.usefixtures("fused")
 
 X, ROW, SEED = torch.randn(3, 5, 16), torch.randn(16), torch.tensor([-5])
-SCORES, MASK, STATISTICS = torch.randn(2, 3, 5, 7), torch.rand(2, 1, 5, 7) > 0.5, torch.ones(15)
+SCORES, STATISTICS = torch.randn(2, 3, 5, 7), torch.ones(15)
 LABELS = torch.zeros(3, 5, dtype=torch.int64)
 
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("layer_norm_forward", (X, ROW, ROW, 1e-5)),
-    ("layer_norm_backward", (X, X, False, ROW, ROW, STATISTICS, STATISTICS)),
-    ("layer_norm_backward", (X, X, True, ROW, ROW, None, STATISTICS)),
+    ("layer_norm_backward", (X, X, ROW, STATISTICS, STATISTICS)),
     ("add_layer_norm_forward", (X, ROW, X, ROW, ROW, 0.3, SEED, 1e-5)),
     ("add_layer_norm_forward", (X, None, X, ROW, ROW, 0.0, None, 1e-5)),
     ("add_layer_norm_backward", (X, X, X, ROW, STATISTICS, STATISTICS, True, 0.3, SEED)),
@@ -29,8 +28,6 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("causal_softmax_forward", (SCORES, 0.5, 0.3, SEED)),
     ("causal_softmax_forward", (SCORES, 0.5, 0.0, None)),
     ("causal_softmax_backward", (SCORES, SCORES, 0.5, 0.0, None)),
-    ("masked_softmax_forward", (SCORES, MASK, 0.5, 0.3, SEED)),
-    ("masked_softmax_backward", (SCORES, SCORES, 0.5, 0.3, SEED)),
     ("cross_entropy_forward", (X, LABELS, 0, 12)),
     ("cross_entropy_backward_", (X, LABELS, STATISTICS, STATISTICS, STATISTICS, 0, 12)),
     ("adam_variance", (X.square(),)),
@@ -66,16 +63,14 @@ UNFIT: list[tuple[str, tuple[Any, ...], str]] = [
     ("layer_norm_forward", (WIDE, ROW, ROW, 1e-5), "weight has 16 elements, must have 17"),
     ("layer_norm_forward", (X, OTHER, OTHER, 1e-5), "weight is bfloat16, must be float32 or as x"),
     ("layer_norm_forward", (X, ROW, OTHER, 1e-5), "bias is bfloat16, must be float32"),
-    ("layer_norm_backward", (X, X, False, ROW, ROW, None, STATISTICS), "saved without its mean"),
-    ("layer_norm_backward", (X, WIDE, False, ROW, ROW, STATISTICS, STATISTICS), "saved has size 17 in dimension 2"),
+    ("layer_norm_backward", (X, X, ROW, STATISTICS[1:], STATISTICS), "mean has 14 elements, must have 15"),
+    ("layer_norm_backward", (X, WIDE, ROW, STATISTICS, STATISTICS), "x has size 17 in dimension 2"),
     ("bias_dropout_add_forward", (X, ROW, X[0], 0.0, None), "residual has 2 dimensions, must have 3"),
     ("bias_dropout_add_forward", (X, ROW, X.half(), 0.0, None), "residual is float16, must be float32"),
     ("bias_dropout_add_forward", (X, ROW, X, 0.5, None), "dropout is 0.5 and there is no seed"),
     ("bias_dropout_add_forward", (X, ROW, X, 1.0, SEED), "dropout is 1, must be 0 or more and below 1"),
     ("bias_dropout_add_forward", (X, ROW, X, 0.5, SEED.int()), "seed is int32, must be int64"),
     ("causal_softmax_forward", (torch.randn(4, 3), 1.0, 0.0, None), "4 queries and 3 keys"),
-    ("masked_softmax_forward", (SCORES, MASK[:, :, :4], 1.0, 0.0, None), "mask must be"),
-    ("masked_softmax_forward", (SCORES, MASK.byte(), 1.0, 0.0, None), "mask is uint8, must be bool"),
     ("cross_entropy_forward", (X, LABELS[:2], 0, 12), "labels has 10 elements, must have 15"),
     ("cross_entropy_forward", (X, LABELS, 0, 17), "real is 17, must be from 0 to 16"),
 ]

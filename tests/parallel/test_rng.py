@@ -1,26 +1,25 @@
-"""Streams agree and differ where they must, and continue where they were."""
+"""Streams agree and differ where they must and continue where they were; recomputation draws again from them."""
 
 import contextlib
 import io
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import Layout, initialize_parallel
-from megatron_ext.parallel.rng import RngStreams, seed_streams
-from tests.ranks import run_ranks, single_rank
+from megatron_ext.parallel.rng import RngStreams, recompute, seed_streams
+from tests.ranks import run_ranks
 
 _CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def layout() -> Iterator[Layout]:
-    with single_rank():
-        yield initialize_parallel(1, 5.0)
+def streams(layout: Layout) -> RngStreams:
+    return seed_streams(7, layout, _CPU)
 
 
 def _draw(streams: RngStreams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +78,7 @@ def test_the_partitioned_stream_continues_from_fork_to_fork(layout: Layout) -> N
     assert torch.equal(torch.cat(parts), expected)
 
 
-def test_forks_do_not_nest(layout: Layout) -> None:
-    streams = seed_streams(7, layout, _CPU)
+def test_forks_do_not_nest(streams: RngStreams) -> None:
     with streams.fork(), pytest.raises(AssertionError), streams.fork():
         pass
 
@@ -99,12 +97,11 @@ def test_replay_repeats_and_then_continues(layout: Layout) -> None:
         assert torch.equal(d, e)
 
 
-def test_state_restores_everything_random_through_a_file(layout: Layout) -> None:
+def test_state_restores_everything_random_through_a_file(streams: RngStreams, layout: Layout) -> None:
     def draw_all(streams: RngStreams) -> list[float]:
         tensors = torch.cat(_draw(streams)).tolist()
         return [*tensors, random.random(), float(np.random.rand()), float(np.random.randn())]
 
-    streams = seed_streams(7, layout, _CPU)
     draw_all(streams)
     file = io.BytesIO()
     torch.save(streams.rng_state(), file)
@@ -115,10 +112,47 @@ def test_state_restores_everything_random_through_a_file(layout: Layout) -> None
     assert [draw_all(restored) for _ in range(3)] == expected
 
 
-def test_the_state_of_another_kind_of_device_is_refused_and_changes_nothing(layout: Layout) -> None:
-    streams = seed_streams(7, layout, _CPU)
+def test_the_state_of_another_kind_of_device_is_refused_and_changes_nothing(streams: RngStreams) -> None:
     state = streams.rng_state()
     foreign = state | {"replicated": torch.zeros(16, dtype=torch.uint8), "python": random.Random(1).getstate()}
     with pytest.raises(UserError, match="not one of a cpu generator"):
         streams.set_rng_state(foreign)
     assert random.getstate() == state["python"]
+
+
+def _run_blocks(streams: RngStreams, *, recomputed: bool) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 16, requires_grad=True)
+    hidden = torch.randn(8, 16, requires_grad=True)
+    calls = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        with streams.fork():
+            x = functional.dropout(x @ weight, 0.3)
+        return functional.dropout(x.tanh(), 0.2)
+
+    out = hidden * 2
+    for _ in range(3):
+        out = recompute(block, out, streams=streams) if recomputed else block(out)
+    torch.autograd.backward(out.square().sum())
+    assert len(calls) == (6 if recomputed else 3)
+    assert weight.grad is not None
+    assert hidden.grad is not None
+    # What is drawn next shows that backward left the streams where forward had them.
+    with streams.fork():
+        return out.detach(), weight.grad, hidden.grad, torch.rand(4), torch.rand(4)
+
+
+def test_bitwise_equal_to_the_plain_run_blocks(streams: RngStreams) -> None:
+    start = streams.rng_state()
+    plain = _run_blocks(streams, recomputed=False)
+    streams.set_rng_state(start)
+    again = _run_blocks(streams, recomputed=True)
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_input_without_gradient_is_refused(streams: RngStreams) -> None:
+    with pytest.raises(AssertionError, match="requires a gradient"):
+        recompute(torch.tanh, torch.randn(2), streams=streams)

@@ -1,7 +1,5 @@
 """The split cross-entropy is torch's on the real vocabulary; padding takes no part."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,13 +8,7 @@ from torch.nn import functional
 
 from megatron_ext.parallel.groups import Layout, initialize_parallel
 from megatron_ext.parallel.vocab import gather_vocab, vocab_parallel_cross_entropy
-from tests.ranks import run_ranks, single_rank
-
-
-@pytest.fixture(scope="module")
-def layout() -> Iterator[Layout]:
-    with single_rank():
-        yield initialize_parallel(1, 5.0)
+from tests.ranks import run_ranks
 
 
 def _case(vocab: int, padded: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

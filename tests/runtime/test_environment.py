@@ -13,7 +13,7 @@ LOAD = f"""
 import sys
 from megatron_ext.runtime.environment import RankInfo, prepare_libraries
 prepare_libraries({ALONE!r}, "cpu")
-import megatron_ext.train
+import megatron_ext.trainer
 print("compiler", "torch._inductor.compile_fx" in sys.modules)
 """
 

@@ -1,4 +1,4 @@
-"""Files are replaced whole, or not at all."""
+"""Files are replaced, and directories published, whole or not at all."""
 
 from pathlib import Path
 
@@ -39,18 +39,40 @@ def test_a_folder_that_is_missing_is_an_error_of_the_system(tmp_path: Path) -> N
         replace_text(tmp_path / "missing" / "name", "text")
 
 
-def test_a_directory_is_published_whole_and_once(tmp_path: Path) -> None:
-    for number in (1, 2):
-        source = tmp_path / f"partial-{number}"
-        (source / "inner").mkdir(parents=True)
-        (source / "inner" / "name").write_text(str(number))
-        assert publish_directory(source, tmp_path / "final") is (number == 1)
-        assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert (tmp_path / "final" / "inner" / "name").read_text() == "1"
+def directory(path: Path, text: str) -> Path:
+    (path / "inner").mkdir(parents=True)
+    (path / "inner" / "file").write_text(text)
+    return path
 
 
-def test_a_directory_that_cannot_be_published_stays(tmp_path: Path) -> None:
-    (tmp_path / "partial").mkdir()
-    with pytest.raises(FileNotFoundError):
-        publish_directory(tmp_path / "partial", tmp_path / "missing" / "final")
-    assert (tmp_path / "partial").is_dir()
+def content(path: Path) -> str:
+    return (path / "inner" / "file").read_text()
+
+
+def test_a_directory_gets_its_name_and_one_that_comes_second_is_dropped(tmp_path: Path) -> None:
+    target = tmp_path / "name"
+    assert publish_directory(directory(tmp_path / "first", "first"), target)
+    assert not publish_directory(directory(tmp_path / "second", "second"), target)
+    assert content(target) == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_that_is_not_kept_is_replaced(tmp_path: Path) -> None:
+    target, asked = directory(tmp_path / "name", "damaged"), list[str]()
+
+    def keep(there: Path) -> bool:
+        asked.append(content(there))
+        return content(there) == "whole"
+
+    assert publish_directory(directory(tmp_path / "first", "whole"), target, keep=keep)
+    assert not publish_directory(directory(tmp_path / "second", "second"), target, keep=keep)
+    assert asked == ["damaged", "whole"]
+    assert content(target) == "whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_the_place_of_a_directory_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "name").touch()
+    with pytest.raises(NotADirectoryError):
+        publish_directory(directory(tmp_path / "first", "first"), tmp_path / "name")
+    assert content(tmp_path / "first") == "first"

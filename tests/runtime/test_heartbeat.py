@@ -13,10 +13,10 @@ import pytest
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.failure import failure_of
-from megatron_ext.runtime.heartbeat import WatchOptions, watch
-from megatron_ext.runtime.launcher import free_port
+from megatron_ext.runtime.heartbeat import heartbeat
 from megatron_ext.runtime.log import configure_logging
-from megatron_ext.runtime.meeting import meet
+from megatron_ext.runtime.network import free_port
+from megatron_ext.runtime.rendezvous import join_rendezvous
 
 SECONDS = 2.0
 
@@ -31,14 +31,14 @@ def rank_main(rank: int, actions: tuple[str, ...], port: int, folder: Path) -> N
     os.environ.update(sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     configure_logging(rank)
-    meeting = meet(rank_info(), seconds=60)
-    with watch(meeting, WatchOptions(SECONDS, folder)) as watching:
-        assert watching is not None
-        meeting.gather("ready", 0)
+    rendezvous = join_rendezvous(rank_info(), seconds=60)
+    with heartbeat(rendezvous, seconds=SECONDS, run_dir=folder) as beating:
+        assert beating is not None
+        rendezvous.gather("ready", 0)
         try:
             exec(actions[rank], {"os": os, "signal": signal, "time": time, "UserError": UserError})
         except BaseException as error:
-            watching.leave_with(failure_of(error, rank))
+            beating.fail(failure_of(error, rank))
 
 
 WAIT = "time.sleep(60)"
@@ -52,6 +52,7 @@ def outcome(folder: Path, *actions: str) -> tuple[list[int | None], str, float]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks_preload"])
     port = free_port()
+    assert port is not None
     ranks = [
         context.Process(target=rank_main, args=(rank, actions, port, folder), daemon=True)
         for rank in range(len(actions))

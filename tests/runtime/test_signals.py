@@ -16,19 +16,6 @@ def test_signal_becomes_a_request_and_the_old_handler_returns() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_end_of_the_supervisor_is_a_request() -> None:
-    supervisor = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        with stop_on_signal(supervisor.pid) as stop:
-            assert not stop.requested
-            supervisor.kill()
-            supervisor.wait()
-            assert stop.requested
-    finally:
-        supervisor.kill()
-        supervisor.communicate()
-
-
 WORKER_LIKE = """
 import os, signal, sys, time
 from megatron_ext.runtime.signals import catch_stop_signals, ignore_stop_signals

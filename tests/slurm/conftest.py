@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.slurm.record import jobs_of
+from megatron_ext.launch.slurm import jobs_of
 from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
 from tests.train.small_run import train_records, write_config, write_corpus
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.slurm.record import jobs_of
+from megatron_ext.launch.slurm import jobs_of
 from tests.slurm.conftest import Cluster, small_config
 from tests.train.small_run import records, train_records
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.slurm.job import Resources
-from tests.slurm.batch import Batch, training_job
+from megatron_ext.launch.job_script import Resources
+from tests.launch.batch import Batch, training_job
 from tests.slurm.conftest import Cluster
 
 # Runs on the login node: submits every script held, asks for what the controller understood, takes the jobs back.

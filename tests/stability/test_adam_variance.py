@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.training import MetricsConfig
-from megatron_ext.engine.engine import StepResult
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.parameters import parameter_kind
 from megatron_ext.parallel.groups import destroy_parallel
@@ -151,14 +150,13 @@ def test_offloaded_state(one_rank: tuple[Norms, list[Measured]], zero_stage: int
 def test_measures_where_due_and_only_there() -> None:
     config = variance_config(metrics={"adam_variance_every": 2})
     setup = set_up(config)
-    result = StepResult(loss=torch.zeros(()), grad_norm=0.0, skipped=False)
     count = 2 * len(list(setup.engine.module.parameters()))
     variance = AdamVariance(setup.engine, config.metrics, CPU.torch_device)
-    measured = [variance.measured(setup.plan[step], result).adam_variance for step in range(4)]
+    measured = [variance.measure_after(setup.plan[step]) for step in range(4)]
     assert [None if values is None else values.shape for values in measured] == [None, (count,), None, (count,)]
     off = config.metrics.model_copy(update={"adam_variance_every": 0})
     never = AdamVariance(setup.engine, off, CPU.torch_device)
-    assert all(never.measured(setup.plan[step], result) is result for step in range(4))
+    assert all(never.measure_after(setup.plan[step]) is None for step in range(4))
 
 
 class TestReductions:

@@ -9,8 +9,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_optimizer_state
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.engine.engine import TrainEngine
+from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
@@ -44,7 +43,8 @@ def norms(v: torch.Tensor) -> tuple[float, float]:
 
 def torch_reference(config: RunConfig, layout: Layout) -> Norms:
     """The run with torch's AdamW on one rank: no DeepSpeed, no micro-batches, gradients clipped by torch."""
-    model = build_gpt(config, layout, seed_streams(config.seed, layout, CPU.torch_device))
+    streams = seed_streams(config.seed, layout, CPU.torch_device)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed, streams=streams)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model.named_parameters(), settings.weight_decay),
@@ -54,13 +54,13 @@ def torch_reference(config: RunConfig, layout: Layout) -> Norms:
         foreach=False,
     )
     engine = _Bare(model, optimizer, config.optimizer.clip_grad)
-    plan = TrainingPlan.from_config(config)
+    plan = config.plan()
     run_steps(Setup(config, plan, layout, None, engine), 0, STEPS)  # type: ignore[arg-type]
     return {name: norms(optimizer.state[parameter]["exp_avg_sq"]) for name, parameter in model.named_parameters()}
 
 
 class _Bare:
-    """The step of TrainEngine, written out."""
+    """The step of DeepSpeedEngine, written out."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
         self.model, self.optimizer, self.clip = model, optimizer, clip
@@ -167,7 +167,7 @@ def measure_run(config: RunConfig) -> Measured:
         destroy_parallel()
 
 
-def _gathered(engine: TrainEngine) -> Norms:
+def _gathered(engine: DeepSpeedEngine) -> Norms:
     optimizer = engine._engine.optimizer
     named = list(engine.module.named_parameters())
     if isinstance(optimizer, FP16_UnfusedOptimizer):
@@ -189,7 +189,7 @@ def _gathered(engine: TrainEngine) -> Norms:
     return {} if None in full.values() else {name: norms(v) for name, v in full.items()}
 
 
-def _spoil_padding(engine: TrainEngine, moments: list[SecondMoment]) -> int:
+def _spoil_padding(engine: DeepSpeedEngine, moments: list[SecondMoment]) -> int:
     """Overwrite every element of ZeRO's flat states that no part shows, and return how many there are."""
     optimizer = engine._engine.optimizer
     if not hasattr(optimizer, "dp_process_group"):
@@ -204,8 +204,7 @@ def _spoil_padding(engine: TrainEngine, moments: list[SecondMoment]) -> int:
 
 
 def _whole_model(config: RunConfig) -> list[torch.nn.Parameter]:
-    layout = Layout(0, 1, 0, 1, dist.group.WORLD, dist.group.WORLD)  # type: ignore[arg-type]
-    single = config.model_copy(update={"parallel": config.parallel.model_copy(update={"tensor": 1})})
     destroy_parallel()
-    initialize_parallel(1, 2.0)
-    return list(build_gpt(single, layout).parameters())
+    layout = initialize_parallel(1, 2.0)
+    model = build_gpt(config.model, layout=layout, positions=config.max_positions, seed=config.seed)
+    return list(model.parameters())

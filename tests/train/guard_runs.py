@@ -11,16 +11,16 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megatron_ext import session
+from megatron_ext import build
 from megatron_ext.config.loading import load_config
+from megatron_ext.curriculum.guards import GuardStop
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.data.loader import Batch, TrainLoader
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.signals import StopRequest
-from megatron_ext.stability.guard import GuardStop
-from megatron_ext.train import train
+from megatron_ext.trainer import train
 from tests.engine.training import CPU
 from tests.train.small_run import write_config
 
@@ -85,7 +85,7 @@ def _planted(planted: Planted) -> Iterator[None]:
         model.register_forward_hook(spoiler.hook)
         return model
 
-    with patch.object(session, "TrainLoader", Loader), patch.object(session, "build_gpt", build_spoiled):
+    with patch.object(build, "TrainLoader", Loader), patch.object(build, "build_gpt", build_spoiled):
         yield
 
 

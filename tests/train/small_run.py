@@ -97,13 +97,13 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def train_records(run: Path) -> list[dict[str, Any]]:
     """Train records without what the clock decides."""
-    clocked = {"step_time_s", "tokens_per_s"}
+    clocked = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
     kept = [record for record in records(run) if record["kind"] == "train"]
     return [{key: value for key, value in record.items() if key not in clocked} for record in kept]
 
 
 def rank_processes(run: Path) -> list[int]:
-    """Ids of the processes whose command line names the run's config and the worker."""
+    """Ids of the processes whose command line names the run's resolved config and the worker."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -112,7 +112,7 @@ def rank_processes(run: Path) -> list[int]:
             command = (entry / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "megatron_ext.worker" in command and str(run.parent / "run.json") in command:
+        if "megatron_ext.worker" in command and any(part.startswith(f"{run}/.launch-") for part in command):
             found.append(int(entry.name))
     return found
 

@@ -9,7 +9,7 @@ from megatron_ext.config.loading import load_config
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import process_group
 from megatron_ext.runtime.signals import StopRequest
-from megatron_ext.train import train
+from megatron_ext.trainer import train
 from tests.engine.training import CPU
 from tests.train.small_run import train_records, write_config, write_corpus
 

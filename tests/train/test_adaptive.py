@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.build import build_run
 from megatron_ext.config.loading import load_config
 from megatron_ext.curriculum.segments import Segment
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import process_group
 from megatron_ext.runtime.signals import StopRequest
-from megatron_ext.session import set_up
-from megatron_ext.train import run_loop
+from megatron_ext.trainer import run_loop
 from tests.ranks import run_ranks
 from tests.train.small_run import records, train_records, write_config, write_corpus
 
@@ -61,7 +61,7 @@ def train_here(config: Path, name: str, *overrides: str) -> tuple[Segment, ...]:
     parsed = load_config(config, [f"name={name}", *overrides])
     with (
         process_group(rank_info(), CPU, timeout_minutes=1.0) as processes,
-        set_up(parsed, device=CPU, processes=processes) as run,
+        build_run(parsed, device=CPU, processes=processes) as run,
     ):
         run_loop(run, StopRequest())
         return tuple(run.plan.segments)

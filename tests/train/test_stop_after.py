@@ -12,7 +12,7 @@ from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import process_group
 from megatron_ext.runtime.signals import StopRequest
-from megatron_ext.train import train
+from megatron_ext.trainer import train
 from tests.ranks import run_ranks
 from tests.train.small_run import records, train_records, write_config, write_corpus
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.runtime.launcher import free_port
+from megatron_ext.runtime.network import free_port
 from tests.train.small_run import records, train_records, write_config, write_corpus
 
 

@@ -1,1 +1,1 @@
-"""How the kernels of csrc/ become libraries: toolchain, recipe, lock, cache. Imports no torch."""
+"""How the kernels of csrc/ become libraries: toolchain, recipe, cache. Imports no torch."""

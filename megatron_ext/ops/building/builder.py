@@ -1,29 +1,39 @@
-"""Libraries from the cache, or built into it: once, whole, and without waiting for anybody who is gone."""
+"""Libraries from the cache, or built into it: once, whole, and without waiting for anybody who is gone.
 
+Each build has a folder of its own, of which the first to finish is published, so the lock only saves work. It is the
+kernel's lock on an open file (``filelock``): it ends with its holder, however that ends, also over a network. Where a
+file system has none, or a holder hangs, a process builds beside the others.
+"""
+
+import errno
 import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.ops.building.architectures import runs_on
-from megatron_ext.ops.building.lock import Owner, Patience, build_lock
-from megatron_ext.ops.building.problem import KernelsUnavailableError
-from megatron_ext.ops.building.recipe import Recipe
-from megatron_ext.ops.building.sources import Backend, digest, prebuilt_folder, source_folder
-from megatron_ext.ops.building.toolchain import cpu_features, find_torch
-from megatron_ext.runtime.files import replace_text, sync
+import psutil
+from filelock import FileLock, Timeout
 
-_FACTS = "build.json"
+from megatron_ext.ops.building.recipe import Backend, Recipe, digest, prebuilt_folder, source_folder
+from megatron_ext.ops.building.toolchain import KernelsUnavailableError, cpu_features, find_torch, runs_on
+from megatron_ext.runtime.files import publish_directory
+from megatron_ext.runtime.log import LOGGER
+
+_METADATA = "build.json"
 _LOG = "build.log"
 _PARTIAL = ".partial-"
+_PATIENCE_SECONDS = 1800.0
+_ABANDONED_SECONDS = 24 * 3600.0
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ def cached_library(recipe: Recipe, cache: Path) -> Library | None:
 
 
 def build_library(
-    recipe: Recipe, cache: Path, *, jobs: int, force: bool = False, patience: Patience | None = None
+    recipe: Recipe, cache: Path, *, jobs: int, force: bool = False, patience_seconds: float = _PATIENCE_SECONDS
 ) -> Library:
     """The library of ``recipe`` in ``cache``, built where it is not there.
 
@@ -59,34 +69,53 @@ def build_library(
         cache: Folder of all results; is made.
         jobs: Compilers to run at once.
         force: Build also where the result is there, and replace it.
-        patience: How long to wait for another process that builds it.
+        patience_seconds: How long to wait for another process that builds it before building it as well.
 
     Raises:
         KernelsUnavailableError: a compiler failed, now or when the same was tried before, or the cache cannot be
             written.
     """
     folder, failed = cache / recipe.key, _failure_log(cache, recipe)
-    before = _identity(folder) if force else None
+    before = _publication(folder) if force else None
     if force:
         failed.unlink(missing_ok=True)
-    elif failed.exists():
-        # The key has everything that decides: trying again would cost every start a minute.
-        raise KernelsUnavailableError(_failure(recipe, failed))
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with build_lock(
-            cache / f"{recipe.key}.lock", lambda: _identity(folder) not in {None, before}, patience or Patience()
-        ) as ours:
-            if ours:
-                _remove_abandoned(cache, recipe.key)
-                return _build(recipe, folder, jobs=jobs, replace=force)
+        with _locked(cache / f"{recipe.key}.lock", recipe.backend, patience_seconds):
+            library = _read(folder, recipe.backend)
+            if library is not None and _publication(folder) != before:
+                return library
+            if failed.exists():
+                # The key has everything that decides: trying again would cost every start a minute.
+                raise KernelsUnavailableError(_failure(recipe, failed))
+            _remove_abandoned(cache, recipe.key)
+            return _build(recipe, folder, jobs=jobs, replace=force)
     except OSError as error:
         raise KernelsUnavailableError(
             f"the cache of kernels {cache} cannot be used ({error}); set MEGATRON_EXT_KERNEL_CACHE to another folder"
         ) from error
-    library = _read(folder, recipe.backend)
-    assert library is not None, "a published library has gone"
-    return library
+
+
+@contextmanager
+def _locked(path: Path, backend: Backend, patience_seconds: float) -> Iterator[None]:
+    """Hold the lock ``path``, or go on without it after ``patience_seconds`` or where the file system has no locks."""
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            LOGGER.info("kernels: waiting for another process that builds the %s library (lock %s)", backend, path)
+            lock.acquire(timeout=patience_seconds)
+    except Timeout:
+        LOGGER.warning("kernels: %s was held for %.0f s; building without it", path, patience_seconds)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        LOGGER.warning("kernels: the file system of %s has no locks; building without one", path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def prebuilt_library(backend: Backend, devices: Iterable[tuple[int, int]] = ()) -> Library | None:
@@ -102,31 +131,31 @@ def fitting_library(backend: Backend, cache: Path, devices: Iterable[tuple[int, 
 def _first_fitting(folders: Iterable[Path], backend: Backend, devices: Iterable[tuple[int, int]]) -> Library | None:
     sources, major, features = digest(source_folder(), backend), find_torch().major, cpu_features()
     for folder in folders:
-        facts = _facts(folder)
-        if facts is None or facts["sources"] != sources or facts["torch_major"] != major:
+        built = _metadata(folder)
+        if built is None or built["sources"] != sources or built["torch_major"] != major:
             continue
-        fits_cpu = facts["machine"] == platform.machine() and set(facts["features"]) <= features
-        if fits_cpu and all(runs_on(facts["architectures"], device) for device in devices):
+        fits_cpu = built["machine"] == platform.machine() and set(built["features"]) <= features
+        if fits_cpu and all(runs_on(built["architectures"], device) for device in devices):
             return _read(folder, backend)
     return None
 
 
 def _build(recipe: Recipe, folder: Path, *, jobs: int, replace: bool) -> Library:
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}{_PARTIAL}", dir=folder.parent))
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
     try:
-        replace_text(partial / "owner.json", json.dumps(vars(Owner.here())))
         start = time.monotonic()
         _run_ninja(recipe, partial, jobs=jobs)
-        facts = {**recipe.facts(), "seconds": round(time.monotonic() - start, 1), "host": socket.gethostname()}
-        for leftover in (*partial.glob("*.o"), *partial.glob(".ninja*"), partial / "owner.json"):
+        built = {**recipe.metadata(), "seconds": round(time.monotonic() - start, 1), "host": socket.gethostname()}
+        for leftover in (*partial.glob("*.o"), *partial.glob(".ninja*")):
             leftover.unlink()
-        sync(partial / recipe.file)
-        replace_text(partial / _FACTS, json.dumps(facts, indent=1) + "\n")
-        _publish(partial, folder, replace=replace)
+        (partial / _METADATA).write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
+        # What another process published meanwhile, without the lock, is as good.
+        ours = publish_directory(partial, folder, keep=lambda there: not replace and _metadata(there) is not None)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    library = _read(folder, recipe.backend, built_now=True)
-    assert library is not None, "a library was published without its facts"
+    library = _read(folder, recipe.backend, built_now=ours)
+    assert library is not None, "a library was published without its metadata"
     return library
 
 
@@ -156,54 +185,37 @@ def _failure(recipe: Recipe, log: Path) -> str:
     )
 
 
-def _publish(partial: Path, folder: Path, *, replace: bool) -> None:
-    """Make ``partial`` the result in one go; what is there already stays, or makes room with ``replace``."""
-    if not replace and _facts(folder) is not None:
-        return  # by another process, which took the lock for stale; what it built is as good
-    os.chmod(partial, 0o755)  # noqa: PTH101 - mkdtemp made it private
-    aside = partial.with_name(f"{partial.name}.old")
-    if folder.exists():
-        folder.rename(aside)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if _facts(folder) is None:
-            raise
-    shutil.rmtree(aside, ignore_errors=True)
-    sync(folder.parent)
-
-
 def _remove_abandoned(cache: Path, key: str) -> None:
-    """Remove what builds of the same key have left whose process has ended."""
+    """Remove what builds of the same key left whose process has ended here, or may have elsewhere: those a day old."""
+    here = f"{key}{_PARTIAL}{socket.gethostname()}-"
     for folder in cache.glob(f"{key}{_PARTIAL}*"):
-        try:
-            owner = Owner(**json.loads((folder / "owner.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            continue
-        if owner.has_ended:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            pid = folder.name.removeprefix(here).split("-")[0] if folder.name.startswith(here) else ""
+            ended = pid.isdigit() and not psutil.pid_exists(int(pid))
+            if ended or time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(folder: Path, backend: Backend, *, built_now: bool = False) -> Library | None:
-    facts = _facts(folder)
+    built = _metadata(folder)
     path = folder / f"libmegatron_ext_{backend}.so"
-    if facts is None or not path.is_file():
+    if built is None or not path.is_file():
         return None
-    return Library(backend, path, float(facts["seconds"]), built_now, tuple(facts["architectures"]))
+    return Library(backend, path, float(built["seconds"]), built_now, tuple(built["architectures"]))
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
+def _metadata(folder: Path) -> dict[str, Any] | None:
     try:
-        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        built: dict[str, Any] = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts
+    return built
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
+def _publication(folder: Path) -> tuple[int, int] | None:
     """What tells one publication from the next; None where there is none."""
     try:
-        status = (folder / _FACTS).stat()
+        status = (folder / _METADATA).stat()
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns

@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from megatron_ext.ops.building.architectures import Architecture, choose_architectures
-from megatron_ext.ops.building.sources import Backend, digest, source_folder, translation_units
+import megatron_ext
 from megatron_ext.ops.building.toolchain import (
+    Architecture,
+    KernelsUnavailableError,
     Tool,
     Torch,
+    choose_architectures,
     cpu_features,
     find_compiler,
     find_ninja,
@@ -19,7 +24,15 @@ from megatron_ext.ops.building.toolchain import (
     find_torch,
     nvcc_architectures,
 )
-from megatron_ext.runtime.kernel_environment import KernelEnvironment
+from megatron_ext.runtime.environment import KernelEnvironment
+
+Backend = Literal["cpu", "cuda"]
+CPU: Backend = "cpu"
+CUDA: Backend = "cuda"
+BACKENDS = (CPU, CUDA)
+
+_PACKAGE = Path(megatron_ext.__file__).parent
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', flags=re.MULTILINE)
 
 TORCH_TARGET = "0x020b000000000000"
 """The oldest torch whose stable ABI the libraries ask for: 2.11, the lowest that the package allows."""
@@ -32,6 +45,55 @@ BINDING_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-fvisibility
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-Wall")
 """Of csrc/cuda."""
+
+
+def source_folder() -> Path:
+    """The folder csrc: inside an installed package, or beside the package in a checkout.
+
+    Raises:
+        KernelsUnavailableError: neither has it.
+    """
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if (folder / "common" / "abi.h").is_file():
+            return folder
+    raise KernelsUnavailableError(f"the kernels' sources are not beside {_PACKAGE}; install the package again")
+
+
+def prebuilt_folder() -> Path:
+    """Where an installation puts what it compiled ahead of time; need not exist."""
+    return _PACKAGE / "ops" / "prebuilt"
+
+
+def translation_units(folder: Path, backend: Backend) -> list[Path]:
+    """Files of ``folder`` that are compiled for a backend, in the order in which they are linked.
+
+    The operators' schemas are in the CPU library alone: it is loaded first, on every machine.
+    """
+    own = sorted((folder / backend).glob("*.cpp" if backend == "cpu" else "*.cu"))
+    bindings = ["schema.cpp", "cpu.cpp"] if backend == "cpu" else ["cuda.cpp"]
+    return own + [folder / "bindings" / name for name in bindings]
+
+
+def digest(folder: Path, backend: Backend) -> str:
+    """SHA-256 (hex) of every file that a library is made of, by name and content: its sources and what they include."""
+    total = hashlib.sha256()
+    for path in sorted(_with_included(folder, backend)):
+        content = path.read_bytes()
+        total.update(f"{os.path.relpath(path, folder)} {len(content)}\n".encode() + content)
+    return total.hexdigest()
+
+
+def _with_included(folder: Path, backend: Backend) -> set[Path]:
+    """The translation units, and the files of ours that they include."""
+    found: set[Path] = set()
+    waiting = translation_units(folder, backend)
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = _INCLUDE.findall(path.read_text(encoding="utf-8"))
+            waiting += [Path(os.path.normpath(path.parent / name)) for name in names]
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,20 +123,11 @@ class Recipe:
     @property
     def key(self) -> str:
         """Name of the result: another one where files, options, compilers, CPU or torch's ABI differ."""
-        content = {
-            "sources": self.sources,
-            "compiler": str(self.compiler),
-            "nvcc": None if self.nvcc is None else str(self.nvcc),
-            "architectures": [str(architecture) for architecture in self.architectures],
-            "flags": [KERNEL_FLAGS, BINDING_FLAGS, NVCC_FLAGS, TORCH_TARGET],
-            "features": sorted(self.features),
-            "machine": platform.machine(),
-            "torch": self.torch.major,
-        }
+        content = {**self.metadata(), "flags": [KERNEL_FLAGS, BINDING_FLAGS, NVCC_FLAGS, TORCH_TARGET]}
         return f"{self.backend}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]}"
 
-    def facts(self) -> dict[str, object]:
-        """What is written beside the library: for people, and to judge whether it fits another machine."""
+    def metadata(self) -> dict[str, object]:
+        """What is written beside the library: for people, and to tell whether it fits another machine."""
         return {
             "backend": self.backend,
             "sources": self.sources,

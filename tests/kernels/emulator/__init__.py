@@ -1,1 +1,1 @@
-"""The emulated GPU: csrc/emulator, and the kernels of csrc/cuda compiled for it by g++."""
+"""An emulated GPU, and the kernels of csrc/cuda compiled for it by g++."""

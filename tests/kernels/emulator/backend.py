@@ -5,15 +5,13 @@ from types import ModuleType
 
 import torch
 
-from tests.kernels.abi import addresses
 from tests.kernels.emulator.build import kernels
-from tests.kernels.guarded import Guarded, GuardedMemory
-from tests.kernels.interface import STREAM, Argument, KernelError, check_canaries
+from tests.kernels.interface import STREAM, Argument, Guarded, GuardedMemory, KernelError, addresses, check_canaries
 
 
 @dataclass(frozen=True)
 class EmulatorBackend(Guarded):
-    """The CUDA kernels, compiled by g++ and run by csrc/emulator, in one order of threads and blocks."""
+    """The CUDA kernels, compiled by g++ and run by the emulator, in one order of threads and blocks."""
 
     order: str
     seed: int

@@ -13,8 +13,10 @@ from types import ModuleType
 
 from tests.kernels.building import SOURCES, CannotBuildError, Step, make, python_flags, tool, version_of
 
+FOLDER = Path(__file__).parent
+LANGUAGE = FOLDER / "cuda_emulator.h"
 COMMON_FLAGS = "-std=c++17 -O2 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -march=native"
-# The calls before each access, whose answers are csrc/emulator/shadow.cpp's and not those of the sanitizer's runtime.
+# The calls before each access, whose answers are shadow.cpp's and not those of the sanitizer's runtime.
 INSTRUMENTED = "-fsanitize=thread"
 SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
@@ -31,24 +33,17 @@ def module_name(sources: Sequence[Path]) -> str:
     return f"mx_emulator_{hashlib.sha256(' '.join(functions_of(sources)).encode()).hexdigest()[:8]}"
 
 
-def emulator_module(
-    sources: Sequence[Path], root: Path = SOURCES, *, sanitized: bool = False, declarations: str = ""
-) -> Path:
-    """Builds the module of ``sources`` with the emulator below ``root`` (the folder csrc, or a copy of it).
-
-    ``declarations`` are those of the sources' functions that csrc/common/abi.h does not have.
-    """
+def emulator_module(sources: Sequence[Path], *, sanitized: bool = False, declarations: str = "") -> Path:
+    """Builds the module of ``sources``; ``declarations``: those of their functions that csrc/common/abi.h lacks."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         raise CannotBuildError("the emulator's fibers are written for Linux on x86-64")
     compiler, version = tool("g++"), version_of("g++")
     flags = f"{COMMON_FLAGS} {SANITIZED}" if sanitized else COMMON_FLAGS
-    kernel = f"{compiler} -x c++ {flags} {'' if sanitized else INSTRUMENTED} -c $in -o $out"
-    steps = [Step(kernel, (source,), ".o", version) for source in sources]
+    kernel = f"{compiler} -x c++ -include {LANGUAGE} {flags} {'' if sanitized else INSTRUMENTED} -c $in -o $out"
+    steps = [Step(kernel, (source,), ".o", version, (LANGUAGE,)) for source in sources]
     for name in ("machine", "shadow", "fiber", "module"):
         extra = _module_flags(sources, declarations) if name == "module" else ""
-        steps.append(
-            Step(f"{compiler} {flags} {extra} -c $in -o $out", (root / f"emulator/{name}.cpp",), ".o", version)
-        )
+        steps.append(Step(f"{compiler} {flags} {extra} -c $in -o $out", (FOLDER / f"{name}.cpp",), ".o", version))
     link = f"{compiler} -shared {SANITIZED if sanitized else ''} $in -o $out"
     return make([Step(link, tuple(make(steps)), ".so", version)])[0]
 
@@ -78,4 +73,4 @@ def kernels(root: Path = SOURCES) -> ModuleType:
     if not sources:
         raise CannotBuildError("there are no kernels in csrc/cuda")
     # The slow test under sanitizers runs the same tests on another build.
-    return load(emulator_module(sources, root, sanitized="KERNEL_TEST_SANITIZED" in os.environ), sources)
+    return load(emulator_module(sources, sanitized="KERNEL_TEST_SANITIZED" in os.environ), sources)

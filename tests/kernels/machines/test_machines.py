@@ -10,7 +10,7 @@ import torch
 
 from tests.kernels.building import CannotBuildError
 from tests.kernels.emulator.build import emulator_module, load
-from tests.kernels.guarded import GuardedMemory
+from tests.kernels.interface import GuardedMemory
 from tests.kernels.nvcc import ptx_of
 from tests.kernels.ptx.backend import PtxModule
 from tests.kernels.ptx.parser import PtxError

@@ -109,8 +109,8 @@ LAYER_NORM = (
     Fault(
         "gradient of the sum left out",
         BACKWARD,
-        "if (MODE == kAdd && a.dsum) {",
-        "if (MODE == kAdd && a.dsum && a.cols < 0) {",
+        "if (ADD && a.dsum) {",
+        "if (ADD && a.dsum && a.cols < 0) {",
         ("add_layer_norm",),
     ),
 )
@@ -119,8 +119,8 @@ ATTENTION = (
     Fault(
         "no guard of the last rows",
         SOFTMAX,
-        "scratch + 2 * kMaxWarps);\n  if (row >= shape.rows) return;\n",
-        "scratch + 2 * kMaxWarps);\n",
+        "scratch + kMaxWarps);\n  if (row >= shape.rows) return;\n",
+        "scratch + kMaxWarps);\n",
         SOFT,
     ),
     Fault(
@@ -133,7 +133,7 @@ ATTENTION = (
     Fault(
         "scratch used twice without a barrier",
         SOFTMAX,
-        "reduce_row<Sum>(total, scratch + 2 * kMaxWarps);",
+        "reduce_row<Sum>(total, scratch + kMaxWarps);",
         "reduce_row<Sum>(total, scratch);",
         SOFT,
     ),
@@ -151,8 +151,7 @@ ATTENTION = (
         "",
         SOFT,
     ),
-    Fault("one mask for every batch", ROWS, "mask.shared ? 0 :", "!mask.shared ? 0 :", SOFT),
-    Fault("a row that sees nothing", SOFTMAX, "if constexpr (MASKED) empty = top[1] == 0.f;", "", SOFT),
+    Fault("rows of the first matrix", ROWS, "static_cast<uint32_t>(row) % sq", "static_cast<uint32_t>(row)", SOFT),
     Fault(
         "long rows: noise forgotten going back",
         LOOP,
@@ -170,7 +169,7 @@ ATTENTION = (
     Fault(
         "long rows: scratch used twice without a barrier",
         LOOP,
-        "reduce_row<Sum>(total, scratch + 2 * kMaxWarps);",
+        "reduce_row<Sum>(total, scratch + kMaxWarps);",
         "reduce_row<Sum>(total, scratch);",
         SOFT,
     ),

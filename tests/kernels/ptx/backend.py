@@ -7,10 +7,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from tests.kernels.abi import addresses
 from tests.kernels.emulator.build import kernels
-from tests.kernels.guarded import Guarded, GuardedMemory
-from tests.kernels.interface import STREAM, Argument, KernelError, check_canaries
+from tests.kernels.interface import STREAM, Argument, Guarded, GuardedMemory, KernelError, addresses, check_canaries
 from tests.kernels.nvcc import kernel_sources, ptx_of
 from tests.kernels.ptx.batch import Dimensions, Launch
 from tests.kernels.ptx.machine import Program, run_launch

@@ -18,7 +18,8 @@ TABLE = read_table()
 REWRITE = "`python -m tests.kernels.static` rewrites the table, if this is meant"
 
 
-@pytest.fixture(params=ARCHITECTURES)
+# All but one are slow: what is right for one is mostly right for all.
+@pytest.fixture(params=[pytest.param(name, marks=() if name == "90" else pytest.mark.slow) for name in ARCHITECTURES])
 def architecture(request: pytest.FixtureRequest) -> str:
     """A name of an architecture."""
     return str(request.param)

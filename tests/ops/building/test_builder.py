@@ -1,7 +1,9 @@
 """Builds are whole or not there, happen once, and do not wait for one that was killed."""
 
 import ctypes
+import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch  # noqa: F401 - brings the libraries that the built one asks for
+from filelock import FileLock
 
 from megatron_ext.ops.building import builder
 from megatron_ext.ops.building.builder import cached_library, fitting_library, prebuilt_library
-from megatron_ext.ops.building.problem import KernelsUnavailableError
-from megatron_ext.ops.building.recipe import Recipe
-from megatron_ext.ops.building.sources import BACKENDS, digest, source_folder, translation_units
+from megatron_ext.ops.building.recipe import BACKENDS, Recipe, digest, source_folder, translation_units
+from megatron_ext.ops.building.toolchain import KernelsUnavailableError
+from megatron_ext.runtime.log import LOGGER
 from tests.ops.building.small_library import build_small, compilations, small_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -29,6 +32,11 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 def build_elsewhere(folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.ops.building.small_library", str(folder)]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+
+def names(cache: Path) -> list[str]:
+    """What is in the cache; whether a lock's file stays is filelock's business."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
 
 
 def wait_for_the_first_compilation(folder: Path) -> None:
@@ -48,9 +56,9 @@ def test_what_was_built_loads_and_is_found_again(tmp_path: Path) -> None:
     again = build_small(tmp_path)
     assert again == replace(library, built_now=False) == cached_library(recipe, tmp_path / "cache")
     assert compilations(tmp_path) == 3
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [recipe.key]
-    facts = json.loads((library.path.parent / "build.json").read_text(encoding="utf-8"))
-    assert facts["sources"] == recipe.sources
+    assert names(tmp_path / "cache") == [recipe.key]
+    built = json.loads((library.path.parent / "build.json").read_text(encoding="utf-8"))
+    assert built["sources"] == recipe.sources
 
 
 def test_force_builds_again_and_replaces(tmp_path: Path) -> None:
@@ -71,15 +79,60 @@ def test_a_build_that_was_killed_in_the_middle_keeps_nobody_waiting(tmp_path: Pa
     wait_for_the_first_compilation(tmp_path)
     (os.killpg if with_its_children else os.kill)(killed.pid, signal.SIGKILL)
     killed.wait()
-    cache = tmp_path / "cache"
-    assert {path.suffix for path in cache.iterdir()} >= {".lock"}
+    (partial,) = names(tmp_path / "cache")
+    assert ".partial-" in partial
     (tmp_path / "wait").unlink()
     start = time.monotonic()
     library = build_small(tmp_path)
     assert library.built_now
     assert time.monotonic() - start < 20
     assert ctypes.CDLL(str(library.path)).mx_cpu_a() == 42
-    assert sorted(path.name for path in cache.iterdir()) == [small_recipe(tmp_path).key]
+    assert names(tmp_path / "cache") == [small_recipe(tmp_path).key]
+
+
+def test_who_waits_says_for_what_and_does_not_wait_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.INFO)
+    recipe, cache = small_recipe(tmp_path), tmp_path / "cache"
+    lock = cache / f"{recipe.key}.lock"
+    cache.mkdir()
+    with FileLock(lock):
+        library = builder.build_library(recipe, cache, jobs=1, patience_seconds=0.2)
+    assert library.built_now
+    assert [record.getMessage() for record in caplog.records if record.name == LOGGER.name] == [
+        f"kernels: waiting for another process that builds the cpu library (lock {lock})",
+        f"kernels: {lock} was held for 0 s; building without it",
+    ]
+
+
+def test_without_locks_the_first_to_finish_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def second(recipe: Recipe, partial: Path, *, jobs: int) -> None:
+        (tmp_path / "wait").unlink()
+        assert other.wait(60) == 0
+        run_ninja(recipe, partial, jobs=jobs)
+
+    small_recipe(tmp_path)
+    (tmp_path / "wait").touch()
+    other, run_ninja = build_elsewhere(tmp_path), builder._run_ninja
+    wait_for_the_first_compilation(tmp_path)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(builder, "_run_ninja", second)
+    library = build_small(tmp_path)
+    assert not library.built_now
+    assert ctypes.CDLL(str(library.path)).mx_cpu_a() == 42
+    assert compilations(tmp_path) == 6
+    assert names(tmp_path / "cache") == [small_recipe(tmp_path).key]
+
+
+def test_what_was_published_and_is_damaged_is_replaced(tmp_path: Path) -> None:
+    (build_small(tmp_path).path.parent / "build.json").unlink()
+    assert build_small(tmp_path).built_now
+    assert names(tmp_path / "cache") == [small_recipe(tmp_path).key]
 
 
 def test_several_at_once_build_once(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""Before a run trains: do all ranks run the same thing, and are their hosts fit for it."""

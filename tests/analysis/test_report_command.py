@@ -1,0 +1,110 @@
+"""The report command."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from megatron_ext.analysis.report import run_labels
+from megatron_ext.cli.report import command
+from megatron_ext.errors import UserError
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.records import EvalRecord, EventRecord
+from tests.metrics.test_records import train_record
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_run(run_dir: Path, steps: int = 30) -> Path:
+    sink = JsonlSink(run_dir / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        sink.train(train_record(step=step, tokens=step * 64, loss=2 + 5 / step))
+    sink.evaluation(EvalRecord.from_loss(step=steps, tokens=steps * 64, loss=2.5))
+    sink.event(EventRecord("resume", {"step": 3}))
+    sink.close()
+    return run_dir
+
+
+def test_one_run_gets_a_page_in_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    command([run])
+    page = run / "report.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    command([run / "metrics.jsonl"])
+    assert capsys.readouterr().out == f"{page}\n"
+
+
+@pytest.mark.parametrize(("name", "begins"), [("compare.png", PNG), ("Compare.HTML", b"<!DOCTYPE html>")])
+def test_several_runs_are_shown_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, begins: bytes
+) -> None:
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", steps=1)]
+    output = tmp_path / "deep" / "er" / name
+    command(runs, output=output)
+    assert output.read_bytes().startswith(begins)
+    assert capsys.readouterr().out == f"{output}\n"
+
+
+def test_several_runs_go_to_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    monkeypatch.chdir(tmp_path)
+    command(runs, target_loss=2.6)
+    page = (tmp_path / "report.html").read_text()
+    assert "2 runs compared" in page
+    assert "2.6000, as asked for" in page
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.png"])
+def test_a_partial_file_is_shown(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run")
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content[: len(content) // 2])
+    command([run], output=run / name)
+    assert (run / name).is_file()
+
+
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_bad_input_is_named(tmp_path: Path, suffix: str) -> None:
+    empty, output = tmp_path / "empty", tmp_path / f"report.{suffix}"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"empty: no metrics\.jsonl there"):
+        command([empty], output=output)
+    JsonlSink(empty / "metrics.jsonl").close()
+    with pytest.raises(UserError, match="no train record yet"):
+        command([empty], output=output)
+    run = make_run(tmp_path / "run")
+    output.mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        command([run], output=output)
+
+
+def test_bad_options_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"ends in \.html or \.png"):
+        command([run], output=tmp_path / "report.pdf")
+    for loss in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"--target-loss is .*above 0"):
+            command([run], target_loss=loss)
+    with pytest.raises(UserError, match="the picture has no table"):
+        command([run], output=tmp_path / "report.png", target_loss=2.0)
+
+
+def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("x/slw", "y/slw", "y/baseline")]
+    for run in runs:
+        run.mkdir(parents=True)
+    assert run_labels([runs[0], runs[2]]) == ["slw", "baseline"]
+    assert run_labels(runs) == ["x/slw", "y/slw", "y/baseline"]
+    assert run_labels([runs[0], runs[0]]) == [str(runs[0])] * 2
+    assert run_labels([runs[0] / "metrics.jsonl"]) == ["slw"]
+
+
+def test_help_has_an_example() -> None:
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert "--output" in result.output
