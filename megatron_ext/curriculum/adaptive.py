@@ -105,7 +105,7 @@ class Schedule:
         return False
 
     def decide(self, after: PlannedStep) -> Decision:
-        """The decision after a step, from what was observed up to it; changes nothing."""
+        """The decision after a step, from what was observed up to it; changes nothing. Asked where one is due."""
         raise AssertionError(f"no decision is due after step {after.step} of a fixed plan")
 
     def apply(self, decision: Decision) -> None:
@@ -135,11 +135,9 @@ class Schedule:
 
 def open_schedule(pacing: Pacing, run: RunSpec) -> Schedule:
     """The schedule of a run from its beginning. Raises UserError as TrainingPlan.build does."""
-    return (
-        AdaptiveSchedule(pacing, run)
-        if isinstance(pacing, AdaptivePacing)
-        else Schedule(TrainingPlan.build(pacing, run))
-    )
+    if isinstance(pacing, AdaptivePacing):
+        return AdaptiveSchedule(pacing, run)
+    return Schedule(TrainingPlan.build(pacing, run))
 
 
 @dataclass(frozen=True)
