@@ -129,15 +129,14 @@ test-lowest:
 	$(MAKE) test VENV=$(LOWEST_VENV) TORCH=torch EXTRAS=hf,dev \
 		PIP='$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c .lowest-constraints.txt'
 
-# On Python 3.12, for which the newest megatron-core is. What is installed already is upgraded. Without the kernels, which
-# do not depend on it; with several ranks.
-NEWEST_PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(NEWEST_VENV)/bin/python -m pytest -p no:cacheprovider
+# On Python 3.12, for which the newest megatron-core is; what is installed already is upgraded. `test-fast`, and what the
+# versions could change in runs of several ranks.
 test-newest:
 	rm -f $(NEWEST_VENV)/.installed
-	$(MAKE) venv VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON) TORCH="$(ANY_TORCH)" EXTRAS=hf,dev \
+	$(MAKE) test-fast VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON) TORCH="$(ANY_TORCH)" EXTRAS=hf,dev \
 		PIP='$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager'
-	$(NEWEST_PYTEST) -m 'not (slow or gpu or cluster or kernels or processes)'
-	$(NEWEST_PYTEST) -m 'processes and not (slow or gpu or cluster)' tests/model tests/parallel tests/train
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(NEWEST_VENV)/bin/python -m pytest -p no:cacheprovider \
+		-m 'processes and not (slow or gpu or cluster)' tests/model tests/parallel tests/train
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .lowest-constraints.txt
