@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from megatron_ext.curriculum.pacing import Pacing, RunSpec
-from megatron_ext.curriculum.pacings import AdaptivePacing
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.errors import UserError
 
@@ -29,7 +27,7 @@ class Decision:
     """Length of the step before, in tokens."""
 
     loss_ratio: float | None
-    """Largest in the interval (see above)."""
+    """Largest in the interval, as adaptive.py computes it."""
 
     variance_ratio: float | None
     """Likewise; None where the variance was not measured."""
@@ -97,13 +95,3 @@ class Schedule:
                 f"the checkpoint holds a pacing state with {', '.join(sorted(state))}, and this version's pacing of "
                 "the run has none: resume with the version that wrote it"
             )
-
-
-def open_schedule(pacing: Pacing, run: RunSpec) -> Schedule:
-    """The schedule of a run from its beginning. Raises UserError as TrainingPlan.build does."""
-    if not isinstance(pacing, AdaptivePacing):
-        return Schedule(TrainingPlan.build(pacing, run))
-    # A run whose plan is fixed needs none of it.
-    from megatron_ext.curriculum.adaptive import AdaptiveSchedule
-
-    return AdaptiveSchedule(pacing, run)
