@@ -17,9 +17,6 @@ from megatron_ext.metrics.records import (
 )
 from megatron_ext.runtime.files import replacing
 
-FILE_NAME = "metrics.jsonl"
-"""Name of the file in a run's directory."""
-
 ROLLED_BACK_NAME = "rolled_back.jsonl"
 """Name of the file beside it that keeps the records of steps over which the run rolled back."""
 

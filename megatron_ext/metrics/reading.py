@@ -13,8 +13,8 @@ import numpy.typing as npt
 import orjson
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import FILE_NAME
 from megatron_ext.metrics.records import (
+    FILE_NAME,
     EvalRecord,
     EventRecord,
     Record,

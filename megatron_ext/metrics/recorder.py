@@ -9,8 +9,8 @@ from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.metrics.console import LogLines, ProgressBar
-from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink
-from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.records import FILE_NAME, EvalRecord, EventRecord, TrainRecord
 from megatron_ext.runtime.log import file_only
 
 

@@ -26,6 +26,9 @@ import numpy.typing as npt
 from megatron_ext.errors import UserError
 from megatron_ext.text import put_back, take_out
 
+FILE_NAME = "metrics.jsonl"
+"""Name of the file in a run's directory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRecord:

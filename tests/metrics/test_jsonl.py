@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink
+from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.reading import Metrics, read_columns, read_events, read_metrics
-from megatron_ext.metrics.records import EvalRecord, EventRecord, encode
+from megatron_ext.metrics.records import FILE_NAME, EvalRecord, EventRecord, encode
 from tests.metrics.test_records import train_record, train_records
 
 
