@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import read_columns, read_events
+from megatron_ext.metrics.reading import read_columns, read_events
 
 Floats = npt.NDArray[np.float64]
 

@@ -19,12 +19,13 @@ from megatron_ext.config.training import (
     TrainingConfig,
     ValidationConfig,
 )
-from megatron_ext.curriculum.adaptive import Schedule, open_schedule
 from megatron_ext.curriculum.guards import GuardsConfig
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
+from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
 from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
+from megatron_ext.curriculum.schedule import Schedule
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {

@@ -22,7 +22,7 @@ from megatron_ext.experiments.tune_jobs import Runner
 from megatron_ext.experiments.tune_search import Candidate, Grid, Outcome, Point, Verdict, next_step, verdict_of
 from megatron_ext.experiments.tune_space import TuneRun, probe_name
 from megatron_ext.metrics.jsonl import FILE_NAME as METRICS_FILE
-from megatron_ext.metrics.jsonl import Column, read_columns
+from megatron_ext.metrics.reading import Column, read_columns
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.text import spell_non_finite

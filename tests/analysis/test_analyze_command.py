@@ -13,7 +13,8 @@ import pytest
 from megatron_ext.cli.analyze import command
 from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import JsonlSink, read_metrics
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.reading import read_metrics
 from megatron_ext.metrics.records import EvalRecord, EventRecord
 from megatron_ext.worker import main
 from tests.metrics.test_records import train_record

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import Schedule
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.curriculum.sampler import batch_slices
+from megatron_ext.curriculum.schedule import Schedule
 from megatron_ext.errors import UserError
 from tests.curriculum.adaptive_runs import Losses, adaptive, adaptive_config, adaptive_configs, noise, walk, whole
 from tests.curriculum.runs import formula_value, run_config
