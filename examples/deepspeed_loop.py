@@ -77,7 +77,7 @@ def main() -> None:
         starts = torch.randint(len(data) - SEQ_LEN, (BATCH, 1)).to(engine.device)  # the same on every rank
         rows = data[starts + torch.arange(seq_len + 1, device=engine.device)][rank::ranks]
         total = torch.zeros((), device=engine.device)
-        for micro_batch in rows.split(sizes):
+        for micro_batch in torch.split(rows, sizes):
             # Divided by the tokens of the global batch, times ranks because DeepSpeed averages over them.
             loss = engine(micro_batch) * ranks / (BATCH * seq_len)
             engine.backward(loss, scale_wrt_gas=False)

@@ -63,7 +63,7 @@ def main() -> None:
     plan = TrainingPlan.build(LinearPacing(start=8, duration=Duration(steps=60)), run)
     arguments.max_steps = plan.steps
 
-    class SlwTrainer(Trainer):
+    class SlwTrainer(Trainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *_: Any) -> Any:
             length = plan[self.state.global_step].seq_len
             return super().training_step(model, {name: rows[:, :length] for name, rows in inputs.items()})

@@ -4,16 +4,17 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import Schedule
 from megatron_ext.curriculum.guards import Guard
 from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.curriculum.schedule import Schedule
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
@@ -22,15 +23,17 @@ from megatron_ext.engine.engine import Engine
 from megatron_ext.metrics.adam_variance import AdamVariance
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
-from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
-from megatron_ext.ops.kernels import Kernels, choose_kernels
+from megatron_ext.ops.choice import choose_kernels
+from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
-from megatron_ext.runtime.profiler import StepProfiler
+
+if TYPE_CHECKING:
+    from megatron_ext.runtime.profiler import StepProfiler
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Run:
     guard: Guard | None
     variance: AdamVariance
     pending: PendingSteps
-    rates: Rates
+    rates: Rates | None
     recorder: Recorder
-    profiler: StepProfiler | None
+    profiler: "StepProfiler | None"
     first_step: int
 
     @property
@@ -184,17 +187,24 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
     )
 
 
-def _rates(config: RunConfig, *, ranks: int) -> Rates:
+def _rates(config: RunConfig, *, ranks: int) -> Rates | None:
+    """What utilization is computed from; None where the peak rate of a device is not known."""
+    if not config.metrics.peak_tflops:
+        return None
+    from megatron_ext.model.counts import step_flops
+
     return Rates(
         flops=lambda step: step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len),
         peak_flops=config.metrics.peak_tflops * 1e12 * ranks,
     )
 
 
-def _profiler(config: RunConfig, device: Device, *, rank: int) -> StepProfiler | None:
+def _profiler(config: RunConfig, device: Device, *, rank: int) -> "StepProfiler | None":
     wanted = config.metrics.profile
     if wanted is None or rank not in wanted.ranks:
         return None
+    from megatron_ext.runtime.profiler import StepProfiler
+
     file = config.run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
     return StepProfiler(file, device, first=wanted.step - 1, count=wanted.steps)
 

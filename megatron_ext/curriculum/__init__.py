@@ -5,7 +5,6 @@ samples. Nothing here knows a framework, a device or ranks.
 """
 
 from megatron_ext.base import Duration
-from megatron_ext.curriculum.adaptive import AdaptiveSchedule, Decision, Schedule, open_schedule
 from megatron_ext.curriculum.guards import Guard, GuardsConfig, GuardStop, Incident, LossRatioGuard
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
 from megatron_ext.curriculum.loss_ratio import LossRatio
@@ -29,12 +28,12 @@ from megatron_ext.curriculum.sampler import (
     micro_batch_sizes,
     rank_block,
 )
+from megatron_ext.curriculum.schedule import Decision, Schedule, open_schedule
 from megatron_ext.errors import UserError
 
 __all__ = [
     "PACINGS",
     "AdaptivePacing",
-    "AdaptiveSchedule",
     "BatchSizeWarmup",
     "BatchSlices",
     "ConstantPacing",

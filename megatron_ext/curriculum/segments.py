@@ -127,6 +127,7 @@ def phases_of(lengths: Levels, batch_sizes: Levels, *, step: int = 0, tokens: in
         here = Phase(first_step=step, first_tokens=tokens, batch_size=batch.value, seq_len=length.value)
         if not phases or (phases[-1].batch_size, phases[-1].seq_len) != (here.batch_size, here.seq_len):
             phases.append(here)
+        # Go on to the next change of either; what lies between is a number of equal steps.
         changes = [*length.next_change(here), *batch.next_change(here)]
         if not changes:
             return phases

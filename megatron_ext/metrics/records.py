@@ -205,10 +205,6 @@ def decode(line: Mapping[str, object]) -> Record | None:
     missing = _REQUIRED[cls] - values.keys()
     if missing:
         raise UserError(f"a record of kind {kind} lacks {', '.join(sorted(missing))}")
-    return _build(cls, values)
-
-
-def _build(cls: type[TrainRecord] | type[EvalRecord], values: dict[str, object]) -> TrainRecord | EvalRecord:
     known = {name: values[name] for name in _NAMES[cls] if name in values}
     for name in _LISTS:
         listed = known.get(name)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from megatron_ext.cli.analyze import command
 from megatron_ext.curriculum.loss_ratio import LossRatio
@@ -164,15 +162,6 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         chosen: dict[str, Any] = options
         with pytest.raises(UserError, match=message):
             command(run, **chosen)
-
-
-def test_help_has_an_example() -> None:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0
-    for word in ("Example", "--threshold", "--by-length", "--json"):
-        assert word in result.output
 
 
 def train_rank(_rank: int, _world_size: int, config: str) -> int:

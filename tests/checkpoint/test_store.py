@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.checkpoint import store
 from megatron_ext.checkpoint.store import (
     Manifest,
     begin,
@@ -228,7 +227,7 @@ def killed_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
             patch.setattr(Path, name, counted(getattr(Path, name)))
         patch.setattr(files, "sync", counted(files.sync))
-        patch.setattr(store.shutil, "rmtree", rmtree_in_steps)
+        patch.setattr(shutil, "rmtree", rmtree_in_steps)
         yield
 
 

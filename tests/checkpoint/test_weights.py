@@ -42,7 +42,7 @@ def _weights() -> dict[str, torch.Tensor]:
 
 def _slice(weights: dict[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
     return {
-        name: weight if SPLIT[name] is None else weight.chunk(size, dim=SPLIT[name])[rank].clone()
+        name: weight if (dim := SPLIT[name]) is None else weight.chunk(size, dim=dim)[rank].clone()
         for name, weight in weights.items()
     }
 

@@ -14,7 +14,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.ops import loading
 from megatron_ext.ops.building.builder import Library
 from megatron_ext.ops.building.toolchain import KernelsUnavailableError
-from megatron_ext.ops.kernels import Wanted, choose_kernels
+from megatron_ext.ops.choice import Wanted, choose_kernels
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
