@@ -32,12 +32,15 @@ NEWEST_PYTHON ?= python3.12
 # Tests start up to four processes on a machine that may have two cores: one thread each.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: help venv demo test test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu test-lowest test-newest check format bench clean distclean
+.PHONY: help venv demo test test-fast golden test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu \
+	test-lowest test-newest check format bench clean distclean
 
 help:
 	@echo 'demo         train a small GPT with Sequence Length Warmup on two CPU processes, then show what it learned'
 	@echo 'test         the tests that need neither a GPU nor much time'
-	@echo 'check        ruff, mypy (strict) and the architecture test'
+	@echo 'test-fast    those of `test` that need neither the kernels nor other processes'
+	@echo 'check        ruff, mypy (strict), codespell and the tests of architecture and repository'
+	@echo 'golden       write down the losses that a test compares with, after a change of numerics'
 	@echo 'test-cluster the tests over several hosts, which are namespaces on this machine (as root)'
 	@echo 'test-slow    the long tests            test-gpu     the tests that need an NVIDIA GPU'
 	@echo 'test-mutation  planted faults in the kernels: each has to be noticed by their tests'
@@ -71,6 +74,14 @@ test: venv
 	-$(BIN)/python -m megatron_ext kernels build --cpu
 	$(PYTEST) -m 'not slow and not gpu and not cluster'
 
+# What to run while writing: under a minute and a half. tests/conftest.py says which tests are left out.
+test-fast: venv
+	$(PYTEST) --quiet --ignore=tests/kernels --ignore=tests/cluster --hypothesis-profile=fast \
+		-m 'not (slow or gpu or cluster or kernels or processes)'
+
+golden: venv
+	$(BIN)/python -m tests.golden.golden
+
 # Skips with the reason where this user is not root, or where sshd, pdsh or SLURM are missing. Two labs at a time: their
 # tests wait for limits and for one process that loads, more than for the cores. Each prints when it is done.
 test-cluster: venv
@@ -97,6 +108,8 @@ test-mutation: venv
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python .ci/tidy.py
 	$(BIN)/mypy
 	$(PYTEST) --quiet tests/test_architecture.py tests/test_repository.py
 
@@ -116,15 +129,14 @@ test-lowest:
 	$(MAKE) test VENV=$(LOWEST_VENV) TORCH=torch EXTRAS=hf,dev \
 		PIP='$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c .lowest-constraints.txt'
 
-# On Python 3.12, for which the newest megatron-core is. What is installed already is upgraded. Without the kernels, which
-# do not depend on it; with several ranks.
-NEWEST_PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(NEWEST_VENV)/bin/python -m pytest -p no:cacheprovider
+# On Python 3.12, for which the newest megatron-core is; what is installed already is upgraded. `test-fast`, and what the
+# versions could change in runs of several ranks.
 test-newest:
 	rm -f $(NEWEST_VENV)/.installed
-	$(MAKE) venv VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON) TORCH="$(ANY_TORCH)" EXTRAS=hf,dev \
+	$(MAKE) test-fast VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON) TORCH="$(ANY_TORCH)" EXTRAS=hf,dev \
 		PIP='$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager'
-	$(NEWEST_PYTEST) -m 'not (slow or gpu or cluster or kernels or processes)'
-	$(NEWEST_PYTEST) -m 'processes and not (slow or gpu or cluster)' tests/model tests/parallel tests/train
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(NEWEST_VENV)/bin/python -m pytest -p no:cacheprovider \
+		-m 'processes and not (slow or gpu or cluster)' tests/model tests/parallel tests/train
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .lowest-constraints.txt

@@ -42,9 +42,9 @@ def measure(name: str, repeats: int) -> None:
     """Print one line: medians of ``repeats`` calls, after one that does not count."""
     from megatron_ext.build import build_engine
     from megatron_ext.engine.engine import MicroBatch
+    from megatron_ext.metrics.adam_variance import AdamVariance
     from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_ext.parallel.rng import seed_streams
-    from megatron_ext.stability.adam_variance import AdamVariance
 
     run = config(*SIZES[name])
     layout = initialize_parallel(1, 5.0)

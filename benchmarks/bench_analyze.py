@@ -14,7 +14,7 @@ import numpy as np
 
 from measuring import median_seconds, parser_of
 from megatron_ext.analysis.statistics import AnalysisSettings, Steps, analyze, loss_ratios
-from megatron_ext.metrics.jsonl import read_columns, read_metrics
+from megatron_ext.metrics.reading import read_columns, read_metrics
 from megatron_ext.metrics.records import EvalRecord, TrainRecord, encode
 
 NAMES = ("step", "tokens", "loss", "loss_ratio", "adam_var_l1", "adam_var_max")

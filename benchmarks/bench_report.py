@@ -16,8 +16,6 @@ from megatron_ext.analysis.run_data import read_run
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.analysis.runs import write_metrics
 
-THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
-
 
 def main() -> None:
     """Measure and print."""
@@ -27,8 +25,8 @@ def main() -> None:
         began = time.process_time()
         runs = [read_run(path, label=path.name) for path in paths]
         read = time.process_time()
-        comparison = compare(runs, thresholds=THRESHOLDS)
-        page = report_page(runs, comparison, title="bench", thresholds=THRESHOLDS)
+        comparison = compare(runs)
+        page = report_page(runs, comparison, title="bench")
         drawn = time.process_time()
     sys.stdout.write(f"{count} runs of {steps:,} steps\n")
     sys.stdout.write(f"read {read - began:6.2f} s, page {drawn - read:6.2f} s, {len(page.encode()) / 1e6:.2f} MB\n")

@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class Duration(Section):
-    """A stretch of training: ``{"steps": n}`` or ``{"tokens": n}``, exactly one of the two."""
+    """A part of training: ``{"steps": n}`` or ``{"tokens": n}``, exactly one of the two."""
 
     steps: PositiveInt | None = None
     """Optimizer steps."""

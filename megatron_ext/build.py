@@ -4,33 +4,39 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.checkpoint.store import Manifest
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import Schedule
+from megatron_ext.config.training import ProfileConfig
 from megatron_ext.curriculum.guards import Guard
 from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.plan import TrainingPlan
+from megatron_ext.curriculum.schedule import Schedule
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.engine import Engine
+from megatron_ext.metrics.adam_variance import AdamVariance
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
-from megatron_ext.model.counts import step_flops
 from megatron_ext.model.gpt import build_gpt
-from megatron_ext.ops.kernels import Kernels, choose_kernels
+from megatron_ext.ops.choice import choose_kernels
+from megatron_ext.ops.kernels import Kernels
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
 from megatron_ext.runtime.process_group import Processes
-from megatron_ext.runtime.profiler import StepProfiler
-from megatron_ext.stability.adam_variance import AdamVariance
+
+if TYPE_CHECKING:
+    from megatron_ext.runtime.profiler import StepProfiler
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,9 @@ class Run:
     guard: Guard | None
     variance: AdamVariance
     pending: PendingSteps
-    rates: Rates
+    rates: Rates | None
     recorder: Recorder
-    profiler: StepProfiler | None
+    profiler: "StepProfiler | None"
     first_step: int
 
     @property
@@ -114,9 +120,9 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             guard=guard,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
             pending=PendingSteps(),
-            rates=_rates(config, ranks=processes.info.world_size),
+            rates=_rates(config.model, config.metrics.peak_tflops, ranks=processes.info.world_size),
             recorder=recorder,
-            profiler=_profiler(config, device, rank=processes.info.rank),
+            profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
         )
         with closing(recorder), loader:
@@ -184,18 +190,24 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
     )
 
 
-def _rates(config: RunConfig, *, ranks: int) -> Rates:
+def _rates(model: ModelConfig, peak_tflops: float, *, ranks: int) -> Rates | None:
+    """What utilization is computed from; None where the peak rate of a device is not known."""
+    if not peak_tflops:
+        return None
+    from megatron_ext.model.counts import step_flops
+
     return Rates(
-        flops=lambda step: step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len),
-        peak_flops=config.metrics.peak_tflops * 1e12 * ranks,
+        flops=lambda step: step_flops(model, batch_size=step.batch_size, seq_len=step.seq_len),
+        peak_flops=peak_tflops * 1e12 * ranks,
     )
 
 
-def _profiler(config: RunConfig, device: Device, *, rank: int) -> StepProfiler | None:
-    wanted = config.metrics.profile
+def _profiler(wanted: ProfileConfig | None, run_dir: Path, *, device: Device, rank: int) -> "StepProfiler | None":
     if wanted is None or rank not in wanted.ranks:
         return None
-    file = config.run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
+    from megatron_ext.runtime.profiler import StepProfiler
+
+    file = run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
     return StepProfiler(file, device, first=wanted.step - 1, count=wanted.steps)
 
 

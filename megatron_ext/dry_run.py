@@ -9,7 +9,7 @@ from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
 from megatron_ext.curriculum.sampler import micro_batch_sizes
 from megatron_ext.data.loader import TrainLoader
 from megatron_ext.engine.engine import cut_micro_batches
-from megatron_ext.ops.kernels import choose_kernels
+from megatron_ext.ops.choice import choose_kernels
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
 from megatron_ext.runtime.device import Device, mark, seconds_between

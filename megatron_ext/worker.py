@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
     parser.add_argument("--dry-run", action="store_true", help="try two steps at the longest length and stop")
     options = parser.parse_args(arguments)
     try:
+        # Variables that may not stand on a command line come in a file; relative paths of the config start at the
+        # directory where the command was given.
         take_private_variables()
         if options.directory is not None:
             os.chdir(options.directory)
@@ -92,12 +94,13 @@ def _run(rank: _Rank) -> int:
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
 
+    # The accelerator is named before DeepSpeed is imported, which otherwise looks for one by itself.
     device = select_device(info.local_rank)
     prepare_libraries(info, device.accelerator)
 
-    from megatron_ext.runtime.heartbeat import heartbeat
     from megatron_ext.runtime.rendezvous import StoppedEarlyError, join_rendezvous
 
+    # Ranks find each other before any collective, so that one that does not come can be named.
     cluster = config.cluster
     try:
         rendezvous = join_rendezvous(
@@ -108,14 +111,17 @@ def _run(rank: _Rank) -> int:
         )
     except StoppedEarlyError:
         return _stopped_early()
+    if info.world_size == 1 or not cluster.heartbeat_seconds:
+        return _with_heartbeat(rank, device, rendezvous, None)
+    from megatron_ext.runtime.heartbeat import heartbeat
+
     with heartbeat(rendezvous, seconds=cluster.heartbeat_seconds, run_dir=config.run_dir) as beating:
         return _with_heartbeat(rank, device, rendezvous, beating)
 
 
 def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", beating: "Heartbeat | None") -> int:
-    """Do the work; a failure goes through the heartbeat, which knows whether it is the first."""
+    """Do the work; a failure goes through the heartbeat, where there is one, which knows whether it is the first."""
     from megatron_ext.curriculum.guards import GuardStop
-    from megatron_ext.runtime.failure import Failure, failure_of
     from megatron_ext.runtime.process_group import process_group
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
@@ -127,7 +133,7 @@ def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", bea
             except GuardStop as stopped:
                 # All ranks come here, and a launcher ends the others with the first that leaves.
                 if beating is not None:
-                    beating.fail(Failure(info.rank, str(stopped), 1, "input"))
+                    beating.fail(stopped)
                 if info.is_main:
                     print(f"error: {stopped}", file=sys.stderr)  # noqa: T201
                 processes.barrier()
@@ -135,14 +141,14 @@ def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", bea
             except Exception as error:
                 # Said before the group is left, which may wait for ranks that wait for this one.
                 if beating is not None:
-                    beating.fail(failure_of(error, info.rank))
+                    beating.fail(error)
                 if isinstance(error, UserError) and not processes.first_to("user error"):
                     return 2
                 raise
     except (Exception, SystemExit) as error:
         if beating is None:
             raise
-        beating.fail(failure_of(error, info.rank))
+        beating.fail(error)
 
 
 def _check_hosts(rank: _Rank, device: "Device", rendezvous: "Rendezvous") -> "Preflight | None":

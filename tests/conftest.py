@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A deadline for an example is a timed test: it fails where the machine is busy.
 settings.register_profile("project", deadline=None)
+settings.register_profile("fast", deadline=None, max_examples=20)  # make test-fast
 settings.load_profile("project")
 
 

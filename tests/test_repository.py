@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from packaging.version import Version
+from typer.testing import CliRunner
 
 import megatron_ext
+from megatron_ext.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -74,18 +76,8 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
 
 def test_make_offers_its_targets() -> None:
     described = make("help")
-    for target in (
-        "demo",
-        "test",
-        "check",
-        "test-slow",
-        "test-gpu",
-        "test-lowest",
-        "test-newest",
-        "bench",
-        "clean",
-        "venv",
-    ):
+    targets = "demo test test-fast golden check test-slow test-gpu test-lowest test-newest bench clean venv"
+    for target in targets.split():
         assert re.search(rf"\b{target}\b", described), target
 
 
@@ -130,6 +122,21 @@ def test_ci_script_is_executable_and_valid_bash() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def test_files_are_tidied_and_those_of_a_golden_run_left_alone(tmp_path: Path) -> None:
+    golden, whole, untidy = (tmp_path / name for name in ("tests/golden/run-0.1/log.txt", "whole.txt", "untidy.txt"))
+    golden.parent.mkdir(parents=True)
+    golden.write_bytes(b"a \n\n")
+    whole.write_bytes(b"a\n")
+    untidy.write_bytes(b"a \r\n\tb\n\n")
+    command = [sys.executable, str(ROOT / ".ci" / "tidy.py"), "--fix", "whole.txt", "untidy.txt"]
+    command.append(golden.relative_to(tmp_path).as_posix())
+    done = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False) for _ in range(2)]
+    assert [each.returncode for each in done] == [1, 0]
+    assert done[0].stdout.startswith("untidy.txt: ")
+    assert untidy.read_bytes() == b"a\n\tb\n"
+    assert golden.read_bytes() == b"a \n\n"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_of_documents_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
@@ -137,13 +144,16 @@ def test_links_of_documents_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
-def test_modules_that_documents_name_exist() -> None:
+def test_modules_and_paths_that_documents_name_exist() -> None:
+    folders = "benchmarks|configs|csrc|docs|examples|launch|megatron_ext|tests|[.]ci"
     named = set()
     for document in DOCUMENTS:
-        named |= set(re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)`", document.read_text(encoding="utf-8")))
+        text = document.read_text(encoding="utf-8")
+        named |= set(re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)`", text))
+        named |= set(re.findall(rf"`((?:{folders})/[a-z_0-9./-]*)`", text))  # without those that hold a NAME
     assert len(named) > 20
     for name in sorted(named - {"megatron_ext/a/b.py", "tests/a/test_b.py", "__init__.py"}):
-        assert (ROOT / "megatron_ext" / name).is_file() or (ROOT / name).is_file(), name
+        assert (ROOT / "megatron_ext" / name).is_file() or (ROOT / name).exists(), name
 
 
 def shell_lines(document: Path) -> list[str]:
@@ -167,11 +177,10 @@ def test_commands_that_the_readme_shows_exist_with_their_options() -> None:
         words = line.partition("megatron-ext ")[2].split()
         path = [word for word in words[:2] if not word.startswith(("-", "/")) and "." not in word and "=" not in word]
         path = path[: 2 if path[0] in {"tokenizer", "experiment"} else 1]
-        command = [sys.executable, "-m", "megatron_ext", *path, "--help"]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert shown.returncode == 0, f"{line}: {shown.stderr}"
+        shown = CliRunner().invoke(app, [*path, "--help"])
+        assert shown.exit_code == 0, f"{line}: {shown.output}"
         for option in (word for word in words if word.startswith("--")):
-            assert option.split("=")[0] in shown.stdout, f"{line}: no {option}"
+            assert option.split("=")[0] in shown.output, f"{line}: no {option}"
 
 
 def test_configs_that_the_readme_names_exist() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.analysis.run_data import RunData
+from megatron_ext.curriculum.loss_ratio import THRESHOLDS
 from megatron_ext.text import format_count, format_duration
 
 _NOTHING = "-"
@@ -33,7 +34,7 @@ class RunResult:
     """Seconds of training at that validation."""
 
     above: tuple[int, ...]
-    """Steps with a loss ratio above each threshold."""
+    """Steps with a loss ratio above each of THRESHOLDS."""
 
     largest_ratio: float
     non_finite: int
@@ -78,12 +79,11 @@ class Comparison:
         return notes
 
 
-def compare(runs: Sequence[RunData], *, thresholds: Sequence[float], target: float | None = None) -> Comparison:
+def compare(runs: Sequence[RunData], *, target: float | None = None) -> Comparison:
     """The table of ``runs``: a row for each group, in the order in which they come.
 
     Args:
         runs: At least one.
-        thresholds: Loss ratios above which steps are counted.
         target: Validation loss to reach; by default the first run's final validation loss, or of the first group's
             seeds the highest one, so that all of them reach it.
     """
@@ -91,9 +91,9 @@ def compare(runs: Sequence[RunData], *, thresholds: Sequence[float], target: flo
     first = [_final_loss(run) for run in runs if run.group == groups[0]]
     # A run that diverged, or has no validation yet, sets no target.
     goal = max(filter(math.isfinite, first), default=math.nan) if target is None else target
-    results = [result_of(run, goal, thresholds=thresholds) for run in runs]
+    results = [result_of(run, goal) for run in runs]
     grouped = [[result for result in results if result.group == group] for group in groups]
-    rows = [_row(members, grouped[0], thresholds) for members in grouped]
+    rows = [_row(members, grouped[0]) for members in grouped]
     return Comparison(
         target=goal,
         target_given=target is not None,
@@ -103,7 +103,7 @@ def compare(runs: Sequence[RunData], *, thresholds: Sequence[float], target: flo
     )
 
 
-def result_of(run: RunData, target: float, *, thresholds: Sequence[float]) -> RunResult:
+def result_of(run: RunData, target: float) -> RunResult:
     """What ``run`` reached, against a target validation loss."""
     ratio, loss, valid = run.train["loss_ratio"], run.train["loss"], run.valid
     finite = valid["loss"][np.isfinite(valid["loss"])]
@@ -117,7 +117,7 @@ def result_of(run: RunData, target: float, *, thresholds: Sequence[float]) -> Ru
         best_loss=float(finite.min()) if len(finite) else math.nan,
         tokens_to_target=float(valid["tokens"][reached[0]]) if len(reached) else math.nan,
         seconds_to_target=float(valid["seconds"][reached[0]]) if len(reached) else math.nan,
-        above=tuple(int((ratio > threshold).sum()) for threshold in thresholds),
+        above=tuple(int((ratio > threshold).sum()) for threshold in THRESHOLDS),
         largest_ratio=float(np.max(ratio[~np.isnan(ratio)], initial=0.0)),
         non_finite=int((~np.isfinite(loss)).sum()),
     )
@@ -127,7 +127,7 @@ def _final_loss(run: RunData) -> float:
     return float(run.valid["loss"][-1]) if len(run.valid["loss"]) else math.nan
 
 
-def _row(members: Sequence[RunResult], first: Sequence[RunResult], thresholds: Sequence[float]) -> dict[str, str]:
+def _row(members: Sequence[RunResult], first: Sequence[RunResult]) -> dict[str, str]:
     """Heading -> cell of a group's row; speedups are against the group ``first``."""
 
     def plain(field: str, show: Callable[[float], str]) -> str:
@@ -153,7 +153,7 @@ def _row(members: Sequence[RunResult], first: Sequence[RunResult], thresholds: S
         "time speedup": speedup("seconds_to_target"),
         **{
             f"ratio > {threshold:g}": _spread(count, _exact)
-            for threshold, count in zip(thresholds, counts, strict=True)
+            for threshold, count in zip(THRESHOLDS, counts, strict=True)
         },
         "largest ratio": plain("largest_ratio", "{:.3f}".format),
         "not finite": plain("non_finite", _exact),

@@ -159,50 +159,34 @@ def study_lengths(
         device: Where the model is.
     """
     assert len(dataset) >= settings.samples
-    batches = _Batches(model, dataset, settings, device)
     for length in settings.lengths:
-        yield _statistics_at(length, batches)
+        yield _statistics_at(length, model, dataset, settings, device=device)
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """Where gradients come from."""
-
-    model: torch.nn.Module
-    dataset: Samples
-    settings: StudySettings
-    device: torch.device
-
-    def backward(self, batch: int, *, length: int) -> float:
-        """Leave the gradient of a batch's mean loss in the parameters and return that loss."""
-        self.model.zero_grad(set_to_none=True)
-        tokens = self.settings.tokens
-        first, end = batch * (tokens // length), (batch + 1) * (tokens // length)
-        held = max(1, self.settings.micro_batch_tokens // length)
-        total = 0.0
-        for start in range(first, end, held):
-            samples = range(start, min(start + held, end))
-            rows = np.stack([self.dataset.read(index, 0, length + 1) for index in samples])
-            ids = torch.from_numpy(rows.astype(np.int64)).to(self.device)
-            loss = self.model(ids[:, :-1], ids[:, 1:]).sum() / tokens
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-
-def _statistics_at(length: int, batches: _Batches) -> LengthStatistics:
-    settings = batches.settings
-    spread = _Spread(batches.model)
+def _statistics_at(
+    length: int, model: torch.nn.Module, dataset: Samples, settings: StudySettings, *, device: torch.device
+) -> LengthStatistics:
+    spread = _Spread(model)
+    sequences, held = settings.tokens // length, max(1, settings.micro_batch_tokens // length)
     losses, norms, largest = [], [], []
     for batch in range(settings.batches):
-        losses.append(batches.backward(batch, length=length))
+        model.zero_grad(set_to_none=True)
+        total, end = 0.0, (batch + 1) * sequences
+        for start in range(batch * sequences, end, held):
+            rows = [dataset.read(index, 0, length + 1) for index in range(start, min(start + held, end))]
+            ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # [micro-batch, length + 1]
+            # Over the batch's tokens, not the micro-batch's: what adds up is the gradient of the batch's mean loss.
+            loss = model(ids[:, :-1], ids[:, 1:]).sum() / settings.tokens
+            loss.backward()
+            total += float(loss.detach())
+        losses.append(total)
         gradients = spread.add()
         norms.append(math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients)))
         largest.append(max(float(gradient.abs().max()) for gradient in gradients))
-    batches.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return LengthStatistics(
         seq_len=length,
-        sequences=settings.tokens // length,
+        sequences=sequences,
         tokens=settings.tokens,
         batches=settings.batches,
         loss=float(np.mean(losses)),

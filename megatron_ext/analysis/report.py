@@ -61,6 +61,7 @@ _PANELS = (
     _Panel("adam_var_max", "Gradient variance, maximum", "largest of Adam's √v"),
     _Panel("grad_norm", "Gradient norm", "before clipping", smoothed=True),
     _Panel("tokens_per_s", "Throughput", "tokens per second", zero=True, smoothed=True),
+    _Panel("peak_memory_gib", "Peak memory", "GiB on rank 0", zero=True),
 )
 
 
@@ -78,8 +79,8 @@ def write_report(runs: Sequence[RunData], output: Path, *, title: str, target_lo
     """
     if target_loss is not None and not (math.isfinite(target_loss) and target_loss > 0):
         raise UserError(f"--target-loss is {target_loss:g}: give a validation loss above 0, in nats per token")
-    comparison = compare(runs, thresholds=THRESHOLDS, target=target_loss)
-    page = report_page(runs, comparison, title=title, thresholds=THRESHOLDS)
+    comparison = compare(runs, target=target_loss)
+    page = report_page(runs, comparison, title=title)
     with _written(output):
         output.write_text(page, encoding="utf-8")
     return comparison
@@ -115,14 +116,13 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
     return ["/".join(folder.parts[-parts:]) for folder in folders]
 
 
-def report_page(runs: Sequence[RunData], comparison: Comparison, *, title: str, thresholds: Sequence[float]) -> str:
+def report_page(runs: Sequence[RunData], comparison: Comparison, *, title: str) -> str:
     """The HTML of a report.
 
     Args:
         runs: At least one; runs of one group are drawn in one color.
         comparison: Their table.
         title: Heading of the page.
-        thresholds: Loss ratios at which lines are drawn.
     """
     bins = int(np.clip(3500 // len(runs), 100, 700))
     panels = [drawn for panel in _PANELS if (drawn := _panel_json(panel, runs, bins=bins)) is not None]
@@ -130,7 +130,7 @@ def report_page(runs: Sequence[RunData], comparison: Comparison, *, title: str, 
     data = {
         "groups": groups,
         "runs": [{"label": run.label, "group": groups.index(run.group)} for run in runs],
-        "thresholds": list(thresholds),
+        "thresholds": THRESHOLDS,
         "panels": panels,
     }
     parts = {

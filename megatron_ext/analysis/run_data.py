@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import read_columns, read_events
+from megatron_ext.metrics.reading import read_columns, read_events
 
 Floats = npt.NDArray[np.float64]
 
 _TRAIN = (
     *("step", "tokens", "seq_len", "batch_size", "lr", "loss", "prefix_loss", "loss_ratio", "grad_norm"),
-    *("step_time_s", "tokens_per_s", "adam_var_l1", "adam_var_max"),
+    *("step_time_s", "tokens_per_s", "adam_var_l1", "adam_var_max", "peak_memory_bytes"),
 )
 _VALID = ("step", "tokens", "loss")
 
@@ -30,7 +30,7 @@ class RunData:
     """Runs of one group (a variant's seeds) share a color and a row of the table."""
 
     train: Mapping[str, Floats]
-    """Fields of the train records, and ``seconds``: training time up to and including the step."""
+    """Fields of the train records, ``seconds`` (training time up to and including the step), ``peak_memory_gib``."""
 
     valid: Mapping[str, Floats]
     """``step``, ``tokens``, ``loss`` and ``seconds`` of the validations."""
@@ -61,6 +61,7 @@ def read_run(path: Path, *, label: str, group: str | None = None) -> RunData:
     """
     train = read_train(path, _TRAIN)
     train["seconds"] = np.cumsum(train["step_time_s"])
+    train["peak_memory_gib"] = train.pop("peak_memory_bytes") / 2**30
     valid = read_columns(path, _VALID, kind="eval")
     valid["seconds"] = _value_after(train, "seconds", valid["step"])
     resumed = [event.details.get("step") for event in read_events(path) if event.name == "resume"]
@@ -103,7 +104,7 @@ def _flat_mean(values: Floats, half_width: int) -> Floats:
 def thin(x: Floats, y: Floats, bins: int) -> tuple[Floats, Floats]:
     """At most ``2 * bins + 2`` points of a curve that look the same: the extremes of each of ``bins`` columns.
 
-    Points that are not finite are left out, and so is the inside of a stretch in which ``y`` does not change. ``x``
+    Points that are not finite are left out, and so are those between two of the same ``y``. ``x``
     does not fall. The first and the last point are always kept, and every kept point is one of the curve's.
     """
     finite = np.isfinite(x) & np.isfinite(y)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -172,9 +173,11 @@ class Checkpointer:
         try:
             self._engine.load(self._directory, checkpoint.name)
             state = torch.load(checkpoint / _rng_file(self._processes.info.rank), weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            # torch's own words for a damaged pickle advise to trust it.
+            reason = "damaged" if isinstance(error, UnpicklingError) else error
             raise UserError(
-                f"{checkpoint} cannot be loaded ({error}); move it away to continue from the checkpoint before it"
+                f"{checkpoint} cannot be loaded ({reason}); move it away to continue from the checkpoint before it"
             ) from error
         self._streams.set_rng_state(state)
         return manifest

@@ -99,14 +99,12 @@ def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: 
     """
     # Guards are there to be changed after they have stopped a run; what they did is on record.
     there, here = ({**values, "guards": None} for values in (manifest.determining, determining))
-    if there != here:
-        changes = describe_differences(there, here)
+    if changes := describe_differences(there, here):
         raise UserError(
             f"{where} belongs to another run: {changes}. To train this one, give the run another name, or restore "
             "those values"
         )
-    if manifest.layout != layout:
-        changes = describe_differences(manifest.layout, layout)
+    if changes := describe_differences(manifest.layout, layout):
         raise UserError(f"{where} was written by another layout: {changes}. To continue it, start the layout it has")
 
 

@@ -68,7 +68,7 @@ def _make_data(data: "DataConfig", *, vocab_size: int) -> Path:
 def _summary(run_dir: Path, *, vocab_size: int) -> None:
     import math
 
-    from megatron_ext.metrics.jsonl import read_metrics
+    from megatron_ext.metrics.reading import read_metrics
 
     metrics = read_metrics(run_dir)
     first, last = metrics.train[0], metrics.evaluations[-1]

@@ -185,7 +185,8 @@ def data_of(experiment: Experiment) -> "list[RunData]":
         UserError: none has.
     """
     from megatron_ext.analysis.run_data import read_run
-    from megatron_ext.metrics.jsonl import FILE_NAME, read_columns
+    from megatron_ext.metrics.reading import read_columns
+    from megatron_ext.metrics.records import FILE_NAME
 
     found = []
     for run in experiment.runs:

@@ -105,15 +105,8 @@ def command(
     """
     from megatron_ext.config.loading import parse_layers, parse_overrides, read_layers
     from megatron_ext.config.merging import Layer
+    from megatron_ext.experiments import tune_space
     from megatron_ext.experiments.tune import Tuning
-    from megatron_ext.experiments.tune_space import (
-        DurationSpacing,
-        ProbeSettings,
-        TuneRun,
-        default_starts,
-        grid_of,
-        unit_of,
-    )
     from megatron_ext.model.counts import count_parameters
 
     if not threshold > 1 or not notch > 1:
@@ -122,18 +115,19 @@ def command(
     layers = (*read_layers(config), Layer("--set", changes))
     run = parse_layers(layers)
     parameters = count_parameters(run.model, positions=run.max_positions).total
-    lengths = _numbers("--starts", starts) if starts else default_starts(run, parameters=parameters)
-    steps = unit or unit_of(run, start=lengths[0])
-    settings = ProbeSettings(
+    usual = {"seq_len": run.training.seq_len, "parameters": parameters}
+    lengths = _numbers("--starts", starts) if starts else tune_space.default_starts(run.curriculum, **usual)
+    steps = unit or tune_space.unit_of(run.learning_rate.warmup, start=lengths[0], batch_size=run.training.batch_size)
+    settings = tune_space.ProbeSettings(
         threshold=threshold,
         steps=probe_steps or probe_units * steps,
         validate_every=validate_every or max(1, steps // 10),
         validation_samples=validation_samples or min(64, run.validation.samples),
     )
-    tune_run = TuneRun(layers, run, settings)
+    tune_run = tune_space.TuneRun(layers, run, settings)
     given = _numbers("--durations", durations) if durations else None
-    spacing = DurationSpacing(unit=steps, ratio=notch, first=first, given=given)
-    grid = grid_of(tune_run, lengths, spacing, beginning=beginning or steps)
+    spacing = tune_space.DurationSpacing(unit=steps, ratio=notch, first=first, given=given)
+    grid = tune_space.grid_of(tune_run, lengths, spacing, beginning=beginning or steps)
     if dry_run:
         _announce(tune_run, grid)
         return

@@ -13,11 +13,9 @@ from megatron_ext.base import Section
 from megatron_ext.config.deepspeed import refusal, refused_keys
 from megatron_ext.config.foreign import hint_for, key_for, refused_setting, replacement
 from megatron_ext.config.merging import KeyPath, Layer, Tree, dotted, lookup
-from megatron_ext.curriculum.pacings import PACINGS
 from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
-_PACINGS: Final = ", ".join(f'"{name}"' for name in PACINGS)
 _SHOWN: Final = 80
 
 

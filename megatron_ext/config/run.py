@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from megatron_ext.base import Section, Seed
 from megatron_ext.config.cluster import ClusterConfig
 from megatron_ext.config.data import DataConfig
-from megatron_ext.config.deepspeed import deepspeed_problems
 from megatron_ext.config.model import ModelConfig, ParallelConfig
 from megatron_ext.config.training import (
     CheckpointConfig,
@@ -20,12 +19,13 @@ from megatron_ext.config.training import (
     TrainingConfig,
     ValidationConfig,
 )
-from megatron_ext.curriculum.adaptive import Schedule, open_schedule
 from megatron_ext.curriculum.guards import GuardsConfig
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
+from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
 from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
+from megatron_ext.curriculum.schedule import Schedule
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {
@@ -103,7 +103,10 @@ class RunConfig(Section):
         yield from self.data.problems()
         yield from plan_problems(self.curriculum, self.spec)
         yield from self.guards.problems(checkpoint_every=self.checkpoint.every, keep_last=self.checkpoint.keep_last)
-        yield from deepspeed_problems(self.deepspeed, precision=self.training.precision, parallel=self.parallel)
+        if self.deepspeed:
+            from megatron_ext.config.deepspeed import deepspeed_problems
+
+            yield from deepspeed_problems(self.deepspeed, precision=self.training.precision, parallel=self.parallel)
 
     @property
     def run_dir(self) -> Path:

@@ -126,7 +126,7 @@ class MetricsConfig(Section):
     """Also record the gradient variance of each layer and of each kind of parameter."""
 
     profile: ProfileConfig | None = None
-    """Trace some steps with torch.profiler; None: no trace."""
+    """Trace some steps with torch.profiler; null: no trace."""
 
     keep_sample_ids: bool = False
     """Also write each step's sample ids and offsets into metrics.jsonl (large; for auditing the data order)."""

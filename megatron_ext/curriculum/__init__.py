@@ -5,10 +5,10 @@ samples. Nothing here knows a framework, a device or ranks.
 """
 
 from megatron_ext.base import Duration
-from megatron_ext.curriculum.adaptive import AdaptiveSchedule, Decision, Schedule, open_schedule
 from megatron_ext.curriculum.guards import Guard, GuardsConfig, GuardStop, Incident, LossRatioGuard
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
-from megatron_ext.curriculum.loss_ratio import LossRatio, LossRatioSummary
+from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import BatchSizeWarmup, Pacing, RunSpec
 from megatron_ext.curriculum.pacings import (
     PACINGS,
@@ -29,12 +29,12 @@ from megatron_ext.curriculum.sampler import (
     micro_batch_sizes,
     rank_block,
 )
+from megatron_ext.curriculum.schedule import Decision, Schedule
 from megatron_ext.errors import UserError
 
 __all__ = [
     "PACINGS",
     "AdaptivePacing",
-    "AdaptiveSchedule",
     "BatchSizeWarmup",
     "BatchSlices",
     "ConstantPacing",
@@ -49,7 +49,6 @@ __all__ = [
     "LinearPacing",
     "LossRatio",
     "LossRatioGuard",
-    "LossRatioSummary",
     "MixedPacing",
     "Pacing",
     "PlanArrays",

@@ -11,9 +11,7 @@ from megatron_ext.base import Duration, PositiveInt, Section
 from megatron_ext.curriculum.loss_ratio import LossRatio
 
 GuardAction = Literal["log", "stop", "skip", "rollback"]
-"""log: an event, nothing else. stop: leave out the step's update, save a checkpoint, end the run with exit status 1.
-skip: leave out the step's update and go on. rollback: load the last checkpoint from before the incident and go on from
-there with other samples."""
+"""Described at ``LossRatioGuard.action``."""
 
 
 class LossRatioGuard(Section):
@@ -26,18 +24,20 @@ class LossRatioGuard(Section):
     """Consecutive steps that make an incident; with small batches, whose loss is noisy, more than one."""
 
     action: GuardAction
-    """What is done about it, from the last of these steps on."""
+    """What is done about it, from the last of these steps on. log: an event, nothing else. stop: leave out the step's
+    update, save a checkpoint, end the run with exit status 1. skip: leave out the step's update and go on. rollback:
+    load the last checkpoint from before the incident and go on from there with other samples."""
 
 
 class GuardsConfig(Section):
     """Checks between a step's gradient and its update. A guard that is on makes the host wait for every step."""
 
     loss_ratio: LossRatioGuard | None = None
-    """Guard against a loss ratio that stays high; None: off."""
+    """Guard against a loss ratio that stays high; null: off."""
 
     non_finite: GuardAction | None = None
-    """What is done at once where the loss or the gradient is NaN or infinite (an overflow of fp16, which its loss scale
-    deals with, is none); None: off."""
+    """What is done at once (as ``loss_ratio.action`` says) where the loss or the gradient is NaN or infinite (an
+    overflow of fp16, which its loss scale deals with, is none); null: off."""
 
     max_skips: PositiveInt = 10
     """After this many skipped updates in a row the run stops instead."""

@@ -49,7 +49,7 @@ class LearningRateConfig(Section):
     """Learning rate from the end of the decay on; at most ``peak``."""
 
     warmup: Duration | None = None
-    """Linear warmup from 0; under SLW in steps (paper, A.2). None starts at the peak."""
+    """Linear warmup from 0; under SLW in steps (paper, A.2). null starts at the peak."""
 
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the decay. wsd (warmup, stable, decay) stays at the peak and falls linearly over ``cooldown``."""

@@ -5,7 +5,8 @@ Source: Li, Zhang, He, "The Stability-Efficiency Dilemma", section 3 (NeurIPS 20
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_ext.errors import UserError
 
@@ -13,25 +14,9 @@ THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
 """A step is counted once for every threshold that its ratio exceeds."""
 
 
-@dataclass(frozen=True, slots=True)
-class LossRatioSummary:
-    """How unstable the steps so far were."""
-
-    steps: int
-    """Steps seen, those with a non-finite loss included."""
-
-    non_finite: int
-    """Steps whose loss was NaN or infinite."""
-
-    largest: float
-    """Largest ratio: infinite as soon as one loss was not finite, 1.0 before the first step."""
-
-    above: dict[float, int]
-    """Threshold -> number of steps with a ratio above it."""
-
-
+@dataclass(slots=True)
 class LossRatio:
-    """Tracks the ratio step by step, in constant memory.
+    """Tracks the ratio step by step, in constant memory; its fields are to be read, not set.
 
     - The ratio of a step is its loss divided by the lowest finite loss of any *earlier* step; without one it is 1.0.
       It is below 1 where the step sets a new lowest loss.
@@ -39,75 +24,73 @@ class LossRatio:
     - A lowest loss of 0 gives 1.0 for a loss of 0 and infinity for a greater one. Losses are cross-entropies: >= 0.
     """
 
-    def __init__(self) -> None:
-        self._lowest = math.inf
-        self._steps = 0
-        self._non_finite = 0
-        self._largest = 1.0
-        self._above = dict.fromkeys(THRESHOLDS, 0)
+    lowest: float = math.inf
+    """Lowest finite loss; infinite before there is one."""
+
+    steps: int = 0
+    """Steps seen, those with a non-finite loss included."""
+
+    non_finite: int = 0
+    """Steps whose loss was NaN or infinite."""
+
+    largest: float = 1.0
+    """Largest ratio: infinite as soon as one loss was not finite."""
+
+    above: dict[float, int] = field(default_factory=lambda: dict.fromkeys(THRESHOLDS, 0))
+    """Threshold -> number of steps with a ratio above it."""
 
     def update(self, loss: float) -> float:
         """Count one step with this training loss (nats per token) and return its ratio."""
         ratio = self._ratio(loss)
-        self._steps += 1
-        self._largest = max(self._largest, ratio)
+        self.steps += 1
+        self.largest = max(self.largest, ratio)
         for threshold in THRESHOLDS:
-            self._above[threshold] += ratio > threshold
+            self.above[threshold] += ratio > threshold
         if math.isfinite(loss):
-            self._lowest = min(self._lowest, loss)
+            self.lowest = min(self.lowest, loss)
         else:
-            self._non_finite += 1
+            self.non_finite += 1
         return ratio
 
     def _ratio(self, loss: float) -> float:
         if not math.isfinite(loss):
             return math.inf
-        if math.isinf(self._lowest):
+        if math.isinf(self.lowest):
             return 1.0
-        if self._lowest == 0.0:
+        if self.lowest == 0.0:
             return 1.0 if loss == 0.0 else math.inf
-        return loss / self._lowest
+        return loss / self.lowest
 
-    @property
-    def summary(self) -> LossRatioSummary:
-        """The counts so far."""
-        return LossRatioSummary(self._steps, self._non_finite, self._largest, dict(self._above))
-
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on, as plain values."""
         return {
-            "lowest": self._lowest,
-            "steps": self._steps,
-            "non_finite": self._non_finite,
-            "largest": self._largest,
-            "above": [[threshold, count] for threshold, count in self._above.items()],
+            "lowest": self.lowest,
+            "steps": self.steps,
+            "non_finite": self.non_finite,
+            "largest": self.largest,
+            "above": [[threshold, count] for threshold, count in self.above.items()],
         }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
 
         Raises:
             UserError: the state is not one of this version's (a key is missing, or the thresholds differ).
         """
-        missing = sorted({"lowest", "steps", "non_finite", "largest", "above"} - state.keys())
+        missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise UserError(
                 f"the checkpoint's loss ratio state lacks {', '.join(missing)}: "
                 "it was written by another version; resume with that version"
             )
-        above = _counts(state["above"])
+        above = {float(threshold): int(count) for threshold, count in state["above"]}
         if tuple(above) != THRESHOLDS:
             raise UserError(
                 f"the checkpoint's loss ratio state counts steps above {list(above)}, this version above "
                 f"{list(THRESHOLDS)}: resume with the version that wrote it"
             )
-        self._lowest = float(str(state["lowest"]))
-        self._steps = int(str(state["steps"]))
-        self._non_finite = int(str(state["non_finite"]))
-        self._largest = float(str(state["largest"]))
-        self._above = above
-
-
-def _counts(pairs: object) -> dict[float, int]:
-    assert isinstance(pairs, list), f"counts are a list of [threshold, steps], not {pairs!r}"
-    return {float(threshold): int(count) for threshold, count in pairs}
+        self.lowest = float(state["lowest"])
+        self.steps = int(state["steps"])
+        self.non_finite = int(state["non_finite"])
+        self.largest = float(state["largest"])
+        self.above = above

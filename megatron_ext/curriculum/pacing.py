@@ -145,10 +145,9 @@ class Pacing(Section):
     def problems(self, run: RunSpec) -> Iterator[str]:
         """One line per contradiction, in itself or with the run: key, value, what to write."""
         if self.changes_length and run.batch_size_warmup is not None:
-            key = "training.batch_size_warmup"
             yield (
-                f'{key} and curriculum.pacing "{self.pacing}" are both given, and both shrink the tokens of a '
-                f'batch: set {key} to null, or write curriculum {{"pacing": "constant"}}'
+                f'{_KEY} and curriculum.pacing "{self.pacing}" are both given, and both shrink the tokens of a '
+                f'batch: set {_KEY} to null, or write curriculum {{"pacing": "constant"}}'
             )
 
     def levels(self, seq_len: int) -> Levels:
@@ -226,6 +225,7 @@ def nearest_multiples(value: int, multiple: int, *, most: int) -> list[int]:
 
 
 def no_multiple(key: str, value: int, multiple: int, *, most: int) -> Iterator[str]:
+    """A message if the length ``value`` of ``key`` is none of the multiples, which go up to ``most``."""
     if value % multiple == 0:
         return
     nearest = nearest_multiples(value, multiple, most=most)
@@ -238,7 +238,7 @@ def no_multiple(key: str, value: int, multiple: int, *, most: int) -> Iterator[s
 
 def _check_warmups_end(phases: Sequence[Phase], segments: Sequence[Segment], duration: Duration) -> None:
     run_steps, run_tokens = segments[-1].end_step, segments[-1].end_tokens
-    for key, field in (("curriculum", "seq_len"), ("training.batch_size_warmup", "batch_size")):
+    for key, field in (("curriculum", "seq_len"), (_KEY, "batch_size")):
         final = getattr(phases[-1], field)
         reached = next(phase for phase in phases if getattr(phase, field) == final)
         if reached.first_step >= run_steps:

@@ -198,7 +198,7 @@ class AdaptivePacing(Rising):
     """Steps between decisions."""
 
     smoothing: PositiveInt = 5
-    """Losses are judged as the median of this many steps, so that the noise of single batches does not decide; at most
+    """Losses count as the median of this many steps, so that the noise of single batches does not decide; at most
     ``interval``."""
 
     hold_above: Annotated[float, Field(gt=1)] = 1.1

@@ -161,6 +161,7 @@ class TrainingPlan:
         step = operator.index(step)
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside the plan's steps [0, {self.steps})")
+        # The same arithmetic as for all steps at once, on one row, so that both agree to the last bit.
         segment = segment_of(self.segments, step)
         columns = self._columns([segment], np.array([step]), [1])
         return PlannedStep(
@@ -219,11 +220,15 @@ class TrainingPlan:
         """The rows of ``step`` ([n]), of which ``counts`` consecutive ones are in each of ``segments``."""
 
         def spread(name: str) -> Ints:
+            # [segments] -> [n]
             return np.repeat(np.array([getattr(segment, name) for segment in segments], dtype=np.int64), counts)
 
+        # Within a segment every step has the same tokens, so the sum before a step is one product: consumed = first
+        # tokens of the segment + steps done in it * tokens of a step.
         batch_size, seq_len, done = spread("batch_size"), spread("seq_len"), step - spread("first_step")
         tokens = batch_size * seq_len
         consumed = spread("first_tokens") + done * tokens
+        # A sample for every sequence, or as many as hold what the streams have read.
         if self.tail == "truncate":
             samples = spread("first_samples") + done * batch_size
         else:

@@ -46,7 +46,7 @@ def global_batch(plan: TrainingPlan, step: int) -> BatchSlices:
 
 def batch_slices(step: PlannedStep, *, seq_len: int, tail: Tail) -> BatchSlices:
     """The global batch of a planned step over samples of ``seq_len`` tokens."""
-    streams = np.arange(step.batch_size, dtype=np.int64)
+    streams = np.arange(step.batch_size, dtype=np.int64)  # [B]
     nowhere = np.full_like(streams, -1)
     if tail == "truncate":
         return BatchSlices(
@@ -55,6 +55,8 @@ def batch_slices(step: PlannedStep, *, seq_len: int, tail: Tail) -> BatchSlices:
             next_samples=nowhere,
             seq_len=step.seq_len,
         )
+    # All streams have read the same number of tokens: whole samples, and a part of one. A sequence that reaches the end
+    # of its sample goes on in the stream's next one, B samples later.
     position, rest = divmod(step.consumed_tokens, step.batch_size)
     assert rest == 0, "recycle needs a constant batch size"
     row, offset = divmod(position, seq_len)

@@ -122,52 +122,45 @@ def phases_of(lengths: Levels, batch_sizes: Levels, *, step: int = 0, tokens: in
     phases: list[Phase] = []
     length, batch = _Position(lengths), _Position(batch_sizes)
     while True:
-        length, batch = length.at(step, tokens), batch.at(step, tokens)
+        length.move(step, tokens)
+        batch.move(step, tokens)
         here = Phase(first_step=step, first_tokens=tokens, batch_size=batch.value, seq_len=length.value)
         if not phases or (phases[-1].batch_size, phases[-1].seq_len) != (here.batch_size, here.seq_len):
             phases.append(here)
-        changes = [change for change in (length.next_change(here), batch.next_change(here)) if change is not None]
+        # Go on to the next change of either; what lies between is a number of equal steps.
+        changes = [*length.next_change(here), *batch.next_change(here)]
         if not changes:
             return phases
         tokens += (min(changes) - step) * here.batch_size * here.seq_len
         step = min(changes)
 
 
-@dataclass(frozen=True)
 class _Position:
-    """The present one of some levels, and where it was entered."""
+    """Where a walk over levels is: the values that are left, and where the first of them was entered."""
 
-    levels: Levels
-    index: int = 0
-    entered_step: int = 0
-    entered_tokens: int = 0
+    def __init__(self, levels: Levels) -> None:
+        self._levels = list(levels)
+        self._entered = {False: 0, True: 0}  # in steps, in tokens
 
     @property
     def value(self) -> int:
-        return self.levels[self.index].value
+        return self._levels[0].value
 
-    def at(self, step: int, tokens: int) -> "_Position":
-        """The position at a later point of the run: on the highest level that has begun."""
-        position = self
-        for index in range(self.index + 1, len(self.levels)):
-            threshold, in_tokens = position._threshold(index)
-            if (tokens if in_tokens else step) < threshold:
-                break
-            position = replace(position, index=index, entered_step=step, entered_tokens=tokens)
-        return position
+    def move(self, step: int, tokens: int) -> None:
+        """Go to the highest level that has begun."""
+        while self._levels[1:] and (tokens if self._levels[1].in_tokens else step) >= self._threshold():
+            self._levels.pop(0)
+            self._entered = {False: step, True: tokens}
 
-    def next_change(self, here: Phase) -> int | None:
-        """The step at which the next level begins if the run goes on as it is ``here``; None on the last level."""
-        if self.index + 1 == len(self.levels):
-            return None
-        threshold, in_tokens = self._threshold(self.index + 1)
-        return here.steps_until(threshold) if in_tokens else threshold
+    def next_change(self, here: Phase) -> list[int]:
+        """The step at which the next level begins if the run goes on as it is ``here``; none on the last level."""
+        if not self._levels[1:]:
+            return []
+        return [here.steps_until(self._threshold()) if self._levels[1].in_tokens else self._threshold()]
 
-    def _threshold(self, index: int) -> tuple[int, bool]:
-        level = self.levels[index]
-        if not level.from_previous:
-            return level.begins, level.in_tokens
-        return level.begins + (self.entered_tokens if level.in_tokens else self.entered_step), level.in_tokens
+    def _threshold(self) -> int:
+        level = self._levels[1]
+        return level.begins + (self._entered[level.in_tokens] if level.from_previous else 0)
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def build_datasets(
         seq_len: Tokens of a full sample.
         vocab_size: Every token id has to be below it.
         samples: Training samples: as many as the plan draws.
-        valid_samples: Validation samples, at most; see :func:`build_validation`.
+        valid_samples: Validation samples, at most: none of them comes twice. They are the same ones for every seed.
         seed: Decides the order of the training samples.
 
     Raises:
@@ -255,16 +255,6 @@ def build_training(data: DataConfig, *, seq_len: int, vocab_size: int, samples: 
     cache = index_cache(data)
     (parts,) = open_parts(data, ("train",), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
     return _build(parts, samples=samples, seq_len=seq_len, seed=seed, cache=cache)
-
-
-def build_validation(data: DataConfig, *, seq_len: int, vocab_size: int, samples: int) -> Samples:
-    """The validation samples alone: at most ``samples``, none of them twice, the same ones for every seed.
-
-    Raises as :func:`build_datasets` does.
-    """
-    cache = index_cache(data)
-    (parts,) = open_parts(data, ("valid",), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
-    return _build_valid(parts, samples=samples, seq_len=seq_len, cache=cache)
 
 
 def _build_valid(parts: Sequence[Part], *, samples: int, seq_len: int, cache: IndexCache) -> Samples:

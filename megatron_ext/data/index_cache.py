@@ -4,8 +4,7 @@ Any process may build an entry: it is written into a directory of its own, synce
 is whole or absent, whoever is killed when. Nodes with disks of their own each build their own. A lock only saves work:
 processes that start together wait for the first of them. It is the kernel's lock on an open file, which ends with its
 holder, so a killed builder stops nobody; where the file system has no locks, or the holder hangs, a process builds its
-own copy, and whoever comes second to the rename throws its copy away. (The package filelock puts a file in the lock's
-place on such file systems, which a killed holder leaves behind, and does not say who holds a lock.)
+own copy, and whoever comes second to the rename throws its copy away.
 
 A builder may keep Python's lock from its beginning to its end, as megatron-core's do: 11 s for the order of 10^8
 documents were measured. No other thread runs meanwhile, also not the one that gives the other ranks a sign of life
@@ -13,8 +12,6 @@ documents were measured. No other thread runs meanwhile, also not the one that g
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -36,19 +33,18 @@ import numpy.typing as npt
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import publish_directory
 from megatron_ext.runtime.log import LOGGER
+from megatron_ext.runtime.run_lock import HeldError, file_lock
 from megatron_ext.runtime.signals import stop_signals_blocked
 
 Arrays = dict[str, npt.NDArray[Any]]
 Build = Callable[[], Arrays]
 
 _MANIFEST = "manifest.json"
-_POLL_SECONDS = 0.05
 _SAY_AFTER_SECONDS = 5.0
 _PATIENCE_SECONDS = 600.0
 _LARGE = 20_000_000
 """Elements from which on an entry is built by a process of its own, which takes seconds to start: about as long."""
 _ABANDONED_SECONDS = 24 * 3600.0
-_TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,8 @@ class IndexCache:
                 return arrays
             self.directory.mkdir(parents=True, exist_ok=True)
             with _locked(self.directory / f"{name}.lock", self.patience_seconds):
-                was_there = entry.exists()  # asked first: a whole one may come at any time where there are no locks
                 if (arrays := _load(entry)) is not None:
                     return arrays
-                if was_there:
-                    _remove_damaged(entry)
                 self._remove_abandoned(name)
                 self._write(entry, text, build, large=elements >= _LARGE)
             arrays = _load(entry)
@@ -105,7 +98,7 @@ class IndexCache:
             sizes = _save_apart(build, partial) if large else _save(build, partial)
             manifest = json.dumps({"key": json.loads(key), "bytes": sizes}, indent=2)
             (partial / _MANIFEST).write_text(manifest, encoding="utf-8")
-            publish_directory(partial, entry)
+            publish_directory(partial, entry, keep=lambda there: _load(there) is not None)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -141,14 +134,6 @@ def _save_apart(build: Build, folder: Path) -> dict[str, int]:
             ) from error
 
 
-def _remove_damaged(entry: Path) -> None:
-    # Moved before it is deleted: a deletion takes time and may be interrupted.
-    broken = entry.with_name(f"{entry.name}.partial-broken-{uuid.uuid4().hex[:8]}")
-    with contextlib.suppress(FileNotFoundError):
-        entry.rename(broken)
-    shutil.rmtree(broken, ignore_errors=True)
-
-
 def _load(entry: Path) -> Arrays | None:
     """The arrays of a whole entry, else None."""
     try:
@@ -164,27 +149,13 @@ def _load(entry: Path) -> Arrays | None:
 
 @contextlib.contextmanager
 def _locked(path: Path, patience: float) -> Iterator[None]:
-    """Hold the lock file's lock, or go on without it after ``patience`` seconds or where locks are not supported.
-
-    The file says who holds it and stays: removing a lock file that another process has open would make two locks.
-    """
-    start, said = time.monotonic(), False
-    with path.open("a+", encoding="utf-8") as file:
-        while True:
+    """Hold an entry's lock, or go on without it after ``patience`` seconds or where locks are not supported."""
+    first = min(patience, _SAY_AFTER_SECONDS)
+    with contextlib.ExitStack() as lock:
+        with contextlib.suppress(HeldError, OSError):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                waited = time.monotonic() - start
-                if error.errno in _TAKEN and waited < patience:
-                    if waited > _SAY_AFTER_SECONDS and not said:
-                        said = True
-                        file.seek(0)
-                        LOGGER.info("waiting for the index %s, built by process %s", path.stem, file.read().strip())
-                    time.sleep(_POLL_SECONDS)
-                    continue
-            else:
-                file.truncate(0)
-                file.write(f"{socket.gethostname()} {os.getpid()}\n")
-                file.flush()
-            break
+                lock.enter_context(file_lock(path, wait_seconds=first))
+            except HeldError as holder:
+                LOGGER.info("waiting for the index %s, which another job builds (%s)", path.stem, holder)
+                lock.enter_context(file_lock(path, wait_seconds=patience - first))
         yield

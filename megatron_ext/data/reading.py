@@ -195,7 +195,7 @@ def _decoder(path: Path) -> Any:
 
 
 class _ZstdStream:
-    """zlib's interface for one zstd frame, with damage told by file name."""
+    """zlib's interface for one zstd frame, with the file's name in its errors."""
 
     def __init__(self, path: Path, module: Any) -> None:
         self._path, self._error = path, module.ZstdError

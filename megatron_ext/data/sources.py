@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,10 @@ from megatron_ext.data.token_files import (
     file_sha256,
     read_sidecar,
 )
-from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ext.data.tokenizers import Tokenizer
 
 _SCAN_TOKENS = 1 << 24
 
@@ -99,7 +101,7 @@ def open_source(prefix: str) -> TokenSource:
     )
 
 
-def check_tokens(source: TokenSource, *, tokenizer: Tokenizer | None, vocab_size: int, cache: IndexCache) -> None:
+def check_tokens(source: TokenSource, *, tokenizer: "Tokenizer | None", vocab_size: int, cache: IndexCache) -> None:
     """Check that the tokens are the tokenizer's and the model has a row for each.
 
     With a sidecar both are read from it (``tokenizer`` is needed then); without one only the range of ids is checked,
@@ -259,7 +261,11 @@ def open_parts(
     prefixes = dict.fromkeys(entry.prefix for use in uses for entry in _entries(data, use))
     opened = {prefix: open_source(prefix) for prefix in prefixes}
     described = any(source.sidecar for source in opened.values())
-    tokenizer = load_tokenizer(data.tokenizer) if described else None
+    tokenizer = None
+    if described:
+        from megatron_ext.data.tokenizers import load_tokenizer  # token files without a sidecar need none
+
+        tokenizer = load_tokenizer(data.tokenizer)
     for source in opened.values():
         check_tokens(source, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
     parts: list[list[Part]] = []

@@ -17,6 +17,8 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ext.runtime.files import sync
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 DTYPES: dict[int, type[np.number[Any]]] = {
@@ -61,7 +63,7 @@ class Sidecar:
     """Largest id in the file."""
 
     idx_sha256: str
-    """SHA-256 (hex) of PREFIX.idx, by which a sidecar that belongs to other files is told."""
+    """SHA-256 (hex) of PREFIX.idx, by which a sidecar of other files is recognized."""
 
     kind: str = SIDECAR_KIND
     """Marks the file as ours."""
@@ -98,8 +100,6 @@ def read_sidecar(path: Path) -> Sidecar | None:
         if value.get("kind") != SIDECAR_KIND:
             return None
         return Sidecar(**value)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, AttributeError, TypeError):
         return None
 
@@ -159,7 +159,6 @@ class TokenFileWriter:
     def commit(self, *, tokenizer: str, tokenizer_digest: str, vocab_size: int, eod: int | None) -> Sidecar:
         """Finish the files and give them their names, .idx last: without it nothing reads the others."""
         self._file.flush()
-        os.fsync(self._file.fileno())
         self._write_index()
         sidecar = Sidecar(
             tokenizer=tokenizer,
@@ -171,10 +170,9 @@ class TokenFileWriter:
             max_token=self.max_token,
             idx_sha256=file_sha256(self._partial.idx),
         )
-        with self._partial.sidecar.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(sidecar), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._partial.sidecar.write_text(json.dumps(asdict(sidecar), indent=2) + "\n", encoding="utf-8")
+        for path in (self._partial.bin, self._partial.idx, self._partial.sidecar):
+            sync(path)
         self._final.idx.unlink(missing_ok=True)
         self._partial.bin.replace(self._final.bin)
         self._partial.sidecar.replace(self._final.sidecar)
@@ -192,5 +190,3 @@ class TokenFileWriter:
             file.write(lengths.tobytes())
             file.write(positions.tobytes())
             file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-            file.flush()
-            os.fsync(file.fileno())

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ext.config.merging import merge
 from megatron_ext.config.model import ParallelConfig
 from megatron_ext.config.training import OptimizerConfig
 
@@ -44,6 +43,10 @@ def deepspeed_config(settings: EngineSettings, *, data_size: int) -> dict[str, A
         "zero_optimization": _zero(settings.parallel),
         **_precision(settings),
     }
+    if not settings.deepspeed:
+        return result
+    from megatron_ext.config.merging import merge
+
     return merge(result, dict(settings.deepspeed))
 
 

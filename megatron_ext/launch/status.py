@@ -88,7 +88,8 @@ def read_progress(config: RunConfig, plan: TrainingPlan) -> Progress:
         UserError: a file in its directory cannot be read.
     """
     from megatron_ext.checkpoint.store import newest_checkpoint
-    from megatron_ext.metrics.jsonl import FILE_NAME, read_columns
+    from megatron_ext.metrics.reading import read_columns
+    from megatron_ext.metrics.records import FILE_NAME
 
     file = config.run_dir / FILE_NAME
     names = ("step", "tokens", "loss", "loss_ratio", "step_time_s", "tokens_per_s")

@@ -9,9 +9,8 @@ from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.metrics.console import LogLines, ProgressBar
-from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink
-from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
-from megatron_ext.metrics.tensorboard import TensorBoardSink
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.records import FILE_NAME, EvalRecord, EventRecord, TrainRecord
 from megatron_ext.runtime.log import file_only
 
 
@@ -88,6 +87,8 @@ def open_sinks(
     jsonl.rewind(step)
     sinks: list[Sink] = [jsonl]
     if config.tensorboard:
+        from megatron_ext.metrics.tensorboard import TensorBoardSink
+
         sinks.append(TensorBoardSink(run_dir / "tensorboard", step=step, tokens=tokens))
     logger = logging.getLogger(__name__)
     if console.is_terminal:

@@ -26,6 +26,9 @@ import numpy.typing as npt
 from megatron_ext.errors import UserError
 from megatron_ext.text import put_back, take_out
 
+FILE_NAME = "metrics.jsonl"
+"""Name of the file in a run's directory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRecord:
@@ -205,10 +208,6 @@ def decode(line: Mapping[str, object]) -> Record | None:
     missing = _REQUIRED[cls] - values.keys()
     if missing:
         raise UserError(f"a record of kind {kind} lacks {', '.join(sorted(missing))}")
-    return _build(cls, values)
-
-
-def _build(cls: type[TrainRecord] | type[EvalRecord], values: dict[str, object]) -> TrainRecord | EvalRecord:
     known = {name: values[name] for name in _NAMES[cls] if name in values}
     for name in _LISTS:
         listed = known.get(name)

@@ -104,15 +104,17 @@ class Rates:
     """FLOPs that the model needs for a step, forward and backward, over all ranks."""
 
     peak_flops: float
-    """Peak FLOPs per second of all ranks together; 0 where it is not known."""
+    """Peak FLOPs per second of all ranks together."""
 
 
-def train_record(step: FetchedStep, rates: Rates, *, loss_ratio: float, variance: Mapping[str, Any]) -> TrainRecord:
+def train_record(
+    step: FetchedStep, rates: Rates | None, *, loss_ratio: float, variance: Mapping[str, Any]
+) -> TrainRecord:
     """The line of a step in the metrics.
 
     Args:
         step: The step, after which marks of the clock have been reached.
-        rates: The run's.
+        rates: The run's; None: utilization is not known.
         loss_ratio: Its loss ratio.
         variance: Fields of the record about Adam's variance; empty where it was not measured.
     """
@@ -132,7 +134,7 @@ def train_record(step: FetchedStep, rates: Rates, *, loss_ratio: float, variance
         grad_norm=step.grad_norm,
         step_time_s=seconds,
         tokens_per_s=planned.tokens / seconds,
-        mfu=rates.flops(planned) / (seconds * rates.peak_flops) if rates.peak_flops else None,
+        mfu=None if rates is None else rates.flops(planned) / (seconds * rates.peak_flops),
         skipped=info.skipped,
         prefix_loss=step.prefix_loss,
         peak_memory_bytes=info.peak_memory_bytes,

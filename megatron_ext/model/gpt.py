@@ -1,5 +1,11 @@
 """GPT-2/GPT-3 on megatron-core's parallel modules: token ids in, per-token losses or logits out.
 
+Without a run, on one process:
+
+    with single_rank_layout() as layout:
+        model = build_gpt(ModelConfig(...), layout=layout, positions=128, seed=1)
+        losses = model(tokens, labels)
+
 Shapes: s positions, b sequences, h the hidden size, t tensor ranks.
 """
 

@@ -13,12 +13,11 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_ext.curriculum.guards import GuardStop
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.log import LOGGER, file_only
 from megatron_ext.runtime.rendezvous import Member, Rendezvous
-
-RECORD = "failure.json"
-"""File of the run directory that says what ended the last job, where something did."""
+from megatron_ext.runtime.run_lock import FAILURE_RECORD
 
 # How gloo and NCCL say that another rank is gone.
 _OF_OTHERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
@@ -45,6 +44,8 @@ def failure_of(error: BaseException, rank: int) -> Failure:
     """Describe an exception of a rank."""
     if isinstance(error, UserError):
         return Failure(rank, str(error), 2, "input")
+    if isinstance(error, GuardStop):
+        return Failure(rank, str(error), 1, "input")  # all ranks come to it
     if isinstance(error, SystemExit):
         return Failure(rank, "ended because of another rank", int(error.code or 0), "echo")
     trace = "".join(traceback.format_exception(error))[-_MAX_TRACE:]
@@ -87,16 +88,10 @@ def write_record(failure: Failure, rendezvous: Rendezvous, run_dir: Path, *, exc
     """Write the run directory's record of a failure; with ``exclusive`` False where another rank has done so."""
     content = asdict(failure) | {"host": rendezvous.members[failure.rank].host, "time": time.time()}
     with suppress(OSError):  # a full disk is no further failure
-        with (run_dir / RECORD).open("x" if exclusive else "w") as file:
+        with (run_dir / FAILURE_RECORD).open("x" if exclusive else "w") as file:
             json.dump(content, file)
         return True
-    return not (exclusive and (run_dir / RECORD).exists())
-
-
-def clear_record(run_dir: Path) -> None:
-    """Remove the record of the last job."""
-    with suppress(OSError):
-        (run_dir / RECORD).unlink(missing_ok=True)
+    return not (exclusive and (run_dir / FAILURE_RECORD).exists())
 
 
 def kill_if_here(failure: Failure, rendezvous: Rendezvous) -> None:

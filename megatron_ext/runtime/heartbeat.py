@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.failure import (
     Failure,
-    clear_record,
+    failure_of,
     kill_if_here,
     lost,
     print_failure,
@@ -46,6 +46,7 @@ class Heartbeat:
 
     def __init__(self, rendezvous: Rendezvous, *, seconds: float, run_dir: Path) -> None:
         self._part: _Monitor | _Link
+        self._rank = rendezvous.info.rank
         if rendezvous.info.is_main:
             key = secrets.token_hex(16)
             self._part = _Monitor(rendezvous, seconds, run_dir, key)
@@ -53,9 +54,9 @@ class Heartbeat:
         else:
             self._part = _Link(rendezvous, seconds, run_dir, **json.loads(rendezvous.store.get("heartbeat")))
 
-    def fail(self, failure: Failure) -> NoReturn:
+    def fail(self, error: BaseException) -> NoReturn:
         """End this process and the run with it; the message is that of the first failure, wherever that is."""
-        self._part.report(failure)
+        self._part.report(failure_of(error, self._rank))
         # The heartbeat's thread ends the process, with the status of the first failure.
         threading.Event().wait()
         raise AssertionError("unreachable")
@@ -66,22 +67,14 @@ class Heartbeat:
 
 
 @contextmanager
-def heartbeat(rendezvous: Rendezvous, *, seconds: float, run_dir: Path) -> Iterator[Heartbeat | None]:
-    """Monitor the ranks while the body runs.
+def heartbeat(rendezvous: Rendezvous, *, seconds: float, run_dir: Path) -> Iterator[Heartbeat]:
+    """Monitor the ranks while the body runs, and yield this rank's part.
 
     Args:
-        rendezvous: the ranks.
-        seconds: without a sign of life after which a rank is given up; 0: none is.
+        rendezvous: the ranks, more than one.
+        seconds: without a sign of life after which a rank is given up.
         run_dir: where a failure is recorded.
-
-    Yields:
-        This rank's part; None for a run of one rank, or where no rank is given up.
     """
-    if rendezvous.info.is_main:
-        clear_record(run_dir)
-    if rendezvous.info.world_size == 1 or not seconds:
-        yield None
-        return
     part = Heartbeat(rendezvous, seconds=seconds, run_dir=run_dir)
     yield part
     part.close()

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +18,9 @@ from megatron_ext.errors import UserError
 _FILE = ".lock"
 _POLL_SECONDS = 0.1
 
+FAILURE_RECORD = "failure.json"
+"""File of the run directory that says what ended the last job, where something did."""
+
 
 class HeldError(Exception):
     """Another live process holds the lock; the text names it."""
@@ -25,7 +28,9 @@ class HeldError(Exception):
 
 @contextmanager
 def run_lock(run_dir: Path, *, wait_seconds: float = 1.0) -> Iterator[None]:
-    """Hold ``run_dir`` for this process while the body runs; the directory is made.
+    """Hold ``run_dir`` for this process while the body runs.
+
+    The directory is made, and the record of what ended the job before is removed.
 
     Args:
         run_dir: The run's directory.
@@ -38,6 +43,8 @@ def run_lock(run_dir: Path, *, wait_seconds: float = 1.0) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with file_lock(run_dir / _FILE, wait_seconds=wait_seconds):
+            with suppress(OSError):
+                (run_dir / FAILURE_RECORD).unlink(missing_ok=True)
             yield
     except HeldError as holder:
         raise UserError(

@@ -24,7 +24,7 @@ def run_data(
         "loss_ratio": np.ones(steps),
         "grad_norm": np.ones(steps),
         "tokens_per_s": np.full(steps, 128.0),
-        **{name: np.full(steps, np.nan) for name in ("prefix_loss", "adam_var_l1", "adam_var_max")},
+        **{name: np.full(steps, np.nan) for name in ("prefix_loss", "adam_var_l1", "adam_var_max", "peak_memory_gib")},
     }
     at = np.array(list(valid or {}), dtype=np.float64)
     losses = np.array(list((valid or {}).values()), dtype=np.float64)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from megatron_ext.cli.analyze import command
 from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import JsonlSink, read_metrics
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.reading import read_metrics
 from megatron_ext.metrics.records import EvalRecord, EventRecord
 from megatron_ext.worker import main
 from tests.metrics.test_records import train_record
@@ -164,15 +163,6 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         chosen: dict[str, Any] = options
         with pytest.raises(UserError, match=message):
             command(run, **chosen)
-
-
-def test_help_has_an_example() -> None:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0
-    for word in ("Example", "--threshold", "--by-length", "--json"):
-        assert word in result.output
 
 
 def train_rank(_rank: int, _world_size: int, config: str) -> int:

@@ -1,6 +1,7 @@
-"""The page: what it holds, and how it looks and acts in a browser."""
+"""The page: what it holds, and how it looks and acts in a browser; the picture of any run."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,20 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from megatron_ext.analysis.comparison import compare
+from megatron_ext.analysis.figure import draw_runs, legend_text
 from megatron_ext.analysis.report import report_page
 from megatron_ext.analysis.run_data import RunData
 from tests.analysis.browser import browser, inspect
 from tests.analysis.runs import run_data
 
-THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
 HOSTILE = '</script><img src=x onerror="document.documentElement.dataset.error=1"><b>&amp;{{TABLE}}</b>'
 SCRIPT = (Path(__file__).parent / "inspect_report.js").read_text(encoding="utf-8")
 
 
 def page(runs: list[RunData], title: str = "runs") -> str:
-    return report_page(runs, compare(runs, thresholds=THRESHOLDS), title=title, thresholds=THRESHOLDS)
+    return report_page(runs, compare(runs), title=title)
 
 
 def embedded(text: str) -> dict[str, Any]:
@@ -149,3 +151,36 @@ def test_five_runs_of_50_000_steps_make_a_small_page() -> None:
     columns: dict[str, Any] = {name: 1 + np.abs(rng.standard_normal(steps)) for name in noisy}
     runs = [run_data(f"run {number}", steps=steps, **columns) for number in range(5)]
     assert len(page(runs).encode()) < 3_000_000
+
+
+def run_of(values: list[float], *, label: str = "run", **changes: Any) -> RunData:
+    return run_data(label, steps=len(values), loss=values, **changes)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [run_of([5.0])],
+        [run_of([math.nan])],
+        [run_of([math.inf, 5.0, math.nan, 4.0])],
+        [run_of([5.0, 500.0, 4.0], label="spike"), run_of([5.0, 4.0], label="_hidden name")],
+        [run_of([5.0, 4.0], label="x" * 200)] * 9,
+        [run_of(list(np.linspace(9, 2, 5000)))],
+        [run_of([0.0, 0.0], lr=[0.0, 0.0])],
+    ],
+    ids=["one step", "only nan", "gaps", "spike", "many runs", "long", "zeros"],
+)
+def test_any_run_is_drawn(runs: list[RunData], tmp_path: Path) -> None:
+    draw_runs(runs, tmp_path / "report.png")
+    image = imread(tmp_path / "report.png")
+    assert image.shape[0] > 800
+    assert image.shape[1] > 1200
+    assert image.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [("slw", "slw"), ("_run", " _run"), ("a$b$", r"a\$b\$"), ("x" * 200, "…" + "x" * 59)],
+)
+def test_labels_are_shown_as_they_are(label: str, text: str) -> None:
+    assert legend_text(label) == text

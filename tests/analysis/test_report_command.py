@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from megatron_ext.analysis.report import run_labels
 from megatron_ext.cli.report import command
@@ -99,12 +97,3 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     assert run_labels(runs) == ["x/slw", "y/slw", "y/baseline"]
     assert run_labels([runs[0], runs[0]]) == [str(runs[0])] * 2
     assert run_labels([runs[0] / "metrics.jsonl"]) == ["slw"]
-
-
-def test_help_has_an_example() -> None:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0
-    assert "Example" in result.output
-    assert "--output" in result.output

@@ -60,7 +60,7 @@ def test_thinning_keeps_points_of_the_curve_and_each_columns_extremes(y: list[fl
     width = (x[finite][-1] - x[finite][0]) / bins
     for at, value in zip(x[finite], array[finite], strict=True):
         near = kept_y[np.abs(kept_x - at) <= width] if len(kept_x) < finite.sum() else kept_y
-        # A stretch without change may keep its ends alone, further off.
+        # Of equal values only the ends may be kept, further off.
         assert near.size == 0 or value <= near.max() or value in kept_y
 
 
@@ -86,7 +86,7 @@ def test_validations_and_resumes_stand_at_their_step(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.evaluation(EvalRecord.from_loss(step=0, tokens=0, loss=9.0))
     for step in (1, 2, 3):
-        sink.train(train_record(step=step, tokens=64 * step, step_time_s=0.5, grad_norm=None, adam_var_l1=None))
+        sink.train(train_record(step=step, tokens=64 * step, step_time_s=0.5, grad_norm=None, peak_memory_bytes=2**29))
     sink.evaluation(EvalRecord.from_loss(step=2, tokens=128, loss=4.0))
     for event in (EventRecord("resume", {"step": 1}), EventRecord("checkpoint", {"step": 2}), EventRecord("resume")):
         sink.event(event)
@@ -95,6 +95,7 @@ def test_validations_and_resumes_stand_at_their_step(tmp_path: Path) -> None:
     assert (run.label, run.group) == ("name", "name")
     assert run.train["seconds"].tolist() == [0.5, 1.0, 1.5]
     assert np.isnan(run.train["grad_norm"]).all()
+    assert run.train["peak_memory_gib"].tolist() == [0.5, 0.5, 0.5]
     assert run.valid["seconds"].tolist() == [0.0, 1.0]
     assert run.valid["loss"].tolist() == [9.0, 4.0]
     assert run.resume_tokens.tolist() == [64.0]

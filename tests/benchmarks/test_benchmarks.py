@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Those of the kernels compile them first, and are run by their own tests.
+# Those of the kernels compile them first: test_kernel_benchmarks.py.
 SCRIPTS = [path for path in sorted(ROOT.glob("benchmarks/bench_*.py")) if "kernels" not in path.name]
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import complete_checkpoints, drop_after, read_manifest
+from megatron_ext.checkpoint.store import read_manifest
 from megatron_ext.config.run import RunConfig
 from megatron_ext.parallel.groups import destroy_parallel
-from megatron_ext.runtime.files import replace_text
 from tests.checkpoint.test_resume import checkpointer_of, with_dropout
 from tests.engine.training import Curve, run_steps, set_up
 from tests.ranks import run_ranks
@@ -60,22 +59,3 @@ def test_going_back_is_exact(tmp_path: Path, parallel: dict[str, Any], precision
     for first, second in run_ranks(there_and_back, 2, config):
         assert first == second
         assert all(map(math.isfinite, second.losses))
-
-
-def test_later_checkpoints_go(tmp_path: Path) -> None:
-    for step in (10, 5, 30, 20):
-        (tmp_path / f"step_{step}").mkdir()
-        (tmp_path / f"step_{step}" / "weights").write_text("x")
-    removed = drop_after(tmp_path, tmp_path / "step_10")
-    assert [path.name for path in removed] == ["step_30", "step_20"], "the newest first"
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_5", "step_10"]
-    assert (tmp_path / "latest").read_text() == "step_10\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"step_5", "step_10", "latest"}
-
-
-def test_a_file_is_replaced_in_one_go(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for text in ("old", "new"):
-        replace_text(path, text)
-        assert path.read_text() == text
-        assert [item.name for item in tmp_path.iterdir()] == ["file"]

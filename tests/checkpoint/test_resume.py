@@ -5,16 +5,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
+from megatron_ext.checkpoint.weights import load_model
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import destroy_parallel
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import Processes
-from tests.engine.training import Curve, Setup, run_steps, set_up, small_config
+from tests.engine.test_position_loss import Rows, position_losses
+from tests.engine.training import CPU, SEQ_LEN, Curve, Setup, run_steps, set_up, small_config
 from tests.ranks import run_ranks
 
 STOP = 13  # in the middle of the length warmup, and of Adam's own warmup
@@ -57,14 +62,16 @@ def first_part(_rank: int, _world_size: int, config: str) -> Curve:
         destroy_parallel()
 
 
-def second_part(_rank: int, _world_size: int, config: str) -> Curve:
+def second_part(_rank: int, _world_size: int, config: str) -> tuple[Curve, npt.NDArray[np.float64]]:
+    """The rest of the run, and the validation loss at each position with which it begins."""
     try:
         setup = set_up(RunConfig.model_validate_json(config))
         manifest = checkpointer_of(setup).resume()
         assert manifest is not None
         assert manifest.step == STOP
         assert manifest.tokens == setup.plan.tokens_at_step(STOP)
-        return run_steps(setup, manifest.step)
+        losses = position_losses(setup)
+        return run_steps(setup, manifest.step), losses
     finally:
         destroy_parallel()
 
@@ -106,12 +113,18 @@ def test_resume_is_exact(tmp_path: Path, ranks: int, parallel: dict[str, Any], p
     config = with_dropout(tmp_path, parallel={"micro_batch_tokens": 64} | parallel, training=training)
     whole = run_ranks(whole_run, ranks, config)[0]
     first = run_ranks(first_part, ranks, config)[0]
-    second = run_ranks(second_part, ranks, config)[0]
+    second, losses = run_ranks(second_part, ranks, config)[0]
     joined = replace(
         first,
         **{field.name: getattr(first, field.name) + getattr(second, field.name) for field in fields(Curve)},
     )
     assert joined == whole
+    # Any layout's checkpoint opens as a model on one rank. ZeRO 3 keeps float32 weights, of which bf16 is the rounding.
+    rows = torch.from_numpy(np.stack([Rows().read(index, 0, SEQ_LEN + 1) for index in range(len(Rows()))]))
+    with load_model(tmp_path / "run", CPU) as loaded, torch.no_grad():
+        assert loaded.manifest.step == STOP
+        expected = loaded.model(rows[:, :-1], rows[:, 1:]).double().mean(dim=0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5 if precision == "fp32" else 3e-2)
 
 
 def test_another_model_and_layout_are_refused(tmp_path: Path) -> None:

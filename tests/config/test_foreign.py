@@ -21,7 +21,7 @@ def test_every_alias_leads_to_a_key_and_is_none_itself() -> None:
     [
         ("--global-batch-size", "training.batch_size", ""),
         ("Max_LR", "learning_rate.peak", ""),
-        ("train_iters", "training.duration", ' ({"tokens": n} or {"steps": n})'),
+        ("train_iters", "training.duration", ' ({"steps": n} or {"tokens": n})'),
     ],
 )
 def test_a_flag_is_understood_and_hints_at_a_value_of_another_form(name: str, key: str, hint: str) -> None:

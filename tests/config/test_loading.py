@@ -120,7 +120,7 @@ def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, override: 
         ("optimizer.lr=3", "write learning_rate.peak instead"),
         ("learning_rate.max_lr=3", "write learning_rate.peak instead"),
         ("global_batch_size=3", "write training.batch_size instead"),
-        ("train_tokens=3", 'write training.duration instead ({"tokens": n} or {"steps": n})'),
+        ("train_tokens=3", 'write training.duration instead ({"steps": n} or {"tokens": n})'),
         ("zero_optimization.stage=2", "write parallel.zero_stage instead"),
         ("model.n_layer=2", "did you mean model.num_layers?"),
         ("curriculum={'pacing'}", "curriculum is \"{'pacing'}\""),
@@ -232,15 +232,36 @@ def merged(path: Path) -> dict[str, object]:
     return merge_all(layer.tree for layer in read_layers(path))
 
 
-def test_later_files_win_and_the_file_itself_wins_over_all(tmp_path: Path) -> None:
-    write(tmp_path / "parts" / "a.json", {"seed": 1, "name": "a", "model": {"num_layers": 1, "hidden_size": 1}})
-    write(tmp_path / "parts" / "b.json", {"seed": 2, "model": {"num_layers": 2}})
-    main = write(tmp_path / "main.json", {"extends": ["parts/a.json", "parts/b.json"], "model": {"vocab_size": 3}})
-    assert merged(main) == {
-        "seed": 2,
-        "name": "a",
-        "model": {"num_layers": 2, "hidden_size": 1, "vocab_size": 3},
-    }
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        # Later files win, and the file itself wins over all.
+        (
+            {
+                "parts/a.json": {"seed": 1, "name": "a", "model": {"num_layers": 1, "hidden_size": 1}},
+                "parts/b.json": {"seed": 2, "model": {"num_layers": 2}},
+                "main.json": {"extends": ["parts/a.json", "parts/b.json"], "model": {"vocab_size": 3}},
+            },
+            {"seed": 2, "name": "a", "model": {"num_layers": 2, "hidden_size": 1, "vocab_size": 3}},
+        ),
+        # One file is reached twice.
+        (
+            {
+                "root.json": {"seed": 5},
+                "a.json": {"extends": "root.json", "name": "a"},
+                "b.json": {"extends": "root.json", "name": "b"},
+                "main.json": {"extends": ["a.json", "b.json"]},
+            },
+            {"seed": 5, "name": "b"},
+        ),
+        # A byte order mark is no error.
+        ({"main.json": '\ufeff{"seed": 1}'}, {"seed": 1}),
+    ],
+)
+def test_what_files_say_together(tmp_path: Path, files: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, tree in files.items():
+        write(tmp_path / name, tree)
+    assert merged(tmp_path / "main.json") == wanted
 
 
 def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +271,6 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "deep")
     assert merged(main) == {"seed": 5}
     assert merged(Path("deeper/main.json")) == {"seed": 5}
-
-
-def test_one_file_may_be_reached_on_two_ways(tmp_path: Path) -> None:
-    write(tmp_path / "root.json", {"seed": 5})
-    write(tmp_path / "a.json", {"extends": "root.json", "name": "a"})
-    write(tmp_path / "b.json", {"extends": "root.json", "name": "b"})
-    assert merged(write(tmp_path / "main.json", {"extends": ["a.json", "b.json"]})) == {"seed": 5, "name": "b"}
 
 
 def test_a_circle_is_named(tmp_path: Path) -> None:
@@ -278,52 +292,28 @@ def test_a_preset_fills_the_model(tmp_path: Path) -> None:
     assert (model["num_layers"], model["hidden_size"], model["hidden_dropout"]) == (12, 768, 0.0)
 
 
-def test_an_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
-    main = write(tmp_path / "main.json", {"extends": "preset:gpt2-117M"})
-    with pytest.raises(UserError, match=r"no preset 'gpt2-117M'; did you mean preset:gpt2-117m\? .*gpt3-175b"):
-        read_layers(main)
-
-
-@pytest.mark.parametrize("value", [3, None, [1], [""], {"file": "a.json"}])
-def test_extends_of_the_wrong_type_is_refused(tmp_path: Path, value: object) -> None:
-    with pytest.raises(UserError, match=r"extends is .*: expected a file name"):
-        read_layers(write(tmp_path / "main.json", {"extends": value}))
-
-
-def test_a_missing_file_says_who_named_it(tmp_path: Path) -> None:
-    main = write(tmp_path / "main.json", {"extends": "base_config.json"})
-    write(tmp_path / "base_confg.json", {})
-    with pytest.raises(
-        UserError, match=r'base_config\.json does not exist \(named by "extends" in .*main\.json\)'
-    ) as caught:
-        read_layers(main)
-    assert "did you mean" in str(caught.value)
-    with pytest.raises(UserError, match=r"nowhere\.json does not exist; check the path"):
-        read_layers(tmp_path / "nowhere.json")
-
-
-def test_a_directory_and_binary_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a directory"):
-        read_layers(tmp_path)
-    binary = tmp_path / "main.json"
-    binary.write_bytes(b'{"name": "\xff\xfe"}')
-    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 10\)"):
-        read_layers(binary)
-
-
-def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.json").symlink_to(tmp_path / "b.json")
-    (tmp_path / "b.json").symlink_to(tmp_path / "a.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_layers(tmp_path / "a.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_layers(write(tmp_path / "main.json", {"extends": "a\0.json"}))
-
-
-def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
-    path = tmp_path / "main.json"
-    path.write_bytes(b'\xef\xbb\xbf{"seed": 1}')
-    assert merged(path) == {"seed": 1}
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        *((value, "extends is .*: expected a file name") for value in (3, None, [1], [""], {"file": "a.json"})),
+        ("preset:gpt2-117M", r"no preset 'gpt2-117M'; did you mean preset:gpt2-117m\? .*gpt3-175b"),
+        (
+            "base.json",
+            r'base\.json does not exist \(named by "extends" in .*main\.json\); .*did you mean .*bases\.json',
+        ),
+        ("nowhere.json", r"nowhere\.json does not exist .*; check the path$"),
+        (".", "is a directory"),
+        ("binary.json", r"not UTF-8 text \(byte 10\)"),
+        ("loop.json", "cannot be read"),
+        ("a\0.json", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path: Path, extends: object, message: str) -> None:
+    write(tmp_path / "bases.json", {})
+    (tmp_path / "binary.json").write_bytes(b'{"name": "\xff\xfe"}')
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    with pytest.raises(UserError, match=message):
+        read_layers(write(tmp_path / "main.json", {"extends": extends}))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import AdaptiveSchedule, Decision
+from megatron_ext.curriculum.adaptive import AdaptiveSchedule
 from megatron_ext.curriculum.plan import PlannedStep
+from megatron_ext.curriculum.schedule import Decision
 from tests.curriculum.runs import Json, run_config
 
 Losses = Callable[[PlannedStep], float]

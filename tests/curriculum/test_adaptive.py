@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.adaptive import Schedule
 from megatron_ext.curriculum.plan import PlannedStep
 from megatron_ext.curriculum.sampler import batch_slices
+from megatron_ext.curriculum.schedule import Schedule
 from megatron_ext.errors import UserError
 from tests.curriculum.adaptive_runs import Losses, adaptive, adaptive_config, adaptive_configs, noise, walk, whole
 from tests.curriculum.runs import formula_value, run_config
@@ -213,9 +213,9 @@ def test_before_any_decision_the_plan_is_the_slowest_and_a_fixed_one_has_no_stat
     config = adaptive_config()
     plan = config.plan()
     assert list(plan) == list(config.possible_plans()["slowest"])
-    told = config.schedule().to_json()
-    assert told["bounds"] == {which: bound.to_json() for which, bound in config.possible_plans().items()}
-    assert told["steps"] == told["bounds"]["slowest"]["steps"] > told["bounds"]["fastest"]["steps"]
+    written = config.schedule().to_json()
+    assert written["bounds"] == {which: bound.to_json() for which, bound in config.possible_plans().items()}
+    assert written["steps"] == written["bounds"]["slowest"]["steps"] > written["bounds"]["fastest"]["steps"]
     fixed = run_config(seq_len=8, batch_size=2, duration={"steps": 3}).schedule()
     assert type(fixed) is Schedule
     fixed.observe(seq_len=8, loss=1.0)

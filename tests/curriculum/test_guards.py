@@ -120,7 +120,7 @@ def test_it_advances_the_runs_loss_ratio_and_remembers_rollbacks() -> None:
     saved, saved_ratio = guard.state_dict(), ratio.state_dict()
     assert not guard.admits(loss=5.0, grad_norm=1.0)
     assert guard.ratio == guard.incident.value == 2.5  # type: ignore[union-attr]
-    assert ratio.summary.steps == 3
+    assert ratio.steps == 3
     guard.roll_back()
     ratio.load_state_dict(saved_ratio)
     assert guard.incident is None

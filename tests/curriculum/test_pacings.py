@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import Literal
 
 import pytest
 
@@ -19,8 +20,9 @@ from megatron_ext.curriculum import (
     Stage,
     TrainingPlan,
     UserError,
+    open_schedule,
 )
-from megatron_ext.curriculum.segments import CycleSegments
+from megatron_ext.curriculum.segments import CycleSegments, Levels, discrete
 from tests.curriculum.runs import run_config
 
 OVER = Duration(steps=50)
@@ -70,6 +72,17 @@ def test_a_plan_of_plain_values_is_that_of_the_config() -> None:
     )
     run = RunSpec(seq_len=64, batch_size=2, duration=Duration(steps=80))
     assert TrainingPlan.build(LinearPacing(start=8, duration=OVER), run) == config.plan()
+
+
+def test_a_pacing_of_ones_own_needs_its_levels_and_nothing_else() -> None:
+    class Halves(Pacing):
+        pacing: Literal["halves"] = "halves"
+
+        def levels(self, seq_len: int) -> Levels:
+            return discrete([(seq_len // 2, Duration(steps=3))], full=seq_len)
+
+    run = RunSpec(seq_len=64, batch_size=2, duration=Duration(steps=5))
+    assert [step.seq_len for step in open_schedule(Halves(), run).plan] == [32, 32, 32, 64, 64]
 
 
 def test_a_cycle_holds_every_length_equally_often_and_is_a_sequence() -> None:

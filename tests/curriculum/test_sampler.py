@@ -39,12 +39,16 @@ def test_recycle_reads_every_token_of_the_stream_exactly_once(case: Case) -> Non
     plan = case.config.plan()
     batch_size, seq_len = case.config.training.batch_size, plan.seq_len
     streams: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
-    for step in range(plan.steps):
-        rows = tokens_read(global_batch(plan, step), seq_len)
-        assert len({sample for row in rows for sample, _ in row}) >= batch_size
+    opened: set[int] = set()
+    for step in plan:
+        rows = tokens_read(global_batch(plan, step.step), seq_len)
+        assert step.consumed_samples == len(opened)
         for stream, row in zip(streams, rows, strict=True):
             stream.extend(row)
-            assert {sample for sample, _ in row} <= {stream_sample for stream_sample, _ in stream}
+            opened |= {sample for sample, _ in row}
+    assert plan.samples == len(opened) == max(opened) + 1
+    drawn = [plan[segment.first_step].consumed_samples for segment in plan.segments]
+    assert [segment.first_samples for segment in plan.segments] == drawn
     used = Counter(token for stream in streams for token in stream)
     assert set(used.values()) == {1}
     assert used.total() == plan.tokens
@@ -54,20 +58,6 @@ def test_recycle_reads_every_token_of_the_stream_exactly_once(case: Case) -> Non
         ]
         assert stream == everything[: len(stream)]
         assert len(everything) - len(stream) < seq_len  # no sample is asked for that is not needed
-
-
-@property_test
-@given(cases(tail="recycle"))
-def test_recycle_counts_the_samples_it_has_opened(case: Case) -> None:
-    plan = case.config.plan()
-    opened: set[int] = set()
-    for step in plan:
-        assert step.consumed_samples == len(opened)
-        opened |= {sample for row in tokens_read(global_batch(plan, step.step), plan.seq_len) for sample, _ in row}
-    assert plan.samples == len(opened) == max(opened) + 1
-    assert [segment.first_samples for segment in plan.segments] == [
-        plan[segment.first_step].consumed_samples for segment in plan.segments
-    ]
 
 
 @property_test
@@ -137,13 +127,6 @@ def test_every_batch_of_a_plan_is_checked() -> None:
     check_batches_divide(plan, 2)
     with pytest.raises(UserError, match=r"a batch of 6 sequences .* 4 data-parallel ranks"):
         check_batches_divide(plan, 4)
-
-
-@property_test
-@given(cases())
-def test_batch_sizes_are_those_of_the_steps(case: Case) -> None:
-    plan = case.config.plan()
-    assert plan.batch_sizes == sorted({step.batch_size for step in plan})
 
 
 @property_test

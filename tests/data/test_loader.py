@@ -156,14 +156,6 @@ def test_another_version_of_the_plan_is_followed_from_the_next_step_on(run: Run)
             _assert_same(loader.batch(other[step]), expected[step])
 
 
-def test_samples_repeat_only_after_the_whole_corpus(tmp_path: Path) -> None:
-    run = _run(tmp_path, "truncate", training={"seq_len": 16, "batch_size": 12, "duration": {"steps": 200}})
-    assert run.plan.samples > 4 * (sum(map(len, documents(300)[:270])) - 1) // 16
-    ids = np.concatenate([batch.samples for batch in run.batches])
-    np.testing.assert_array_equal(ids, np.arange(2400))
-    assert run.batches[-1].tokens.min() >= 0
-
-
 def test_batch_that_does_not_divide_is_found_at_once(run: Run) -> None:
     with pytest.raises(UserError, match="12 sequences does not divide evenly over 5 data-parallel ranks"):
         TrainLoader(run.data.train, run.plan, data_size=5)
@@ -237,13 +229,6 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_prefetched_results_come_in_order() -> None:
-    prefetcher = Prefetcher(lambda n: n * n, range(100), depth=3)
-    assert [prefetcher.next() for _ in range(100)] == [n * n for n in range(100)]
-    prefetcher.close()
-    assert _threads() == 0
 
 
 def test_prefetching_is_bounded() -> None:

@@ -1,4 +1,4 @@
-"""Reading documents: every format gives the same ones, line numbers are right, damage is told."""
+"""Reading documents: every format gives the same ones, line numbers are right, damage is named."""
 
 import gzip
 import json

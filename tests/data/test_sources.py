@@ -1,4 +1,4 @@
-"""Opening a corpus: whole files pass, every kind of damage is told with the file's name."""
+"""Opening a corpus: whole files pass, every kind of damage is named with its file."""
 
 import os
 import struct

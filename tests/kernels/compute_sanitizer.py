@@ -18,22 +18,10 @@ FOUND = 99
 
 def commands(program: str) -> Iterator[list[str]]:
     """The command of each tool."""
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        "-k",
-        "cuda",
-        "tests/kernels",
-    ]
+    gpu_tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu", "-k", "cuda", "tests/kernels"]
     for tool in TOOLS:
-        yield [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all", *tests]
+        checked = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all"]
+        yield [*checked, sys.executable, *gpu_tests]
 
 
 def _say(line: str) -> None:

@@ -12,16 +12,9 @@ INF = float("inf")
 # (rows, columns, of which real): vectors at the start of each row or anywhere, a row shorter than a vector, and more
 # than the block takes at once (256 threads x 4 vectors).
 SHAPES = [
-    (3, 1, 1),
-    (5, 7, 5),
-    (9, 8, 8),
-    (5, 16, 9),
-    (5, 18, 17),
-    (5, 31, 31),
-    (4, 1023, 1000),
-    (3, 1024, 1001),
+    (3, 1, 1), (5, 7, 5), (9, 8, 8), (5, 16, 9), (5, 18, 17), (5, 31, 31), (4, 1023, 1000), (3, 1024, 1001),
     (3, 1025, 1025),
-]
+]  # fmt: skip
 WIDE = [(2, 16384, 16384), (2, 12345, 12340)]
 FIRST = 1000
 

@@ -13,31 +13,17 @@ EPS = 1e-5
 # that whatever is used again for the next row shows; widths are those of every path: a few lanes, a warp, warps,
 # registers and shared memory for column sums, and what vectors do not fit, odd and even.
 SHAPES = [
-    (5, 1),
-    (9, 7),
-    (1100, 8),
-    (300, 16),
-    (9, 18),
-    (9, 31),
-    (45, 264),
-    (21, 768),
-    (9, 1023),
-    (17, 1024),
+    (5, 1), (9, 7), (1100, 8), (300, 16), (9, 18), (9, 31), (45, 264), (21, 768), (9, 1023), (17, 1024),
     (9, 1025),
-]
+]  # fmt: skip
 WIDE = [(7, 6000), (5, 8200), (3, 16384), (3, 16392)]
 PARTITIONS = 2
 
-EVERYWHERE = {
-    "test_forward": [
-        ((5, 1), F32), ((1100, 8), F16), ((9, 31), BF16), ((21, 768), F32), ((17, 1024), F16),
-        ((5, 8200), BF16), ((3, 16384), F32), ((3, 16392), F16),
-    ],
-    "test_backward": [
-        ((5, 1), F32), ((1100, 8), F16), ((9, 31), BF16), ((21, 768), F32), ((17, 1024), F16),
-        ((5, 8200), BF16), ((3, 16384), F32), ((3, 16392), F16),
-    ],
-}  # fmt: skip
+_POINTS = [
+    ((5, 1), F32), ((1100, 8), F16), ((9, 31), BF16), ((21, 768), F32), ((17, 1024), F16), ((5, 8200), BF16),
+    ((3, 16384), F32), ((3, 16392), F16),
+]  # fmt: skip
+EVERYWHERE = {"test_forward": _POINTS, "test_backward": _POINTS}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -68,7 +54,7 @@ def _check_forward(backend: KernelBackend, x: torch.Tensor, weight: torch.Tensor
     check("y", got["y"], exact["y"], own["y"])
 
 
-def _gradients(
+def gradients(
     dy: torch.Tensor, normalized: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The formulas in the dtype of the arguments."""
@@ -84,8 +70,8 @@ def _check_backward(backend: KernelBackend, inputs: tuple[torch.Tensor, ...], *,
     got = layer_norm_backward(backend, dy, x, weight, statistics=(mean, rstd), partitions=partitions)
     exact_normalized = (x.double() - mean.double().unsqueeze(-1)) * rstd.double().unsqueeze(-1)
     own_normalized = ((x.float() - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).to(x.dtype)
-    exact = _gradients(dy.double(), exact_normalized, weight.double(), rstd.double())
-    own = _gradients(dy, own_normalized, weight.to(x.dtype), rstd.to(x.dtype))
+    exact = gradients(dy.double(), exact_normalized, weight.double(), rstd.double())
+    own = gradients(dy, own_normalized, weight.to(x.dtype), rstd.to(x.dtype))
     for name, value in got.items():
         terms = (rstd.unsqueeze(-1) * dy.float() * weight.float()).abs().amax(-1, True) if name == "dx" else None
         check(name, value, exact[name], own[name].to(value.dtype), terms=terms)

@@ -18,15 +18,9 @@ NAN, INF = float("nan"), float("inf")
 # has; a row of few lanes, a warp, and warps; what 16-byte vectors do not fit; and rows longer than columns before them.
 SHORT = [(3, 1, 1), (5, 7, 7), (40, 8, 8), (20, 16, 16), (5, 18, 18), (9, 24, 24), (5, 31, 31), (70, 2, 8), (3, 5, 64)]
 LONG = [
-    (1, 33, 264),
-    (2, 5, 1023),
-    (2, 5, 1024),
-    (2, 5, 1025),
-    (1, 200, 200),
-    (1, 3, 2056),
-    (1, 2, 16383),
+    (1, 33, 264), (2, 5, 1023), (2, 5, 1024), (2, 5, 1025), (1, 200, 200), (1, 3, 2056), (1, 2, 16383),
     (1, 2, 16384),
-]
+]  # fmt: skip
 NOISE = Noise(probability=0.2, seed=0x123456789ABCDEF)
 
 EVERYWHERE = {

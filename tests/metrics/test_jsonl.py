@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.errors import UserError
-from megatron_ext.metrics.jsonl import FILE_NAME, JsonlSink, Metrics, read_columns, read_events, read_metrics
-from megatron_ext.metrics.records import EvalRecord, EventRecord, encode
+from megatron_ext.metrics.jsonl import JsonlSink
+from megatron_ext.metrics.reading import Metrics, read_columns, read_events, read_metrics
+from megatron_ext.metrics.records import FILE_NAME, EvalRecord, EventRecord, encode
 from tests.metrics.test_records import train_record, train_records
 
 
@@ -143,7 +144,7 @@ def test_columns_and_events_are_those_of_the_records(
     assert tuple(read_events(path)) == metrics.events
     found: Any
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_ext.metrics.jsonl._CHUNK", chunk)
+        patch.setattr("megatron_ext.metrics.reading._CHUNK", chunk)
         for kind, found in (("train", metrics.train), ("eval", metrics.evaluations)):
             columns = read_columns(path.parent, NAMES, kind=kind)
             assert list(columns) == list(NAMES)
@@ -231,7 +232,7 @@ while True:
 def test_sigkill_loses_at_most_a_partial_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=Path(__file__).parents[2])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (not path.exists() or path.stat().st_size < 200_000) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

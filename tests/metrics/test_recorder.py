@@ -1,6 +1,7 @@
-"""The recorder and the sinks it is given."""
+"""The recorder and the sinks it is given; what they do when a run rolls back."""
 
 import io
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.metrics.console import ProgressBar
-from megatron_ext.metrics.jsonl import read_metrics
+from megatron_ext.metrics.jsonl import ROLLED_BACK_NAME
+from megatron_ext.metrics.reading import read_metrics
 from megatron_ext.metrics.recorder import Recorder, Sink, open_sinks
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.log import LOGGER, configure_logging
@@ -95,3 +97,28 @@ def test_without_sinks_nothing_happens(tmp_path: Path, monkeypatch: pytest.Monke
     recorder.event("checkpoint", step=2)
     recorder.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_steps_are_taken_back_and_kept_aside(tmp_path: Path, terminal: bool) -> None:
+    recorder = Recorder(sinks_of(tmp_path, terminal=terminal, tensorboard=True))
+    for loss, first in ((4.0, 1), (3.0, 3)):
+        for step in range(first, 5):
+            recorder.train(train_record(step=step, tokens=step * 64, loss=loss))
+        recorder.evaluation(EvalRecord.from_loss(step=4, tokens=256, loss=loss))
+        recorder.event("guard", step=4)
+        recorder.roll_back(step=2, tokens=128)
+        assert [record.step for record in read_metrics(tmp_path).train] == [1, 2]
+    for step in (3, 4):
+        recorder.train(train_record(step=step, tokens=step * 64, loss=1.0))
+    recorder.close()
+    metrics = read_metrics(tmp_path)
+    assert [record.loss for record in metrics.train if record.step > 2] == [1.0, 1.0]
+    assert metrics.evaluations == ()
+    assert [event.name for event in metrics.events] == ["guard", "guard"], "events did happen"
+    aside = [json.loads(line) for line in (tmp_path / ROLLED_BACK_NAME).read_text().splitlines()]
+    assert [(line["kind"], line["step"], line["loss"]) for line in aside[:3]] == [
+        ("train", 3, 4.0),
+        ("train", 4, 4.0),
+        ("eval", 4, 4.0),
+    ]

@@ -116,6 +116,10 @@ def test_non_finite_values_are_null_and_named() -> None:
     assert line["loss_ratio"] is None
     assert line["non_finite"] == {"loss": "nan", "loss_ratio": "inf"}
     assert "non_finite" not in json.loads(encode(train_record(mfu=None)))
+    losses = np.array([4.0] * 8 + [math.nan] + [2.0] * 7)
+    line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
+    assert line["position_loss"] == [4.0, None]
+    assert line["non_finite"] == {"loss": "nan", "perplexity": "nan", "position_loss[1]": "nan"}
 
 
 def test_the_fields_of_an_eval_line() -> None:
@@ -126,13 +130,6 @@ def test_the_fields_of_an_eval_line() -> None:
     buckets = {"position_edges": [0, 8, 12], "position_loss": [4.0, 2.0]}
     assert line == {"kind": "eval", "step": 2, "tokens": 64, **buckets}
     assert "position_loss" not in encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=False))
-
-
-def test_non_finite_items_of_a_list_are_null_and_named() -> None:
-    losses = np.array([4.0] * 8 + [math.nan] + [2.0] * 7)
-    line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
-    assert line["position_loss"] == [4.0, None]
-    assert line["non_finite"] == {"loss": "nan", "perplexity": "nan", "position_loss[1]": "nan"}
 
 
 def test_non_finite_values_inside_are_null_and_named() -> None:

@@ -49,6 +49,17 @@ def test_resuming_purges_what_came_after(tmp_path: Path) -> None:
     assert points(tmp_path / "by_tokens", "train/loss") == [(100, 2.5), (200, 2.5), (300, 1.5)]
 
 
+def test_a_roll_back_takes_back_what_came_after(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, step=0, tokens=0)
+    for step, loss in ((1, 4.0), (2, 4.0), (3, 4.0), (4, 4.0), (3, 1.0)):
+        if loss == 1.0:
+            sink.roll_back(step=2, tokens=200)
+        sink.train(train_record(step=step, tokens=step * 100, loss=loss))
+    sink.close()
+    assert points(tmp_path / "by_step", "train/loss") == [(1, 4.0), (2, 4.0), (3, 1.0)]
+    assert points(tmp_path / "by_tokens", "train/loss") == [(100, 4.0), (200, 4.0), (300, 1.0)]
+
+
 def test_without_the_package_the_setting_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"metrics\.tensorboard is true"):

@@ -54,6 +54,18 @@ def shake(model: torch.nn.Module, seed: int = 5) -> None:
             parameter.copy_(center + 0.15 * torch.randn(parameter.shape, generator=generator))
 
 
+def gradients_of(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of ``loss`` by the names of ``model``'s parameters."""
+    model.zero_grad()
+    torch.autograd.backward(loss)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_identical(actual: Any, expected: Any) -> None:
+    """Tensors, or sequences and mappings of them, are equal bit for bit (a NaN to nothing)."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @contextmanager
 def keeping(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     """Bytes of each storage, by address, that autograd keeps of what runs inside, without the model's parameters."""

@@ -38,27 +38,18 @@ def memory(
     return estimate_memory(shape, ParallelConfig(**parallel), precision=precision, **sizes)
 
 
-@pytest.mark.parametrize(
-    ("shape", "total"),
-    [
-        ((12, 768, 12), 124_439_808),
-        ((24, 1024, 16), 354_823_168),
-        ((36, 1280, 20), 774_030_080),
-        ((48, 1600, 25), 1_557_611_200),
-    ],
-)
-def test_gpt2_sizes_are_those_of_the_released_models(shape: tuple[int, int, int], total: int) -> None:
-    assert count_parameters(model(*shape, vocab_multiple=1), positions=1024).total == total
-
-
-def test_gpt3_is_175_billion() -> None:
-    assert count_parameters(model(96, 12288, 96), positions=2048).total == pytest.approx(175e9, rel=0.005)
+def test_sizes_are_those_of_the_released_models() -> None:
+    shapes = ((12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25))
+    totals = [count_parameters(model(*shape, vocab_multiple=1), positions=1024).total for shape in shapes]
+    assert totals == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
+    assert count_parameters(model(96, 12288, 96), positions=2048).total == pytest.approx(175e9, rel=0.005)  # GPT-3
 
 
 def test_padding_and_an_untied_output_layer_are_rows_of_the_vocabulary() -> None:
-    tied = count_parameters(model(2, 64, 4, vocab_size=1000, vocab_multiple=1), positions=32)
-    padded = count_parameters(model(2, 64, 4, vocab_size=1000, vocab_multiple=128), positions=32)
-    untied = count_parameters(model(2, 64, 4, vocab_size=1000, vocab_multiple=1, tie_embeddings=False), positions=32)
+    tied, padded, untied = (
+        count_parameters(model(2, 64, 4, vocab_size=1000, vocab_multiple=multiple, tie_embeddings=ties), positions=32)
+        for multiple, ties in ((1, True), (128, True), (1, False))
+    )
     assert padded.total - tied.total == 24 * 64
     assert untied.total - tied.total == 1000 * 64
     assert tied.position_embeddings == 32 * 64

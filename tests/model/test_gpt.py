@@ -1,21 +1,16 @@
 """The model on one rank: initialization, padding, causality, dropout, recomputation, precision, state dict."""
 
 import math
+from dataclasses import astuple
 from typing import Any, get_args
 
 import pytest
 import torch
 
 from megatron_ext.errors import UserError
-from megatron_ext.model.gpt import Gpt, Recomputation
+from megatron_ext.model.gpt import Recomputation
 from megatron_ext.parallel.groups import Layout
-from tests.model.small import build_small, keeping, random_tokens, shake
-
-
-def _gradients(model: Gpt, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    torch.autograd.backward(loss)
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+from tests.model.small import assert_identical, build_small, gradients_of, keeping, random_tokens, shake
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -68,11 +63,12 @@ def test_padding_of_the_vocabulary_changes_nothing(layout: Layout, tied: bool) -
     torch.testing.assert_close(padded(tokens), exact(tokens), rtol=1e-5, atol=1e-5)
     losses = [model(tokens, labels) for model in (padded, exact)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
-    gradients = _gradients(exact, losses[1].mean())
-    for name, gradient in _gradients(padded, losses[0].mean()).items():
+    expected, found = gradients_of(exact, losses[1].mean()), gradients_of(padded, losses[0].mean())
+    for name, gradient in found.items():
         if len(gradient) == 512:
             assert not gradient[211:].any(), name
-        torch.testing.assert_close(gradient[: len(gradients[name])], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+            found[name] = gradient[:211]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -90,22 +86,14 @@ def test_no_position_sees_a_later_one(layout: Layout, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_recomputation_is_bitwise_equal_and_leaves_the_streams_equal(layout: Layout, backend: str) -> None:
     tokens, labels = random_tokens(3, 21), random_tokens(3, 21, seed=1)
+    rates: dict[str, Any] = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
     results = []
     for recompute in get_args(Recomputation):
-        rates: dict[str, Any] = {"hidden_dropout": 0.2, "attention_dropout": 0.3}
         model = build_small(layout, recompute=recompute, attention=backend, **rates)
         shake(model)
         losses = model(tokens, labels)
-        gradients = _gradients(model, losses.mean())
-        after = model.streams.snapshot()
-        results.append((losses.detach(), gradients, after))
-    (plain, plain_gradients, plain_after), (again, again_gradients, again_after) = results
-    assert torch.equal(plain, again)
-    assert plain_gradients.keys() == again_gradients.keys()
-    for name, gradient in plain_gradients.items():
-        assert torch.equal(gradient, again_gradients[name]), name
-    assert torch.equal(plain_after.replicated, again_after.replicated)
-    assert torch.equal(plain_after.partitioned, again_after.partitioned)
+        results.append((losses.detach(), gradients_of(model, losses.mean()), astuple(model.streams.snapshot())))
+    assert_identical(results[1], results[0])
 
 
 def test_recomputation_keeps_fewer_tensors(layout: Layout) -> None:
@@ -126,8 +114,7 @@ def test_dropout_is_off_in_evaluation_and_restored_by_the_rng_state(layout: Layo
     first, second = model(tokens, tokens), model(tokens, tokens)
     assert not torch.equal(first, second)
     model.streams.set_rng_state(state)
-    assert torch.equal(model(tokens, tokens), first)
-    assert torch.equal(model(tokens, tokens), second)
+    assert_identical((model(tokens, tokens), model(tokens, tokens)), (first, second))
     model.eval()
     assert torch.equal(model(tokens, tokens), model(tokens, tokens))
 
@@ -146,7 +133,7 @@ def test_half_precision_is_close_to_float32(
     assert half(tokens).dtype == dtype
     torch.testing.assert_close(half_losses, losses, rtol=0, atol=0.02)
     scale = 128.0
-    gradients, half_gradients = _gradients(full, losses.mean()), _gradients(half, scale * half_losses.mean())
+    gradients, half_gradients = gradients_of(full, losses.mean()), gradients_of(half, scale * half_losses.mean())
     assert gradients.keys() == half_gradients.keys()
     for name, gradient in gradients.items():
         assert half_gradients[name].dtype == dtype

@@ -10,7 +10,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.model.gpt import Gpt
 from megatron_ext.model.hf import gpt2_state_from_hf, gpt2_state_to_hf
 from megatron_ext.parallel.groups import Layout
-from tests.model.small import POSITIONS, build_small, random_tokens, shake, small_model
+from tests.model.small import POSITIONS, assert_identical, build_small, gradients_of, random_tokens, shake, small_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,16 +62,9 @@ def test_logits_and_gradients_are_those_of_transformers(
         torch.testing.assert_close(ours(tokens, last_only=True), logits[:, -1:], rtol=0, atol=tolerance)
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, length)
         torch.testing.assert_close(ours(tokens, labels), losses, rtol=0, atol=tolerance)
-        for model, loss in ((ours, ours(tokens, labels).mean()), (theirs, losses.mean())):
-            model.zero_grad()
-            torch.autograd.backward(loss)
-        gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-        expected = gpt2_state_from_hf(
-            {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}, small_model(**variant)
-        )
-        assert gradients.keys() == expected.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance, msg=name)
+        expected = gpt2_state_from_hf(gradients_of(theirs, losses.mean()), small_model(**variant))
+        gradients = gradients_of(ours, ours(tokens, labels).mean())
+        torch.testing.assert_close(gradients, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("variant", _VARIANTS, ids=str)
@@ -79,10 +72,8 @@ def test_round_trip(layout: Layout, variant: dict[str, Any]) -> None:
     ours, theirs = _pair(layout, **variant)
     back = gpt2_state_to_hf(ours.state_dict(), small_model(**variant))
     expected = theirs.state_dict()
-    assert back.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(back[name], tensor), name
-        assert back[name].is_contiguous()
+    assert_identical(back, dict(expected))
+    assert all(tensor.is_contiguous() for tensor in back.values())
     strict = theirs.load_state_dict(back)
     assert not strict.missing_keys
 
@@ -93,8 +84,7 @@ def test_bare_gpt2_names_and_old_mask_buffers_are_accepted(layout: Layout) -> No
     state.pop("lm_head.weight")
     state["h.0.attn.bias"] = torch.ones(1, 1, 40, 40)
     converted = gpt2_state_from_hf(state, small_model())
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(converted[name], tensor)
+    assert_identical(converted, dict(ours.state_dict()))
 
 
 @pytest.mark.parametrize(

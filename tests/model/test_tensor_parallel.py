@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext.model.parameters import parameter_kind, split_dimension
 from megatron_ext.parallel.groups import initialize_parallel
-from tests.model.small import build_small, random_tokens, small_model
+from tests.model.small import assert_identical, build_small, gradients_of, random_tokens, small_model
 from tests.ranks import run_ranks
 
 Tensors = dict[str, torch.Tensor]
@@ -38,34 +38,32 @@ def _compute(
         vocab = variant.get("vocab_size", small_model().vocab_size)
         tokens, labels = random_tokens(3, 19, vocab=vocab), random_tokens(3, 19, vocab=vocab, seed=1)
         losses = model(tokens, labels)
-        torch.autograd.backward(losses.mean())
+        gradients = gradients_of(model, losses.mean())
         outputs = {"losses": losses.detach(), "logits": model(tokens).detach()}
         outputs["last"] = model(tokens, last_only=True).detach()
-        results.append((initial, outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        results.append((initial, outputs, gradients))
     return results
 
 
-def _merge(name: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """One tensor of both ranks; where it is not split, both must hold the same."""
-    dimension = split_dimension(name)
-    if dimension is None:
-        torch.testing.assert_close(first, second, rtol=0, atol=0, msg=name)
-        return first
-    return torch.cat([first, second], dim=dimension)
+def _merge(first: Tensors, second: Tensors) -> Tensors:
+    """The tensors of both ranks put together; those that are not split must be the same on both."""
+    merged = {}
+    for name, tensor in first.items():
+        dimension = split_dimension(name)
+        if dimension is None:
+            assert_identical(tensor, second[name])
+        merged[name] = tensor if dimension is None else torch.cat([tensor, second[name]], dim=dimension)
+    return merged
 
 
 def test_two_ranks_equal_one() -> None:
     (single,) = run_ranks(_compute, 1, 1, _VARIANTS)
     first, second = run_ranks(_compute, 2, 2, _VARIANTS)
-    for variant, whole, a, b in zip(_VARIANTS, single, first, second, strict=True):
-        for name, tensor in whole[0].items():
-            assert torch.equal(_merge(name, a[0][name], b[0][name]), tensor), (variant, name)
-        for name, tensor in whole[1].items():
-            assert torch.equal(a[1][name], b[1][name]), (variant, name)
-            torch.testing.assert_close(a[1][name], tensor, rtol=1e-4, atol=1e-4, msg=f"{variant} {name}")
-        for name, tensor in whole[2].items():
-            merged = _merge(name, a[2][name], b[2][name])
-            torch.testing.assert_close(merged, tensor, rtol=1e-3, atol=1e-5, msg=f"{variant} {name}")
+    for (initial, outputs, gradients), a, b in zip(single, first, second, strict=True):
+        assert_identical(_merge(a[0], b[0]), initial)
+        assert_identical(a[1], b[1])
+        torch.testing.assert_close(a[1], outputs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_merge(a[2], b[2]), gradients, rtol=1e-3, atol=1e-5)
 
 
 def _flags(_rank: int, _world: int) -> dict[str, tuple[bool, int | None]]:
@@ -96,9 +94,7 @@ def _dropout(_rank: int, _world: int, rates: dict[str, Any]) -> tuple[torch.Tens
     )
     tokens = random_tokens(2, 30)
     losses = model(tokens, tokens)
-    torch.autograd.backward(losses.mean())
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return context.detach(), losses.detach(), gradients
+    return context.detach(), losses.detach(), gradients_of(model, losses.mean())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +109,7 @@ def test_dropout_over_two_copies_of_two_ranks(rates: dict[str, Any], drops_atten
         assert torch.equal(losses[first], losses[second])
         for name, gradient in gradients[first].items():
             if parameter_kind(name) in ("norm", "positions") or name.endswith(("proj.bias", "fc2.bias")):
-                torch.testing.assert_close(gradient, gradients[second][name], rtol=0, atol=0, msg=name)
+                assert_identical(gradient, gradients[second][name])
         assert torch.equal(contexts[first], contexts[second]) != drops_attention
     assert not torch.equal(losses[0], losses[2])
     assert torch.equal(contexts[0], contexts[2]) != drops_attention

@@ -16,21 +16,6 @@ from tests.ranks import run_ranks
 def _train(_rank: int, _world_size: int, stage: int, tensor: int, precision: str) -> dict[str, list[float]]:
     deepspeed.init_distributed(dist_backend="gloo")
     layout = initialize_parallel(tensor, 5.0)
-    curves = {}
-    for recompute in get_args(Recomputation):
-        model = build_small(layout, recompute=recompute, hidden_dropout=0.1, attention_dropout=0.1)
-        groups = parameter_groups(model.named_parameters(), 0.1)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.AdamW(groups, lr=1e-2),
-            mpu=Mpu(layout),
-            config=_settings(stage, precision),
-        )
-        curves[recompute] = [_step(engine, step, layout.data_rank) for step in range(4)]
-    return curves
-
-
-def _settings(stage: int, precision: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1.0,
@@ -39,16 +24,20 @@ def _settings(stage: int, precision: str) -> dict[str, Any]:
     }
     if precision != "fp32":
         settings[precision] = {"enabled": True}
-    return settings
-
-
-def _step(engine: Any, step: int, data_rank: int) -> float:
-    # Lengths change from step to step, as they do under a curriculum.
-    tokens = random_tokens(2, 40, seed=data_rank)[:, : (8, 24, 40, 8)[step]]
-    loss = engine(tokens, tokens).mean()
-    engine.backward(loss)
-    engine.step()
-    return float(loss.detach())
+    curves: dict[str, list[float]] = {}
+    for recompute in get_args(Recomputation):
+        model = build_small(layout, recompute=recompute, hidden_dropout=0.1, attention_dropout=0.1)
+        optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), 0.1), lr=1e-2)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=Mpu(layout), config=settings)
+        curves[recompute] = []
+        # Lengths change from step to step, as they do under a curriculum.
+        for length in (8, 24, 40, 8):
+            tokens = random_tokens(2, 40, seed=layout.data_rank)[:, :length]
+            loss = engine(tokens, tokens).mean()
+            engine.backward(loss)
+            engine.step()
+            curves[recompute].append(float(loss.detach()))
+    return curves
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Streams agree and differ where they must and continue where they were; recomputation draws again from them."""
 
 import contextlib
+import functools
 import io
+import itertools
 import random
 
 import numpy as np
@@ -15,6 +17,7 @@ from megatron_ext.parallel.rng import RngStreams, recompute, seed_streams
 from tests.ranks import run_ranks
 
 _CPU = torch.device("cpu")
+_identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -36,22 +39,17 @@ def _draws(_rank: int, _world_size: int, seed: int) -> list[tuple[torch.Tensor, 
 
 def test_replicated_agrees_within_a_copy_and_all_else_differs() -> None:
     ranks = run_ranks(_draws, 4, 1234)
-    for step in range(2):
-        replicated = [ranks[rank][step][0] for rank in range(4)]
-        assert torch.equal(replicated[0], replicated[1])
-        assert torch.equal(replicated[2], replicated[3])
+    for step, rank in itertools.product(range(2), (0, 2)):
+        assert torch.equal(ranks[rank][step][0], ranks[rank + 1][step][0])
     distinct = [ranks[rank][step][0] for rank in (0, 2) for step in range(2)]
     distinct += [ranks[rank][step][1] for rank in range(4) for step in range(2)]
     assert len({tuple(draw.tolist()) for draw in distinct}) == len(distinct)
 
 
 def test_the_same_seed_gives_the_same_streams_and_the_next_seed_others(layout: Layout) -> None:
-    first = _draw(seed_streams(7, layout, _CPU))
-    again = _draw(seed_streams(7, layout, _CPU))
-    other = _draw(seed_streams(8, layout, _CPU))
-    for a, b, c in zip(first, again, other, strict=True):
-        assert torch.equal(a, b)
-        assert not torch.equal(a, c)
+    first, again, other = (_draw(seed_streams(seed, layout, _CPU)) for seed in (7, 7, 8))
+    _identical(first, again)
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_a_fork_leaves_the_replicated_stream_alone_also_after_an_error(layout: Layout) -> None:
@@ -91,10 +89,7 @@ def test_replay_repeats_and_then_continues(layout: Layout) -> None:
     drawn = _draw(streams)
     with streams.replay(snapshot):
         replayed = _draw(streams)
-    for a, b, c, d, e in zip(first, drawn, replayed, second, _draw(streams), strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-        assert torch.equal(d, e)
+    _identical((drawn, replayed, _draw(streams)), (first, first, second))
 
 
 def test_state_restores_everything_random_through_a_file(streams: RngStreams, layout: Layout) -> None:
@@ -149,8 +144,7 @@ def test_bitwise_equal_to_the_plain_run_blocks(streams: RngStreams) -> None:
     plain = _run_blocks(streams, recomputed=False)
     streams.set_rng_state(start)
     again = _run_blocks(streams, recomputed=True)
-    for a, b in zip(plain, again, strict=True):
-        assert torch.equal(a, b)
+    _identical(again, plain)
 
 
 def test_an_input_without_gradient_is_refused(streams: RngStreams) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.environment import rank_info
-from megatron_ext.runtime.failure import failure_of
 from megatron_ext.runtime.heartbeat import heartbeat
 from megatron_ext.runtime.log import configure_logging
 from megatron_ext.runtime.network import free_port
@@ -33,12 +32,11 @@ def rank_main(rank: int, actions: tuple[str, ...], port: int, folder: Path) -> N
     configure_logging(rank)
     rendezvous = join_rendezvous(rank_info(), seconds=60)
     with heartbeat(rendezvous, seconds=SECONDS, run_dir=folder) as beating:
-        assert beating is not None
         rendezvous.gather("ready", 0)
         try:
             exec(actions[rank], {"os": os, "signal": signal, "time": time, "UserError": UserError})
         except BaseException as error:
-            beating.fail(failure_of(error, rank))
+            beating.fail(error)
 
 
 WAIT = "time.sleep(60)"

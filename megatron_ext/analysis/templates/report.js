@@ -1,5 +1,6 @@
 "use strict";
 // Draws the panels of the report from the JSON in the page. The root element says how it went: data-ready or data-error.
+// Ours, not uPlot (51 KB): that draws on a canvas, without keyboard, themes or text to test, and takes over a quarter of this.
 (() => {
   const root = document.documentElement;
   const fail = (message) => {

@@ -34,7 +34,7 @@ struct Launch {
   std::vector<std::string> arguments;  // bytes of each parameter
 };
 
-enum class Collective : uint8_t { kSync, kShuffle, kVote };
+enum class Collective : uint8_t { kSync, kShuffle };
 
 void configure(Order order, unsigned seed);
 std::vector<Launch> take_recorded();

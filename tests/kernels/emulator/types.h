@@ -11,30 +11,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) double2 {
-  double x, y;
-};
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct __half {
   uint16_t bits;
@@ -57,7 +36,6 @@ inline __half __float2half_rn(float value) {
   if (value != value) return {0x7fff};
   return {emulator_bit_cast<uint16_t>(static_cast<_Float16>(value))};
 }
-inline __half __float2half(float value) { return __float2half_rn(value); }
 inline float __bfloat162float(__nv_bfloat16 value) {
   return emulator_bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
@@ -66,4 +44,3 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const uint32_t bits = emulator_bit_cast<uint32_t>(value);
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
-inline __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kernels.building import ROOT, SOURCES
-from tests.kernels.mutation.cpu_faults import CPU_FAULTS
-from tests.kernels.mutation.fault import Fault
-from tests.kernels.mutation.faults import CUDA_FAULTS
+from tests.kernels.mutation.faults import FAULTS, Fault
 
-FAULTS = CUDA_FAULTS + CPU_FAULTS
 CUDA_MACHINES = ("emulator-forward", "emulator-reverse", "emulator-random", "ptx-90")
 CPU_MACHINES = ("cpu-serial", "cpu-threads")
 AT_ONCE = 2

@@ -6,8 +6,8 @@ import pytest
 
 from tests.kernels.building import SOURCES
 from tests.kernels.mutation import run
-from tests.kernels.mutation.fault import Fault
-from tests.kernels.mutation.run import FAULTS, main
+from tests.kernels.mutation.faults import FAULTS, Fault
+from tests.kernels.mutation.run import main
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}")
@@ -34,6 +34,6 @@ def test_a_planted_fault_is_in_the_copy_alone(tmp_path: Path) -> None:
 def test_a_text_that_is_not_there_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "FAULTS", (Fault("gone", "common/abi.h", "no such text", "", ("softmax",)),))
+    monkeypatch.setattr(run, "FAULTS", (Fault("gone", "common/abi.h", ("softmax",), "no such text", ""),))
     assert main() == 1
     assert "gone: its text is in common/abi.h 0 times" in capsys.readouterr().out

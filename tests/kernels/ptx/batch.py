@@ -1,6 +1,5 @@
 """Threads of some blocks of a launch: what each of them has, beside its registers."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +7,9 @@ import numpy as np
 from tests.kernels.ptx.memory import Access, GlobalMemory, SharedMemory
 from tests.kernels.ptx.parser import Kernel
 from tests.kernels.ptx.shadow import BLOCK, THREAD, WARP, Actors, Index
-from tests.kernels.ptx.values import ALL, Array, Lanes, Registers, dynamic_start
+from tests.kernels.ptx.values import Array, Lanes, Registers, dynamic_start
 
 Dimensions = tuple[int, int, int]
-
-# Generic addresses of shared memory begin here, behind those of the process.
-SHARED_WINDOW = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -75,26 +71,16 @@ class Batch:
 
     def load(self, space: str, addresses: Array, access: Access, lanes: Lanes) -> list[Array]:
         """What is at the addresses, by thread, for each of the access' values."""
-        actors, block = self.actors(lanes), self.block[lanes]
-        results = [np.empty(len(addresses), access.dtype) for _ in range(access.count)]
-        for part, shared, local in _by_space(space, addresses):
-            if shared:
-                values = self.shared.load(local, access, actors[part], block[part])
-            else:
-                values = self.memory.load(local, access, actors[part])
-            for result, value in zip(results, values, strict=True):
-                result[part] = value
-        return results
+        if space == "shared":
+            return self.shared.load(addresses, access, self.actors(lanes), self.block[lanes])
+        return self.memory.load(addresses, access, self.actors(lanes))
 
     def store(self, space: str, addresses: Array, access: Access, values: list[Array], lanes: Lanes) -> None:
         """The other way."""
-        actors, block = self.actors(lanes), self.block[lanes]
-        for part, shared, local in _by_space(space, addresses):
-            chosen = [value[part] for value in values]
-            if shared:
-                self.shared.store(local, access, chosen, actors[part], block[part])
-            else:
-                self.memory.store(local, access, chosen, actors[part])
+        if space == "shared":
+            self.shared.store(addresses, access, values, self.actors(lanes), self.block[lanes])
+        else:
+            self.memory.store(addresses, access, values, self.actors(lanes))
 
     def place(self, thread: int) -> str:
         """A thread as a message names it."""
@@ -119,19 +105,6 @@ class Batch:
             special[f"%ntid.{name}"] = np.full(self.threads, block[axis])
             special[f"%nctaid.{name}"] = np.full(self.threads, grid[axis])
         return special
-
-
-def _by_space(space: str, addresses: Array) -> Iterator[tuple[Lanes, bool, Array]]:
-    """Which threads access shared memory, which global memory, and their addresses there."""
-    if space != "generic":
-        yield ALL, space == "shared", addresses
-        return
-    shared = addresses >= SHARED_WINDOW
-    for wanted in (True, False):
-        part = np.flatnonzero(shared == wanted)
-        if len(part):
-            local = addresses[part]
-            yield part, wanted, local - np.uint64(SHARED_WINDOW) if wanted else local
 
 
 def _split(number: int, dimensions: Dimensions) -> Dimensions:

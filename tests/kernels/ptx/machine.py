@@ -166,8 +166,6 @@ class _Runner:
         if instruction.parts[0] in {"bar", "barrier"}:
             whole = self._came(batch.registers.special["WARP_SZ"] > 0)[batch.warp[lanes]] == masks[lanes]
             batch.pass_barrier(lanes[whole], WARP_EPOCH)
-        elif instruction.parts[0] == "vote":
-            self._vote(instruction, lanes, masks)
         else:
             self._shuffle(instruction, lanes, masks)
 
@@ -175,15 +173,13 @@ class _Runner:
         batch, registers, kernel = self._batch, self._batch.registers, self._batch.launch.kernel
         target, source, by, clamp, _ = instruction.operands
         lane = batch.lane[lanes]
+        if instruction.parts[2] != "bfly":
+            raise PtxError(f"{kernel.name}: {instruction.text!r} is not interpreted")
         count = np.broadcast_to(reader(kernel, by, "u32")(registers, lanes), lanes.shape).astype(np.int64) & 31
         limits = np.broadcast_to(reader(kernel, clamp, "u32")(registers, lanes), lanes.shape).astype(np.int64)
         segment = limits >> 8 & 31
-        last = (lane & segment) | (limits & 31 & ~segment)
-        mode = instruction.parts[2]
-        index = (lane & segment) | (count & ~segment)
-        partner = {"up": lane - count, "down": lane + count, "bfly": lane ^ count, "idx": index}[mode]
-        inside = partner >= last if mode == "up" else partner <= last
-        partner = np.where(inside, partner, lane)
+        inside = lane ^ count <= (lane & segment) | (limits & 31 & ~segment)
+        partner = np.where(inside, lane ^ count, lane)
         named = (masks[lanes] >> partner.astype(np.uint32)) & np.uint32(1)
         if not named.all():
             what = "shuffle reads from a lane that its mask leaves out"
@@ -193,21 +189,6 @@ class _Runner:
         registers.write(names[0], everyone[lanes - lane + partner], lanes)
         if len(names) == 2:
             registers.write(names[1], inside, lanes)
-
-    def _vote(self, instruction: Instruction, lanes: Index, masks: Array) -> None:
-        batch, kernel = self._batch, self._batch.launch.kernel
-        target, source, _ = instruction.operands
-        votes = np.zeros(batch.threads, np.bool_)
-        votes[lanes] = reader(kernel, source, "pred")(batch.registers, lanes)
-        ballots = self._came(votes)[batch.warp[lanes]] & masks[lanes]
-        result: Array = ballots
-        if "any" in instruction.parts:
-            result = ballots != 0
-        elif "all" in instruction.parts:
-            result = ballots == masks[lanes]
-        elif "ballot" not in instruction.parts:
-            raise PtxError(f"no {instruction.text}")
-        batch.registers.write(target, result, lanes)
 
     def _fail_stuck(self) -> None:
         """Somebody waits and nobody can run."""

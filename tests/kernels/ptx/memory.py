@@ -79,14 +79,6 @@ class GlobalMemory:
             _check(racing, who, "race in global memory (write)")
             _scatter(piece, offsets, access, [value[who] for value in values])
 
-    def atomic(self, address: int, dtype: np.dtype[Any], position: int) -> Array:
-        """The one value at ``address``, to be changed in place."""
-        for piece in self._pieces:
-            if piece.start <= address and address + dtype.itemsize <= piece.start + len(piece.data):
-                offset = address - piece.start
-                return piece.data[offset : offset + dtype.itemsize].view(dtype)
-        raise AccessError(f"atomic outside of every tensor ({address:#x})", position)
-
     def _split(self, addresses: Array, access: Access) -> list[tuple[Piece, Index | slice]]:
         """The pieces that the addresses lie in, and the positions of those that lie in each."""
         width = np.uint64(access.width)

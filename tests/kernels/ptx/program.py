@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.kernels.ptx.arithmetic import comparison, function_of
-from tests.kernels.ptx.batch import SHARED_WINDOW, Batch
+from tests.kernels.ptx.batch import Batch
 from tests.kernels.ptx.conversion import conversion
 from tests.kernels.ptx.memory import Access
 from tests.kernels.ptx.parser import SIZES, Instruction, Kernel, PtxError
@@ -39,7 +39,7 @@ def _compile(kernel: Kernel, instruction: Instruction) -> Compiled:
         name, wanted = instruction.guard
         guard = reader(kernel, name if wanted else f"!{name}", "pred")
     name = instruction.parts[0]
-    if name in {"bra", "ret", "exit", "bar", "barrier", "shfl", "vote"}:
+    if name in {"bra", "ret", "exit", "bar", "barrier", "shfl"}:
         return Compiled(instruction, None, guard)
     try:
         run = _SPECIAL.get(name, _arithmetic)(kernel, instruction)
@@ -55,8 +55,8 @@ def _arithmetic(kernel: Kernel, instruction: Instruction) -> Run:
         return _widening(kernel, instruction)
     function = function_of(parts, TYPES[kind])
     kinds = [kind] * len(sources)
-    if parts[0] in {"shl", "shr", "shf", "bfe"}:
-        kinds[{"shf": 2}.get(parts[0], 1) :] = ["u32"] * len(kinds[{"shf": 2}.get(parts[0], 1) :])
+    if parts[0] in {"shl", "shr"}:
+        kinds[1] = "u32"
     reads = [reader(kernel, source, each) for source, each in zip(sources, kinds, strict=True)]
     return _assign(target, reads, function)
 
@@ -166,7 +166,7 @@ def _select(kernel: Kernel, instruction: Instruction) -> Run:
 
 
 def _space(instruction: Instruction) -> str:
-    return next((part for part in instruction.parts[1:] if part in _SPACES), "generic")
+    return next(part for part in instruction.parts[1:] if part in _SPACES)
 
 
 def _addressed(kernel: Kernel, operand: str) -> Read:
@@ -232,57 +232,14 @@ def _store(kernel: Kernel, instruction: Instruction) -> Run:
     return run
 
 
-_ATOMICS: dict[str, Callable[..., Array]] = {
-    "add": np.add,
-    "min": np.fmin,
-    "max": np.fmax,
-    "exch": lambda _old, new: new,
-}
-
-
-def _atomic(kernel: Kernel, instruction: Instruction) -> Run:
-    returns = instruction.parts[0] == "atom"
-    target = instruction.operands[0] if returns else None
-    place, value = instruction.operands[1 if returns else 0 :]
-    if _space(instruction) not in {"global", "generic"}:
-        raise PtxError("atomic outside of global memory")
-    function = _ATOMICS[next(part for part in instruction.parts if part in _ATOMICS)]
-    dtype = TYPES[instruction.type]
-    addressed, read = _addressed(kernel, place), reader(kernel, value, instruction.type)
-
-    def run(batch: Batch, lanes: Lanes) -> None:
-        registers = batch.registers
-        shape = batch.block[lanes].shape
-        where = np.broadcast_to(addressed(registers, lanes), shape)
-        values = np.broadcast_to(read(registers, lanes), shape)
-        old = np.empty(shape, dtype)
-        for each, address in enumerate(where):
-            cell = batch.memory.atomic(int(address), dtype, each)
-            old[each] = cell[0]
-            cell[0] = function(cell[0], values[each])
-        if target is not None:
-            registers.write(target, old, lanes)
-
-    return run
-
-
-def _nothing(_kernel: Kernel, _instruction: Instruction) -> Run:
-    return lambda _batch, _lanes: None
-
-
 def _change_space(kernel: Kernel, instruction: Instruction) -> Run:
-    """Generic addresses are those of global memory, and behind all of them those of shared memory."""
-    if "global" in instruction.parts:
-        return _move(kernel, instruction)
-    if "shared" not in instruction.parts:
+    """Generic addresses are those of global memory."""
+    if "global" not in instruction.parts:
         raise PtxError("a space that is not followed")
-    window = np.uint64(SHARED_WINDOW)
-    read = reader(kernel, instruction.operands[1], "u64")
-    away = "to" in instruction.parts
-    return _assign(instruction.operands[0], [read], lambda address: address - window if away else address + window)
+    return _move(kernel, instruction)
 
 
 _SPECIAL: dict[str, Callable[[Kernel, Instruction], Run]] = {
     "mov": _move, "cvta": _change_space, "cvt": _convert, "setp": _compare, "selp": _select,
-    "ld": _load, "ldu": _load, "st": _store, "atom": _atomic, "red": _atomic, "membar": _nothing, "fence": _nothing,
+    "ld": _load, "st": _store,
 }  # fmt: skip

@@ -6,13 +6,15 @@ from tests.kernels.building import CannotBuildError
 from tests.kernels.static.device_code import (
     ARCHITECTURES,
     Accesses,
+    Limits,
     Resources,
     accesses,
+    limits_of,
     parse_listing,
     parse_report,
+    read_table,
     resources,
 )
-from tests.kernels.static.table import Limits, limits_of, read_table
 
 TABLE = read_table()
 REWRITE = "`python -m tests.kernels.static` rewrites the table, if this is meant"

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.training import MetricsConfig
 from megatron_ext.engine.second_moments import SecondMoment
+from megatron_ext.metrics.adam_variance import AdamVariance, batches
 from megatron_ext.model.parameters import parameter_kind
 from megatron_ext.parallel.groups import destroy_parallel
-from megatron_ext.stability.adam_variance import AdamVariance, batches
 from tests.engine.training import CPU, Setup, run_steps, set_up
-from tests.ranks import run_ranks, single_rank
-from tests.stability.variance_runs import (
+from tests.metrics.variance_runs import (
     GivenMoments,
     Measured,
     Norms,
@@ -29,6 +28,7 @@ from tests.stability.variance_runs import (
     reference_and_layouts,
     variance_config,
 )
+from tests.ranks import run_ranks, single_rank
 
 
 @pytest.fixture

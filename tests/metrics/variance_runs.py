@@ -11,11 +11,11 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.second_moments import SecondMoment
+from megatron_ext.metrics.adam_variance import AdamVariance, VarianceSummary
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams
-from megatron_ext.stability.adam_variance import AdamVariance, VarianceSummary
 from tests.engine.training import CPU, Setup, run_steps, set_up, small_config
 
 STEPS = 5

@@ -1,1 +1,0 @@
-"""Measures of training instability: the loss ratio, and the variance in Adam's second moment."""
