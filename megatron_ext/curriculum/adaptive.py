@@ -113,11 +113,7 @@ class InstabilityTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
-
-        Raises:
-            UserError: a key is missing.
-        """
+        """Go on from what ``state_dict`` returned. Raises UserError if a key is missing."""
         _check_complete(state, self.state_dict().keys())
         self._losses = [(int(seq_len), float(loss)) for seq_len, loss in state["losses"]]
         self._lowest = [(int(seq_len), float(loss)) for seq_len, loss in state["lowest"]]
@@ -198,11 +194,7 @@ class AdaptiveSchedule(Schedule):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
-
-        Raises:
-            UserError: a key is missing.
-        """
+        """Go on from what ``state_dict`` returned. Raises UserError if a key is missing."""
         _check_complete(state, self.state_dict().keys())
         batch_size = self._run.batch_size
         phases: list[Phase] = []

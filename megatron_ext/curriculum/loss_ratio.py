@@ -74,8 +74,7 @@ class LossRatio:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
 
-        Raises:
-            UserError: the state is not one of this version's (a key is missing, or the thresholds differ).
+        Raises UserError if the state is not one of this version's (a key is missing, or the thresholds differ).
         """
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:

@@ -33,22 +33,13 @@ from megatron_ext.errors import UserError
 class PlannedStep:
     """One optimizer step. ``consumed_*`` are the counts before it."""
 
-    step: int
-    """0-based."""
-
-    batch_size: int
-    """Sequences over all ranks."""
-
-    seq_len: int
-    """Tokens per sequence."""
-
+    step: int  # 0-based
+    batch_size: int  # sequences over all ranks
+    seq_len: int  # tokens per sequence
     lr: float
-    tokens: int
-    """Tokens of this step: ``batch_size * seq_len``."""
-
+    tokens: int  # tokens of this step: ``batch_size * seq_len``
     consumed_tokens: int
-    consumed_samples: int
-    """Dataset samples drawn, in whole or in part."""
+    consumed_samples: int  # dataset samples drawn, in whole or in part
 
     @property
     def end_step(self) -> int:
@@ -98,10 +89,9 @@ class TrainingPlan:
     def build(cls, pacing: Pacing, run: RunSpec) -> "TrainingPlan":
         """The plan of a run; of adaptive pacing the one that holds the length wherever it may, its slowest.
 
-        Raises:
-            UserError: values contradict each other, a line for each; or, found only by planning, durations in different
-                units do: a warmup of length, batch size or learning rate that does not end within the run, a cooldown
-                that begins before the warmup ends.
+        Raises UserError if values contradict each other, a line for each; or, found only by planning, durations in
+        different units do: a warmup of length, batch size or learning rate that does not end within the run, a cooldown
+        that begins before the warmup ends.
         """
         if problems := plan_problems(pacing, run):
             raise UserError("\n".join(problems))

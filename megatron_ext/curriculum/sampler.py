@@ -138,11 +138,8 @@ class SkippedSamples:
     whole rows, of a sample for every stream, are skipped.
     """
 
-    total: int
-    """Samples in the dataset."""
-
-    ranges: tuple[tuple[int, int], ...] = ()
-    """(first, count) each, rising, neither touching nor overlapping."""
+    total: int  # samples in the dataset
+    ranges: tuple[tuple[int, int], ...] = ()  # (first, count) each, rising, neither touching nor overlapping
 
     @classmethod
     def none(cls, total: int, plan: TrainingPlan) -> "SkippedSamples":

@@ -14,26 +14,13 @@ Action = Literal["grow", "hold", "back"]
 class Decision:
     """What happens to the length, and why. Made by one rank and followed by all."""
 
-    step: int
-    """Finished steps; the first step that it concerns has this number."""
-
-    action: Action
-    """What the measurements ask for; the bounds may keep the length from following."""
-
-    seq_len: int
-    """Length from here on, in tokens."""
-
-    previous: int
-    """Length of the step before, in tokens."""
-
-    loss_ratio: float | None
-    """Largest in the interval, as adaptive.py computes it."""
-
-    variance_ratio: float | None
-    """Likewise; None where the variance was not measured."""
-
-    reason: str
-    """In words, for people."""
+    step: int  # finished steps; the first step that it concerns has this number
+    action: Action  # what the measurements ask for; the bounds may keep the length from following
+    seq_len: int  # length from here on, in tokens
+    previous: int  # length of the step before, in tokens
+    loss_ratio: float | None  # largest in the interval, as adaptive.py computes it
+    variance_ratio: float | None  # likewise; None where the variance was not measured
+    reason: str  # in words, for people
 
     def details(self) -> dict[str, object]:
         """What the event in the metrics says, beside step and tokens."""
@@ -87,8 +74,7 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned.
 
-        Raises:
-            UserError: the state is that of another kind of pacing, or of another version.
+        Raises UserError if the state is that of another kind of pacing, or of another version.
         """
         if state:
             raise UserError(

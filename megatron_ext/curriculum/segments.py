@@ -167,23 +167,12 @@ class _Position:
 class Segment:
     """Consecutive steps with the same batch size and sequence length."""
 
-    first_step: int
-    """0-based step that begins the segment."""
-
-    steps: int
-    """Steps in the segment, at least 1."""
-
-    batch_size: int
-    """Sequences per step over all ranks."""
-
-    seq_len: int
-    """Tokens per sequence."""
-
-    first_tokens: int
-    """Tokens consumed before the segment."""
-
-    first_samples: int
-    """Dataset samples drawn before the segment."""
+    first_step: int  # 0-based step that begins the segment
+    steps: int  # steps in the segment, at least 1
+    batch_size: int  # sequences per step over all ranks
+    seq_len: int  # tokens per sequence
+    first_tokens: int  # tokens consumed before the segment
+    first_samples: int  # dataset samples drawn before the segment
 
     @property
     def step_tokens(self) -> int:

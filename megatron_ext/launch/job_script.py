@@ -53,8 +53,7 @@ _MOST_LEAD = 65535 - _GRID_SECONDS
 def word(text: str) -> str:
     """``text`` as one word of bash that stands for exactly it, on one line.
 
-    Raises:
-        UserError: it holds a null character, which no argument can.
+    Raises UserError if it holds a null character, which no argument can.
     """
     if "\0" in text:
         raise UserError(f"{text!r} holds a null character, which no file name or argument can; remove it")
@@ -79,10 +78,8 @@ def directive(option: str, value: str | None = None) -> str:
     """The #SBATCH line of ``--option``, or ``--option=value``, from which sbatch reads exactly the value.
 
     sbatch takes a backslash before the next character as that character, also in quotes, and ends an unquoted value at
-    white space or "#".
-
-    Raises:
-        UserError: the value holds a line break or another control character, or is too long for sbatch.
+    white space or "#". Raises UserError if the value holds a line break or another control character, or is too long
+    for sbatch.
     """
     if value is None:
         return f"#SBATCH --{option}"
@@ -129,8 +126,7 @@ class Container:
 
     image: str
     runtime: Containers = "pyxis"
-    mounts: tuple[str, ...] = ()
-    """Paths that are the same inside."""
+    mounts: tuple[str, ...] = ()  # paths that are the same inside
 
     def srun_options(self) -> tuple[str, ...]:
         """What srun is given."""
@@ -186,11 +182,7 @@ class TrainingJob:
     """Whether a run that a signal stopped asks for another turn."""
 
     def script(self) -> str:
-        """The batch script.
-
-        Raises:
-            UserError: an option that SLURM cannot be given.
-        """
+        """The batch script. Raises UserError if an option is none that SLURM can be given."""
         return self._filled(
             "train.sh",
             DIRECTIVES="\n".join(self._directives()),
@@ -203,8 +195,7 @@ class TrainingJob:
     def command_script(self, arguments: Sequence[str], *, name: str, dependency: str) -> str:
         """The script of a small job that calls this program with ``arguments`` where the ranks of this one would run.
 
-        Raises:
-            UserError: an option that SLURM cannot be given.
+        Raises UserError if an option is none that SLURM can be given.
         """
         own = {"nodes": "1", "ntasks": "1", "time": "30", "dependency": dependency, "output": self._output("%j.out")}
         asked = {"job-name": _label(name), "partition": self.resources.partition, "account": self.resources.account}
@@ -276,8 +267,7 @@ def _label(name: str) -> str:
 def lead_seconds(asked: Resources) -> int:
     """How long before its time limit a job is signaled.
 
-    Raises:
-        UserError: the limit is not in a form that SLURM takes, or the job would be signaled at once.
+    Raises UserError if the limit is not in a form that SLURM takes, or the job would be signaled at once.
     """
     limit = None if asked.time is None else limit_seconds(asked.time)
     lead = asked.signal_seconds
@@ -295,8 +285,7 @@ def lead_seconds(asked: Resources) -> int:
 def limit_seconds(text: str) -> int | None:
     """Seconds of a time limit as sbatch reads it; None without a limit.
 
-    Raises:
-        UserError: it is in no form that sbatch takes.
+    Raises UserError if it is in no form that sbatch takes.
     """
     if text.upper() in {"UNLIMITED", "INFINITE", "-1", "0"}:
         return None
@@ -322,8 +311,7 @@ def _extra(option: str) -> str:
 def parse_array(text: str) -> tuple[tuple[int, ...], int | None]:
     """Task numbers of an array as sbatch writes them (``0-7``, ``1,3,9-20:2``, ``0-7%4``), and how many run at once.
 
-    Raises:
-        UserError: it is in no form that sbatch takes.
+    Raises UserError if it is in no form that sbatch takes.
     """
     tasks, percent, limit = text.partition("%")
     numbers: list[int] = []

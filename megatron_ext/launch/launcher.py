@@ -60,11 +60,8 @@ class Target:
     """Where ranks are started: one for each slot of each host."""
 
     hosts: tuple[Host, ...]
-    over_ssh: bool = True
-    """False: the one host is this machine."""
-
-    master_port: int | None = None
-    """Port of the rendezvous; None takes a free one."""
+    over_ssh: bool = True  # false: the one host is this machine
+    master_port: int | None = None  # port of the rendezvous; None takes a free one
 
     @property
     def ranks(self) -> int:
@@ -268,11 +265,7 @@ class _Folder:
 
 
 def _examine(target: Target, cluster: ClusterConfig, paths: list[str]) -> list[HostReport]:
-    """Ask every host at once whether the run can start there.
-
-    Raises:
-        UserError: of what each unfit host lacks.
-    """
+    """Ask every host at once whether the run can start there. Raises UserError with what each unfit host lacks."""
     names = [host.name for host in target.hosts]
     found: list[HostReport | str]
     if target.over_ssh:

@@ -41,22 +41,16 @@ class RankReport:
 
     device: str
     free_gib: float
-    seconds: float
-    """Its clock, right after all ranks have answered a question."""
-
-    problem: str = ""
-    """What it found wrong by itself."""
+    seconds: float  # its clock, right after all ranks have answered a question
+    problem: str = ""  # what it found wrong by itself
 
 
 @dataclass(frozen=True)
 class Rates:
     """What was measured."""
 
-    tflops: list[float]
-    """Matrix multiplication rate of each rank, 10^12 operations per second."""
-
-    bandwidth: float
-    """Bus bandwidth of an all-reduce over all ranks, 10^9 bytes per second; 0 for one rank."""
+    tflops: list[float]  # matrix multiplication rate of each rank, 10^12 operations per second
+    bandwidth: float  # bus bandwidth of an all-reduce over all ranks, 10^9 bytes per second; 0 for one rank
 
 
 class Preflight:

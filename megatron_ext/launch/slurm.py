@@ -49,23 +49,12 @@ _SEPARATOR = "\x1f"
 class QueuedJob:
     """A job as squeue shows it."""
 
-    job: str
-    """Number, of an array's task NUMBER_TASK."""
-
-    state: str
-    """SLURM's word: PENDING, RUNNING, COMPLETING..."""
-
-    reason: str = ""
-    """Why it waits; "None" where it does not."""
-
-    nodes: str = ""
-    """Nodes it runs on, in SLURM's short form."""
-
-    start: str = ""
-    """When it began or is expected to; "N/A" where the controller does not know."""
-
-    time_left: str = ""
-    """Until its time limit."""
+    job: str  # number, of an array's task NUMBER_TASK
+    state: str  # SLURM's word: PENDING, RUNNING, COMPLETING
+    reason: str = ""  # why it waits; "None" where it does not
+    nodes: str = ""  # nodes it runs on, in SLURM's short form
+    start: str = ""  # when it began or is expected to; "N/A" where the controller does not know
+    time_left: str = ""  # until its time limit
 
     @property
     def is_over(self) -> bool:
@@ -152,21 +141,12 @@ def _call(command: list[str], text: str = "") -> "subprocess.CompletedProcess[st
 class JobRecord:
     """The last job of a run, and the last that is known of it."""
 
-    job: str
-    """Number, of an array's task NUMBER_TASK."""
-
-    event: str
-    """submitted, started, failed, requeued or ended."""
-
-    status: int | None = None
-    """Exit status, of a job that ended or an attempt that failed."""
-
-    restart: int = 0
-    """How often SLURM has started it again."""
-
+    job: str  # number, of an array's task NUMBER_TASK
+    event: str  # submitted, started, failed, requeued or ended
+    status: int | None = None  # exit status, of a job that ended or an attempt that failed
+    restart: int = 0  # how often SLURM has started it again
     nodes: str = ""
-    time: str = ""
-    """UTC, ISO 8601."""
+    time: str = ""  # UTC, ISO 8601
 
     @property
     def failed(self) -> bool:

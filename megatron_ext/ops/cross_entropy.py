@@ -18,14 +18,9 @@ from megatron_ext.ops.kernels import Kernels, is_fused
 class Statistics:
     """What is known of each row's logits, all float32 [rows]."""
 
-    maximum: torch.Tensor
-    """Largest logit; -inf without any."""
-
-    total: torch.Tensor
-    """Sum of exp(logit - maximum)."""
-
-    target: torch.Tensor
-    """The label's logit; 0 where the slice does not hold the label."""
+    maximum: torch.Tensor  # largest logit; -inf without any
+    total: torch.Tensor  # sum of exp(logit - maximum)
+    target: torch.Tensor  # the label's logit; 0 where the slice does not hold the label
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,8 @@ def find_library(backend: Backend, *, build: bool = True) -> Library | None:
 def load_operators(backend: Backend) -> Library:
     """Load the operators for a kind of device into this process, building them where they are not built.
 
-    The operators' schemas are in the CPU library, which is loaded on every machine.
-
-    Raises:
-        KernelsUnavailableError: there is no library and none can be built, or it does not load.
+    The operators' schemas are in the CPU library, which is loaded on every machine. Raises KernelsUnavailableError if
+    there is no library and none can be built, or it does not load.
     """
     if backend != "cpu":
         load_operators("cpu")

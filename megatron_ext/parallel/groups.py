@@ -25,10 +25,8 @@ class Layout:
 def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
     """Make the groups of a run with ``tensor`` tensor-parallel ranks; collective, once per process.
 
-    ``timeout_minutes`` is given to the new groups: the timeout of the default group does not reach them.
-
-    Raises:
-        UserError: the number of ranks is not divisible by ``tensor``.
+    ``timeout_minutes`` is given to the new groups: the timeout of the default group does not reach them. Raises
+    UserError if the number of ranks is not divisible by ``tensor``.
     """
     assert dist.is_initialized(), "torch.distributed must be initialized first"
     world_size = dist.get_world_size()

@@ -99,8 +99,7 @@ class RngStreams:
     def set_rng_state(self, state: dict[str, Any]) -> None:
         """Continue from what ``rng_state`` returned.
 
-        Raises:
-            UserError: the state is that of another kind of device, whose generator works otherwise.
+        Raises UserError if the state is that of another kind of device, whose generator works otherwise.
         """
         if state["replicated"].shape != self._generator.get_state().shape:
             raise UserError(

@@ -20,8 +20,7 @@ class Case:
 
     op: str
     shape: tuple[int, ...]
-    dtype: str
-    """"float32", "float16" or "bfloat16"."""
+    dtype: str  # "float32", "float16" or "bfloat16"
 
     @property
     def width(self) -> int:
@@ -142,9 +141,7 @@ class Measured:
 
     case: Case
     forward: Mapping[str, float]
-    both: Mapping[str, float]
-    """Forward and backward; empty where there is no backward."""
-
+    both: Mapping[str, float]  # forward and backward; empty where there is no backward
     failures: Mapping[str, str]
 
 

@@ -39,14 +39,9 @@ class Library:
 
     backend: Backend
     path: Path
-    seconds: float
-    """How long its build took."""
-
-    built_now: bool
-    """Whether this call built it; False where it was there."""
-
-    architectures: tuple[str, ...]
-    """CUDA architectures it was compiled for, empty of the CPU's."""
+    seconds: float  # how long its build took
+    built_now: bool  # whether this call built it; False where it was there
+    architectures: tuple[str, ...]  # CUDA architectures it was compiled for, empty of the CPU's
 
 
 def cached_library(recipe: Recipe, cache: Path) -> Library | None:

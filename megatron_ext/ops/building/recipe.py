@@ -50,8 +50,7 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-Wall")
 def source_folder() -> Path:
     """The folder csrc: inside an installed package, or beside the package in a checkout.
 
-    Raises:
-        KernelsUnavailableError: neither has it.
+    Raises KernelsUnavailableError if neither has it.
     """
     for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "common" / "abi.h").is_file():
@@ -101,19 +100,14 @@ class Recipe:
     """A library that can be built here."""
 
     backend: Backend
-    folder: Path
-    """csrc."""
-
+    folder: Path  # csrc
     torch: Torch
     compiler: Tool
     ninja: Tool
     nvcc: Tool | None
     architectures: tuple[Architecture, ...]
-    sources: str
-    """Digest of the files."""
-
-    features: frozenset[str]
-    """Instruction sets that the result may use."""
+    sources: str  # digest of the files
+    features: frozenset[str]  # instruction sets that the result may use
 
     @property
     def file(self) -> str:

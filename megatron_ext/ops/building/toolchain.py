@@ -42,8 +42,7 @@ class Torch:
 
     folder: Path
     version: str
-    cuda: str | None
-    """CUDA version that it was built for, such as "13.0"; None of a CPU build."""
+    cuda: str | None  # CUDA version that it was built for, such as "13.0"; None of a CPU build
 
     @property
     def include(self) -> Path:
@@ -62,11 +61,7 @@ class Torch:
 
 
 def find_torch() -> Torch:
-    """The torch of this Python.
-
-    Raises:
-        KernelsUnavailableError: there is none, or it came without headers.
-    """
+    """The torch of this Python. Raises KernelsUnavailableError if there is none, or it came without headers."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise KernelsUnavailableError("torch is not installed; pip install torch")
@@ -84,8 +79,7 @@ def find_torch() -> Torch:
 def find_compiler(environment: KernelEnvironment) -> Tool:
     """The C++ compiler.
 
-    Raises:
-        KernelsUnavailableError: it is missing, does not run, or is too old for torch's headers.
+    Raises KernelsUnavailableError if it is missing, does not run, or is too old for torch's headers.
     """
     path = shutil.which(environment.compiler)
     if path is None:
@@ -104,8 +98,7 @@ def find_compiler(environment: KernelEnvironment) -> Tool:
 def find_ninja() -> Tool:
     """The build program; the one of this Python's environment before the system's.
 
-    Raises:
-        KernelsUnavailableError: it is missing or does not run.
+    Raises KernelsUnavailableError if it is missing or does not run.
     """
     path = find_program("ninja")
     if path is None:
@@ -116,8 +109,7 @@ def find_ninja() -> Tool:
 def find_nvcc(environment: KernelEnvironment, torch: Torch) -> Tool:
     """The CUDA compiler.
 
-    Raises:
-        KernelsUnavailableError: it is missing, does not run, is too old, or is of another CUDA than torch's.
+    Raises KernelsUnavailableError if it is missing, does not run, is too old, or is of another CUDA than torch's.
     """
     homes = [environment.cuda_home] if environment.cuda_home else []
     places = [home / "bin" / "nvcc" for home in [*homes, Path("/usr/local/cuda")]]
