@@ -33,8 +33,7 @@ from typing import Any, Final
 
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import AdaptivePacing
-from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan, bounding_plans
-from megatron_ext.curriculum.schedule import Action, Decision, Schedule
+from megatron_ext.curriculum.plan import Action, Decision, PlannedStep, Schedule, TrainingPlan, bounding_plans
 from megatron_ext.curriculum.segments import Level, Phase, phases_of, value_at
 from megatron_ext.errors import UserError
 

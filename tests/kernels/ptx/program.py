@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.kernels.ptx.arithmetic import comparison, function_of
-from tests.kernels.ptx.batch import Batch
-from tests.kernels.ptx.conversion import conversion
+from tests.kernels.ptx.machine import Batch
 from tests.kernels.ptx.memory import Access
 from tests.kernels.ptx.parser import SIZES, Instruction, Kernel, PtxError
-from tests.kernels.ptx.values import TYPES, Array, Lanes, Read, address_of, reader
+from tests.kernels.ptx.values import TYPES, Array, Lanes, Read, address_of, comparison, conversion, function_of, reader
 
 Run = Callable[[Batch, Lanes], None]
 
