@@ -48,11 +48,9 @@ _FEWEST: Final = 8
 class Instability:
     """The largest values since the last decision; None where there was nothing to take them of."""
 
-    loss_ratio: float | None
-    """Median of loss over lowest earlier loss; below 1 where losses only fell."""
-
+    loss_ratio: float | None  # median of loss over lowest earlier loss; below 1 where losses only fell
+    # Largest element of sqrt(Adam's second moment) over its running median before.
     variance_ratio: float | None
-    """Largest element of sqrt(Adam's second moment) over its running median before."""
 
 
 class InstabilityTracker:

@@ -29,20 +29,12 @@ class LossRatio:
     - A lowest loss of 0 gives 1.0 for a loss of 0 and infinity for a greater one. Losses are cross-entropies: >= 0.
     """
 
-    lowest: float = math.inf
-    """Lowest finite loss; infinite before there is one."""
-
-    steps: int = 0
-    """Steps seen, those with a non-finite loss included."""
-
-    non_finite: int = 0
-    """Steps whose loss was NaN or infinite."""
-
-    largest: float = 1.0
-    """Largest ratio: infinite as soon as one loss was not finite."""
-
+    lowest: float = math.inf  # lowest finite loss; infinite before there is one
+    steps: int = 0  # steps seen, those with a non-finite loss included
+    non_finite: int = 0  # steps whose loss was NaN or infinite
+    largest: float = 1.0  # largest ratio: infinite as soon as one loss was not finite
+    # Threshold -> number of steps with a ratio above it.
     above: dict[float, int] = field(default_factory=lambda: dict.fromkeys(THRESHOLDS, 0))
-    """Threshold -> number of steps with a ratio above it."""
 
     def update(self, loss: float) -> float:
         """Count one step with this training loss (nats per token) and return its ratio."""
@@ -181,21 +173,14 @@ class Incident:
     """What went wrong with a step and what is done about it: but for "log", its update is left out."""
 
     action: GuardAction
+    # loss, gradient: it is not finite. loss_ratio: it was above the threshold.
     reason: Reason
-    """loss, gradient: it is not finite. loss_ratio: it was above the threshold."""
-
-    value: float
-    """The loss, the gradient norm or the loss ratio of the step."""
-
-    steps: int
-    """Consecutive steps that make up the incident so far, this one included."""
-
-    limit: str | None = None
-    """Why the run stops although the action asked for is another one."""
-
+    value: float  # the loss, the gradient norm or the loss ratio of the step
+    steps: int  # consecutive steps that make up the incident so far, this one included
+    limit: str | None = None  # why the run stops although the action asked for is another one
+    # Whether a stop saves a checkpoint. Not where rollbacks were of no use: the newest checkpoint is then still one
+    # from before the incident.
     saves: bool = True
-    """Whether a stop saves a checkpoint. Not where rollbacks were of no use: the newest checkpoint is then still one
-    from before the incident."""
 
     @property
     def why(self) -> str:

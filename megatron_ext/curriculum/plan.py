@@ -69,21 +69,13 @@ class PlanArrays:
 class TrainingPlan:
     """The run, step by step: ``plan[t]`` for t in [0, steps)."""
 
-    segments: Sequence[Segment]
-    """Phases of constant batch size and length, in order; at least one."""
-
+    segments: Sequence[Segment]  # phases of constant batch size and length, in order; at least one
     learning_rate: LearningRate
-    duration: Duration
-    """What the run was asked to last; ``steps`` and ``tokens`` are what it lasts."""
-
-    seq_len: int
-    """Full length in tokens: that of a dataset sample."""
-
-    tail: Tail
-    """What becomes of the rest of a sample when a step is shorter (see sampler.py)."""
-
+    duration: Duration  # what the run was asked to last; ``steps`` and ``tokens`` are what it lasts
+    seq_len: int  # full length in tokens: that of a dataset sample
+    tail: Tail  # what becomes of the rest of a sample when a step is shorter (see sampler.py)
+    # Dataset samples to provide for where the plan may still change; None: those that the segments draw.
     most_samples: int | None = None
-    """Dataset samples to provide for where the plan may still change; None: those that the segments draw."""
 
     @classmethod
     def build(cls, pacing: Pacing, run: RunSpec) -> "TrainingPlan":

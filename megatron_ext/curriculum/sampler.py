@@ -23,17 +23,11 @@ from megatron_ext.errors import UserError
 class BatchSlices:
     """The sequences of one step (or of one rank's part of it)."""
 
-    samples: Ints
-    """[B] dataset sample in which each sequence begins."""
-
-    offsets: Ints
-    """[B] position of the sequence's first token in that sample."""
-
+    samples: Ints  # [B] dataset sample in which each sequence begins
+    offsets: Ints  # [B] position of the sequence's first token in that sample
+    # [B] sample on whose first token the sequence goes on after the end of ``samples``; -1 where it does not.
     next_samples: Ints
-    """[B] sample on whose first token the sequence goes on after the end of ``samples``; -1 where it does not."""
-
-    seq_len: int
-    """Tokens of each sequence."""
+    seq_len: int  # tokens of each sequence
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -36,17 +36,11 @@ Floats = npt.NDArray[np.float64]
 class Level:
     """One value of the sequence length or batch size, and where it begins."""
 
-    value: int
-    """Tokens per sequence, or sequences per batch."""
-
-    begins: int
-    """Steps done, or tokens consumed, before the first step that has this value."""
-
-    in_tokens: bool
-    """``begins`` counts tokens; otherwise steps."""
-
+    value: int  # tokens per sequence, or sequences per batch
+    begins: int  # steps done, or tokens consumed, before the first step that has this value
+    in_tokens: bool  # ``begins`` counts tokens; otherwise steps
+    # ``begins`` counts from the first step of the previous level; otherwise from the start of the run.
     from_previous: bool = False
-    """``begins`` counts from the first step of the previous level; otherwise from the start of the run."""
 
 
 Levels = tuple[Level, ...]
@@ -243,17 +237,11 @@ class CycleSegments(Sequence[Segment]):
     cycle: a run of any number of steps costs no more memory than its cycle, and every step is found in O(log steps).
     """
 
-    cycle: tuple[int, ...]
-    """Lengths of one cycle's steps, in tokens."""
-
-    batch_size: int
-    """Sequences of every step."""
-
-    steps: int
-    """Steps of the run, at least 1."""
-
+    cycle: tuple[int, ...]  # lengths of one cycle's steps, in tokens
+    batch_size: int  # sequences of every step
+    steps: int  # steps of the run, at least 1
+    # Tokens of a sample where streams read samples end to end (tail "recycle"); None: a sample per sequence.
     stream_seq_len: int | None = None
-    """Tokens of a sample where streams read samples end to end (tail "recycle"); None: a sample per sequence."""
 
     def until(self, duration: Duration) -> "CycleSegments":
         """The same cycle up to the step that reaches ``duration``."""

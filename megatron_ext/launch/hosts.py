@@ -127,20 +127,12 @@ def _parse_choice(option: str, text: str, known: dict[str, Host]) -> dict[str, s
 class HostReport:
     """What a host says about itself before a run starts there."""
 
-    addresses: dict[str, list[str]]
-    """IPv4 addresses of each interface."""
-
+    addresses: dict[str, list[str]]  # IPv4 addresses of each interface
+    # A port that nobody listens on: the one asked for, or any; None where the one asked for is taken.
     port: int | None
-    """A port that nobody listens on: the one asked for, or any; None where the one asked for is taken."""
-
-    cores: int
-    """CPU cores that a process may use."""
-
-    gpus: int
-    """NVIDIA GPUs, as device files."""
-
-    missing: list[str]
-    """Paths, of those asked for, that do not exist here."""
+    cores: int  # CPU cores that a process may use
+    gpus: int  # NVIDIA GPUs, as device files
+    missing: list[str]  # paths, of those asked for, that do not exist here
 
     @property
     def reachable(self) -> list[str]:

@@ -98,21 +98,16 @@ class Resources:
     """What a job occupies."""
 
     nodes: int = 1
-    tasks_per_node: int = 1
-    """Ranks on each node."""
-
+    tasks_per_node: int = 1  # ranks on each node
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
     partition: str | None = None
     account: str | None = None
+    # Limit in a form that sbatch takes: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS...
     time: str | None = None
-    """Limit in a form that sbatch takes: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS..."""
-
+    # The run is stopped this long before the limit; None: five minutes, of a short limit a tenth.
     signal_seconds: int | None = None
-    """The run is stopped this long before the limit; None: five minutes, of a short limit a tenth."""
-
-    extra: tuple[str, ...] = ()
-    """Further options of sbatch, ``key=value`` or ``key``."""
+    extra: tuple[str, ...] = ()  # further options of sbatch, ``key=value`` or ``key``
 
     @property
     def ranks(self) -> int:
@@ -154,32 +149,18 @@ class TrainingJob:
     """One job, or one array of jobs that each train another run."""
 
     name: str
+    # Absolute; more than one are an array. Each holds ``slurm/config.json`` when the job begins.
     run_dirs: tuple[Path, ...]
-    """Absolute; more than one are an array. Each holds ``slurm/config.json`` when the job begins."""
-
-    work_dir: Path
-    """Where relative paths of the configs start; absolute."""
-
-    output: Path
-    """Absolute directory of what the batch script prints."""
-
-    python: str
-    """The interpreter that the ranks start; in a container the container's."""
-
+    work_dir: Path  # where relative paths of the configs start; absolute
+    output: Path  # absolute directory of what the batch script prints
+    python: str  # the interpreter that the ranks start; in a container the container's
     resources: Resources = Resources()
     container: Container | None = None
-    task_ids: tuple[int, ...] = ()
-    """Number of each run's task in the array; empty: one run without an array."""
-
-    at_once: int | None = None
-    """Most tasks of the array that run at a time."""
-
+    task_ids: tuple[int, ...] = ()  # number of each run's task in the array; empty: one run without an array
+    at_once: int | None = None  # most tasks of the array that run at a time
     dependency: str | None = None
-    attempts: int = 1
-    """Of a run that fails, each from its newest checkpoint."""
-
-    requeue: bool = True
-    """Whether a run that a signal stopped asks for another turn."""
+    attempts: int = 1  # of a run that fails, each from its newest checkpoint
+    requeue: bool = True  # whether a run that a signal stopped asks for another turn
 
     def script(self) -> str:
         """The batch script. Raises UserError if an option is none that SLURM can be given."""

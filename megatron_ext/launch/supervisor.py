@@ -50,15 +50,11 @@ class Orders:
     """What to start, and where it will run."""
 
     job: str
+    # Names that ssh knows; none: the ranks run on this machine, and print where this process does.
     hosts: list[str]
-    """Names that ssh knows; none: the ranks run on this machine, and print where this process does."""
-
     command: list[str]
-    folder: str
-    """What the launch has written, and nobody needs when it is over."""
-
-    silence_seconds: float
-    """After which the ranks give up one that they do not hear from."""
+    folder: str  # what the launch has written, and nobody needs when it is over
+    silence_seconds: float  # after which the ranks give up one that they do not hear from
 
 
 class Supervisor:

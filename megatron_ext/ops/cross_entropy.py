@@ -27,14 +27,10 @@ class Statistics:
 class VocabSlice:
     """Which ids the columns of the logits are, and how to get from the slice to the whole vocabulary."""
 
-    first: int
-    """Id of the first column."""
-
-    real: int
-    """Columns that are ids; what follows is padding, which has no probability and no gradient."""
-
+    first: int  # id of the first column
+    real: int  # columns that are ids; what follows is padding, which has no probability and no gradient
+    # The whole vocabulary's statistics from the slice's, over the ranks that hold the others; None: it is all here.
     combine: Callable[[Statistics], Statistics] | None = None
-    """The whole vocabulary's statistics from the slice's, over the ranks that hold the others; None: it is all here."""
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, vocab: VocabSlice, *, kernels: Kernels) -> torch.Tensor:

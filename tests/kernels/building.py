@@ -48,8 +48,7 @@ class Step:
     inputs: tuple[Path, ...]
     suffix: str
     toolchain: str
-    included: tuple[Path, ...] = ()
-    """What the command has a source include, which its text does not say."""
+    included: tuple[Path, ...] = ()  # what the command has a source include, which its text does not say
 
 
 @cache

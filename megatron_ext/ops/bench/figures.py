@@ -153,11 +153,9 @@ class Figures:
     direction: str
     microseconds: float
     gigabytes_per_second: float
-    share_of_copy: float
-    """Of the rate at which the device copies."""
-
+    share_of_copy: float  # of the rate at which the device copies
+    # How many times as long each other implementation took; for the backward, forward and backward together.
     ratios: Mapping[str, float]
-    """How many times as long each other implementation took; for the backward, forward and backward together."""
 
 
 def figures(measured: Measured, *, copy_bytes_per_second: float) -> list[Figures]:
