@@ -207,18 +207,8 @@ class Guard:
         """Begin with no incident; ``loss_ratio`` is the run's."""
         self._config, self._loss_ratio = config, loss_ratio
         self._above = self._broken = self._skips = self._rollbacks = 0
-        self._incident: Incident | None = None
-        self._ratio = 1.0
-
-    @property
-    def incident(self) -> Incident | None:
-        """What is to be done about the last step, if anything."""
-        return self._incident
-
-    @property
-    def ratio(self) -> float:
-        """Loss ratio of the last step."""
-        return self._ratio
+        self.incident: Incident | None = None  # what is to be done about the last step, if anything
+        self.ratio = 1.0  # loss ratio of the last step
 
     def admits(self, *, loss: float, grad_norm: float | None) -> bool:
         """Whether the update of a step may be made; called once a step, in order. ``incident`` says what else to do.
@@ -227,9 +217,9 @@ class Guard:
             loss: Its loss in nats per token; the same on every rank.
             grad_norm: Norm of its gradient before clipping, likewise; None where it is not known.
         """
-        self._ratio = self._loss_ratio.update(loss)
-        self._incident = self._limit_skips(self._incident_of(loss, grad_norm))
-        return self._incident is None or self._incident.action == "log"
+        self.ratio = self._loss_ratio.update(loss)
+        self.incident = self._limit_skips(self._incident_of(loss, grad_norm))
+        return self.incident is None or self.incident.action == "log"
 
     def _limit_skips(self, incident: Incident | None) -> Incident | None:
         if incident is None or incident.action != "skip":
@@ -243,7 +233,7 @@ class Guard:
 
     def _incident_of(self, loss: float, grad_norm: float | None) -> Incident | None:
         threshold, non_finite = self._config.loss_ratio, self._config.non_finite
-        self._above = self._above + 1 if threshold is not None and self._ratio > threshold.above else 0
+        self._above = self._above + 1 if threshold is not None and self.ratio > threshold.above else 0
         broken_gradient = grad_norm is not None and not math.isfinite(grad_norm)
         self._broken = self._broken + 1 if broken_gradient or not math.isfinite(loss) else 0
         if self._broken and non_finite is not None:
@@ -251,7 +241,7 @@ class Guard:
                 return self._limited(Incident(non_finite, "loss", loss, self._broken), first=1)
             return self._limited(Incident(non_finite, "gradient", grad_norm or 0.0, self._broken), first=1)
         if threshold is not None and self._above >= threshold.steps:
-            incident = Incident(threshold.action, "loss_ratio", self._ratio, self._above)
+            incident = Incident(threshold.action, "loss_ratio", self.ratio, self._above)
             return self._limited(incident, first=threshold.steps)
         return None
 
@@ -267,7 +257,7 @@ class Guard:
         """Count a rollback, after which nothing seen before it counts; the loss ratio is taken back by its owner."""
         self._rollbacks += 1
         self._above = self._broken = self._skips = 0
-        self._incident = None
+        self.incident = None
 
     def state_dict(self) -> dict[str, int]:
         """Everything a resumed run needs beside the loss ratio, as plain values."""
@@ -277,4 +267,4 @@ class Guard:
         """Go on from what ``state_dict`` returned; an empty state is that of a run without guards."""
         self._above, self._broken = int(state.get("above", 0)), int(state.get("broken", 0))
         self._skips, self._rollbacks = int(state.get("skips", 0)), int(state.get("rollbacks", 0))
-        self._incident = None
+        self.incident = None

@@ -20,6 +20,7 @@ from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 from megatron_ext.runtime.device import compute_capabilities
 from megatron_ext.runtime.environment import kernel_environment
 
+# Each has FAKES: functions that tell torch the shapes of an operator's results.
 _OPERATIONS = (layer_norm, add_layer_norm, softmax, bias_gelu, bias_dropout_add, cross_entropy, adam_variance)
 
 
@@ -71,7 +72,8 @@ def load_operators(backend: Backend) -> Library:
         ) from error
     if backend == "cpu":
         for operation in _OPERATIONS:
-            operation.register()
+            for name, fake in operation.FAKES.items():
+                torch.library.register_fake(f"megatron_ext::{name}", fake)
     return library
 
 

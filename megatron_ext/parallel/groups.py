@@ -82,15 +82,12 @@ class Mpu:
         self._pipeline_group: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This rank among those that share its copy of the model."""
         return self._layout.tensor_rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """Ranks that share one copy of the model."""
         return self._layout.tensor_size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that share this rank's copy of the model."""
         return self._layout.tensor_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
@@ -98,19 +95,15 @@ class Mpu:
         return dist.get_global_rank(self._layout.tensor_group, 0)
 
     def get_data_parallel_rank(self) -> int:
-        """This rank among those that hold the same part of the model."""
         return self._layout.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Copies of the model."""
         return self._layout.data_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same part of the model."""
         return self._layout.data_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their global ranks."""
         return dist.get_process_group_ranks(self._layout.data_group)
 
     def get_data_parallel_src_rank(self) -> int:
@@ -118,15 +111,12 @@ class Mpu:
         return dist.get_global_rank(self._layout.data_group, 0)
 
     def get_pipeline_model_parallel_rank(self) -> int:
-        """Always 0: one pipeline stage."""
         return 0
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        """Always 1: one pipeline stage."""
         return 1
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        """A group of this rank alone."""
         return self._pipeline_group
 
     get_model_parallel_rank = get_tensor_model_parallel_rank
