@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.kernels.ptx.machine import Batch
+from tests.kernels.ptx.values import comparison, function_of
+from tests.kernels.ptx.batch import Batch
+from tests.kernels.ptx.values import conversion
 from tests.kernels.ptx.memory import Access
 from tests.kernels.ptx.parser import SIZES, Instruction, Kernel, PtxError
-from tests.kernels.ptx.values import TYPES, Array, Lanes, Read, address_of, comparison, conversion, function_of, reader
+from tests.kernels.ptx.values import TYPES, Array, Lanes, Read, address_of, reader
 
 Run = Callable[[Batch, Lanes], None]
 
