@@ -16,8 +16,7 @@ def resolved_json(config: RunConfig) -> str:
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run config in ``path``; the loader is needed only for ``extends``, comments, overrides and mistakes.
 
-    Raises:
-        UserError: as ``load_config``.
+    Raises UserError as ``load_config``.
     """
     if not overrides:
         try:

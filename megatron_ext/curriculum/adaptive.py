@@ -90,11 +90,7 @@ class InstabilityTracker:
         self._variances = [*self._variances, variance][-_VARIANCES:]
 
     def next_interval(self, *, shorter: bool) -> None:
-        """Begin anew after a decision.
-
-        Args:
-            shorter: The length stepped back, and the steps that led to this shall not count again after it.
-        """
+        """Begin anew after a decision. Steps that led to a ``shorter`` length shall not count again after it."""
         self._loss_ratio = self._variance_ratio = None
         if shorter:
             self._losses = []

@@ -29,14 +29,10 @@ class Forwarded:
 
 
 def choose_variables(environment: Mapping[str, str], allowed: Iterable[str]) -> Forwarded:
-    """Pick the variables of ``environment`` that travel.
+    """Pick the variables of the caller's ``environment`` that travel: those that always do, and those ``allowed``.
 
-    Args:
-        environment: the caller's.
-        allowed: names and globs of the config, on top of those that always travel.
-
-    Returns:
-        The variables; those that look like secrets, and values that no line can hold, in the private file.
+    ``allowed`` holds names and globs. What looks like a secret, and values that no line can hold, go in the private
+    file.
     """
     patterns = (*ALWAYS_FORWARDED, *allowed)
     chosen = {

@@ -79,13 +79,8 @@ def read_hostfile(path: Path) -> list[Host]:
 def choose_hosts(hosts: Iterable[Host], *, include: str = "", exclude: str = "") -> list[Host]:
     """The hosts and slots that ``--include`` or ``--exclude`` leaves, in the order of ``hosts``.
 
-    Args:
-        hosts: what the hostfile offers.
-        include: ``NAME[:SLOT[,SLOT...]][@NAME...]``, as DeepSpeed writes it: these and no others.
-        exclude: the same form: all but these.
-
-    Raises:
-        UserError: both are given, a part is malformed or names what is not there, or nothing is left.
+    Both have DeepSpeed's form, ``NAME[:SLOT[,SLOT...]][@NAME...]``: these and no others, or all but these. Raises
+    UserError if both are given, a part is malformed or names what is not there, or nothing is left.
     """
     hosts = list(hosts)
     if include and exclude:
@@ -141,12 +136,7 @@ class HostReport:
 
 
 def report(paths: list[str], port: int | None) -> HostReport:
-    """This machine's report.
-
-    Args:
-        paths: what has to exist.
-        port: one that has to be free; None: any.
-    """
+    """This machine's report: on ``paths`` that have to exist, and a ``port`` that has to be free (None: any)."""
     return HostReport(
         addresses=host_addresses(),
         port=free_port(port),
@@ -213,16 +203,9 @@ class Answer:
 
 
 def ask_hosts(hosts: list[str], question: str, arguments: list[object], *, seconds: float) -> list[Answer]:
-    """Ask every host at once, over ssh and with this interpreter's path.
+    """Ask every host at once, over ssh and with this interpreter's path; an answer for each, in the order of ``hosts``.
 
-    Args:
-        hosts: names that ssh knows.
-        question: "report" or "signal".
-        arguments: JSON values.
-        seconds: for all of it.
-
-    Returns:
-        An answer for each host, in the order of ``hosts``.
+    The question is "report" or "signal", its arguments are JSON values, and ``seconds`` is for all of it.
     """
     words = ["env", f"PYTHONPATH={PACKAGE_ROOT}", sys.executable, "-m", "megatron_ext.launch.hosts"]
     command = shlex.join([*words, question, json.dumps(arguments)])

@@ -79,13 +79,8 @@ def has_slurm() -> bool:
 def submit(script: str, options: Sequence[str] = (), *, remedy: str) -> str:
     """Submit a batch script and return its job number.
 
-    Args:
-        script: text of the script.
-        options: options of sbatch beside the script's own.
-        remedy: what a user can change when sbatch refuses.
-
-    Raises:
-        UserError: sbatch refused the job; the message is SLURM's.
+    ``options`` are those of sbatch beside the script's own. Raises UserError if sbatch refuses the job, with SLURM's
+    message and ``remedy``, what a user can change.
     """
     done = _call(["sbatch", "--parsable", *options], script)
     number = done.stdout.strip().split(";")[0]
@@ -216,16 +211,11 @@ def training_job(
 def submit_job(
     job: TrainingJob, configs: Sequence[RunConfig], *, options: Sequence[str] = (), follows: bool = False
 ) -> str:
-    """Write what the job needs into the run directories, submit it, and return its number.
+    """Write what the job of ``configs`` needs into their run directories, submit it, and return its number.
 
-    Args:
-        job: The job.
-        configs: What it trains, in the order of its run directories.
-        options: Options of sbatch beside those of the script.
-        follows: It waits for another job of the same runs, which therefore may be in the queue.
-
-    Raises:
-        UserError: there is no SLURM here, a run is in the queue already, or sbatch refused the job.
+    ``options`` are those of sbatch beside the script's own. A job that ``follows`` waits for another one of the same
+    runs, which therefore may be in the queue. Raises UserError if there is no SLURM here, a run is in the queue
+    already, or sbatch refuses the job.
     """
     require_slurm("a SLURM job")
     if not follows:

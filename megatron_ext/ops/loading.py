@@ -27,12 +27,7 @@ _OPERATIONS = (layer_norm, add_layer_norm, softmax, bias_gelu, bias_dropout_add,
 def find_library(backend: Backend, *, build: bool = True) -> Library | None:
     """The library of ``backend``: compiled by the installation, in the cache, or built into it now.
 
-    Args:
-        backend: Which one.
-        build: Whether to build it where it is nowhere; otherwise None is returned then.
-
-    Raises:
-        KernelsUnavailableError: it is nowhere and cannot be built.
+    Without ``build``, None where it is nowhere. Raises KernelsUnavailableError if it is nowhere and cannot be built.
     """
     environment, devices = kernel_environment(), compute_capabilities() if backend == "cuda" else []
     ahead = prebuilt_library(backend, devices)

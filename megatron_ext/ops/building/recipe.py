@@ -182,15 +182,9 @@ class Recipe:
 
 
 def recipe_for(backend: Backend, environment: KernelEnvironment, devices: Iterable[tuple[int, int]] = ()) -> Recipe:
-    """What building the library of ``backend`` takes here.
+    """What building the library of ``backend`` takes here; for the compute capabilities ``devices``.
 
-    Args:
-        backend: Which library.
-        environment: What the environment says.
-        devices: Compute capabilities of the CUDA devices present.
-
-    Raises:
-        KernelsUnavailableError: a compiler or torch is missing or unfit.
+    Raises KernelsUnavailableError if a compiler or torch is missing or unfit.
     """
     folder, torch, compiler, ninja = source_folder(), find_torch(), find_compiler(environment), find_ninja()
     nvcc, architectures = None, tuple[Architecture, ...]()

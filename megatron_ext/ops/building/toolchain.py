@@ -188,13 +188,9 @@ def choose_architectures(
 ) -> tuple[Architecture, ...]:
     """What to compile for: ``listed``, else the devices, else DEFAULT_ARCHITECTURES as far as nvcc knows it.
 
-    Args:
-        listed: Content of TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX"; None where it is not set.
-        devices: Compute capabilities of the devices present.
-        known: What nvcc compiles for.
-
-    Raises:
-        KernelsUnavailableError: the list cannot be read, or nvcc does not know one of them.
+    ``listed`` is TORCH_CUDA_ARCH_LIST where it is set, such as "8.0;9.0+PTX"; ``devices`` are the compute capabilities
+    present, ``known`` is what nvcc compiles for. Raises KernelsUnavailableError if the list cannot be read, or nvcc
+    does not know one of them.
     """
     if listed is not None:
         return _checked(_parsed(listed), known, "TORCH_CUDA_ARCH_LIST names")
