@@ -49,19 +49,6 @@ def test_resuming_changes_nothing(before: list[float], after: list[float]) -> No
     assert whole == second
 
 
-def test_first_step_is_one_and_the_minimum_is_of_earlier_steps_only() -> None:
-    tracker = LossRatio()
-    assert [tracker.update(loss) for loss in (4.0, 2.0, 3.0)] == [1.0, 0.5, 1.5]
-    assert tracker.above == {1.1: 1, 1.2: 1, 1.5: 0, 2.0: 0}
-    assert tracker.largest == 1.5
-
-
-def test_non_finite_losses_do_not_become_the_lowest() -> None:
-    tracker = LossRatio()
-    assert [tracker.update(loss) for loss in (-math.inf, 4.0, math.nan, 6.0)] == [math.inf, 1.0, math.inf, 1.5]
-    assert tracker.non_finite == 2
-
-
 def test_zero_loss_divides_nothing() -> None:
     tracker = LossRatio()
     assert [tracker.update(loss) for loss in (0.0, 0.0, 1.0)] == [1.0, 1.0, math.inf]

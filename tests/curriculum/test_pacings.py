@@ -76,15 +76,6 @@ def test_thresholds_stay_exact_where_floats_do_not() -> None:
     assert levels[-1].begins == total
 
 
-def test_discrete_durations_count_from_their_own_stage() -> None:
-    levels = discrete([(8, Duration(steps=5)), (16, Duration(tokens=100))], full=32)
-    assert [(level.value, level.begins, level.in_tokens, level.from_previous) for level in levels] == [
-        (8, 0, False, False),
-        (16, 5, False, True),
-        (32, 100, True, True),
-    ]
-
-
 def test_steps_and_tokens_go_on_beyond_the_end_with_the_last_batch() -> None:
     lengths = rising(8, 24, multiple=8, duration=Duration(steps=4))
     segments = cut(phases_of(lengths, constant(2)), Duration(steps=6))

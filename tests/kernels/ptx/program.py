@@ -1,4 +1,4 @@
-"""Instructions as functions of a batch, the threads of some blocks of a launch, and of those of them that take part."""
+"""Instructions as functions of a batch (threads of some blocks of a launch) and of the lanes that take part."""
 
 import re
 from collections.abc import Callable
