@@ -71,6 +71,7 @@ _BY_KEY: Final[dict[str, str]] = {
 ALIASES: Final[dict[str, str]] = {alias: key for key, aliases in _BY_KEY.items() for alias in aliases.split()}
 """What another framework calls a key -> our dotted key."""
 
+# What a value looks like, where it has another form than the foreign one.
 _HINTS: Final[dict[str, str]] = {
     **dict.fromkeys(("training.duration", "curriculum.duration"), '{"steps": n} or {"tokens": n}'),
     **dict.fromkeys(("learning_rate.warmup", "learning_rate.decay_duration"), '{"steps": n} or {"tokens": n}'),
@@ -86,7 +87,6 @@ _HINTS: Final[dict[str, str]] = {
     "parallel.activation_checkpointing": '"none" or "full"',
     "validation.samples": "full-length sequences",
 }
-"""What a value looks like, where it has another form than the foreign one."""
 
 # Keys of DeepSpeed whose value another section takes as it is.
 _SAME_VALUE: Final = {

@@ -37,11 +37,8 @@ from megatron_ext.curriculum.plan import Action, Decision, PlannedStep, Schedule
 from megatron_ext.curriculum.segments import Level, Phase, phases_of, value_at
 from megatron_ext.errors import UserError
 
-_VARIANCES: Final = 32
-"""Measurements of which the running median of the variance is taken."""
-
-_FEWEST: Final = 8
-"""Measurements without which it is not: Adam's second moment needs some steps to fill."""
+_VARIANCES: Final = 32  # measurements of which the running median of the variance is taken
+_FEWEST: Final = 8  # measurements without which it is not: Adam's second moment needs some steps to fill
 
 
 @dataclass(frozen=True)

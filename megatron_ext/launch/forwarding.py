@@ -15,9 +15,9 @@ from megatron_ext.config.cluster import ALWAYS_FORWARDED
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|(^|_)(API_?)?KEY(_|$|S$)", re.IGNORECASE)
 _QUOTED_BY_DEEPSPEED = re.compile(r"[^\w@%+=:,./-]")
+# What this program says to its own processes is never taken from the caller's environment; where kernels are kept is
+# the user's word.
 _OWN = re.compile(r"MEGATRON_EXT_(?!KERNEL_)")
-"""What this program says to its own processes is never taken from the caller's environment; where kernels are kept is
-the user's word."""
 
 
 @dataclass(frozen=True)

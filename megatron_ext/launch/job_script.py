@@ -16,10 +16,10 @@ from megatron_ext.errors import UserError
 Containers = Literal["pyxis", "apptainer"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Bytes; sbatch reads an argument of an #SBATCH line into a buffer of 1 KiB in some releases.
 _LONGEST_DIRECTIVE = 1000
-"""Bytes; sbatch reads an argument of an #SBATCH line into a buffer of 1 KiB in some releases."""
-
 _EXTRA = re.compile(r"[a-z][a-z0-9-]*")
+# Options of sbatch that are not free -> what decides them.
 _DECIDED: Final = {
     "array": "--array",
     "dependency": "--dependency",
@@ -41,12 +41,8 @@ _DECIDED: Final = {
     "parsable": "this command",
     "test-only": "this command",
 }
-"""Options of sbatch that are not free -> what decides them."""
-
-_LEAD_SECONDS = 300
-"""Between the signal and the time limit, where the limit is long enough."""
-_GRID_SECONDS = 60
-"""SLURM may send the signal this much earlier."""
+_LEAD_SECONDS = 300  # between the signal and the time limit, where the limit is long enough
+_GRID_SECONDS = 60  # SLURM may send the signal this much earlier
 _MOST_LEAD = 65535 - _GRID_SECONDS
 
 

@@ -51,8 +51,8 @@ from megatron_ext.runtime.signals import StopRequest
 
 _ASK_SECONDS = 30.0
 _POLL_SECONDS = 0.2
+# Beginnings of names that its launcher puts on the command line by itself, with no escape.
 _EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""Beginnings of names that its launcher puts on the command line by itself, with no escape."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ from megatron_ext.runtime.device import Device, device_title
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.rendezvous import Member, Rendezvous
 
+# How long a file may take to show up on another host: network file systems keep a folder's list for a while.
 _SHOWS_UP_SECONDS = 5.0
-"""How long a file may take to show up on another host: network file systems keep a folder's list for a while."""
-
 _CONNECT_SECONDS = 5.0
 _MATMUL_SECONDS = 0.2
 _REPEATS = 3
