@@ -69,10 +69,7 @@ class LossRatio:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Raises UserError if the state is not one of this version's (a key is missing, or the thresholds differ).
-        """
+        """Go on from what ``state_dict`` returned. Raises UserError if that is no state of this version's."""
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise UserError(

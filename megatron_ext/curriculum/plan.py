@@ -344,10 +344,7 @@ class Schedule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
-
-        Raises UserError if the state is that of another kind of pacing, or of another version.
-        """
+        """Go on from what ``state_dict`` returned. Raises UserError if that is of another pacing or version."""
         if state:
             raise UserError(
                 f"the checkpoint holds a pacing state with {', '.join(sorted(state))}, and this version's pacing of "

@@ -185,10 +185,7 @@ class Segment:
 
 
 def cut(phases: Sequence[Phase], duration: Duration) -> tuple[Segment, ...]:
-    """The segments of a run that ends with the step that reaches ``duration``; phases after it are dropped.
-
-    ``first_samples`` counts one sample per sequence.
-    """
+    """The segments of a run that ends with the step that reaches ``duration``, with one sample for each sequence."""
     segments: list[Segment] = []
     samples = 0
     for index, phase in enumerate(phases):

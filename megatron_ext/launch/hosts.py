@@ -52,10 +52,7 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Hosts with all of their slots, in the order of the file.
-
-    Raises UserError if the file cannot be read, a line is wrong, a host is named twice, or there is none.
-    """
+    """Hosts with all of their slots, in the order of the file. Raises UserError if it cannot be read or used."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -47,10 +47,7 @@ _MOST_LEAD = 65535 - _GRID_SECONDS
 
 
 def word(text: str) -> str:
-    """``text`` as one word of bash that stands for exactly it, on one line.
-
-    Raises UserError if it holds a null character, which no argument can.
-    """
+    """``text`` as one word of bash that stands for exactly it, on one line. Raises UserError for a null character."""
     if "\0" in text:
         raise UserError(f"{text!r} holds a null character, which no file name or argument can; remove it")
     if not _CONTROL.search(text):
@@ -170,10 +167,7 @@ class TrainingJob:
         )
 
     def command_script(self, arguments: Sequence[str], *, name: str, dependency: str) -> str:
-        """The script of a small job that calls this program with ``arguments`` where the ranks of this one would run.
-
-        Raises UserError if an option is none that SLURM can be given.
-        """
+        """The script of a small job that calls this program with ``arguments`` where its ranks would run."""
         own = {"nodes": "1", "ntasks": "1", "time": "30", "dependency": dependency, "output": self._output("%j.out")}
         asked = {"job-name": _label(name), "partition": self.resources.partition, "account": self.resources.account}
         lines = [directive(option, value) for option, value in (asked | own).items() if value is not None]
@@ -242,10 +236,7 @@ def _label(name: str) -> str:
 
 
 def lead_seconds(asked: Resources) -> int:
-    """How long before its time limit a job is signaled.
-
-    Raises UserError if the limit is not in a form that SLURM takes, or the job would be signaled at once.
-    """
+    """How long before its limit a job is signaled. Raises UserError if SLURM takes no such limit, or it is at once."""
     limit = None if asked.time is None else limit_seconds(asked.time)
     lead = asked.signal_seconds
     if lead is None:
@@ -260,10 +251,7 @@ def lead_seconds(asked: Resources) -> int:
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of a time limit as sbatch reads it; None without a limit.
-
-    Raises UserError if it is in no form that sbatch takes.
-    """
+    """Seconds of a time limit as sbatch reads it; None without a limit. Raises UserError if it would not take it."""
     if text.upper() in {"UNLIMITED", "INFINITE", "-1", "0"}:
         return None
     days, dash, rest = text.rpartition("-")

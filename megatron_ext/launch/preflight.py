@@ -72,11 +72,7 @@ class Preflight:
             raise UserError("preflight: " + "; ".join(dict.fromkeys(problems)))
 
     def measure(self, processes: Processes) -> list[str]:
-        """Measure with all ranks at once, and return the report: a line for each host, and one for all of them.
-
-        Raises:
-            UserError: on every rank, the rank that is too slow, or the slowest link of a network that is.
-        """
+        """Measure; a line for each host, and one for all. Raises UserError, on all ranks, for a slow rank or link."""
         rates: list[float] = [0.0] * processes.info.world_size
         dist.all_gather_object(rates, self._matmul_tflops(), group=processes.host_group)
         self._check_matmul(rates)

@@ -159,10 +159,7 @@ class Figures:
 
 
 def figures(measured: Measured, *, copy_bytes_per_second: float) -> list[Figures]:
-    """The figures of both directions.
-
-    The backward's time is what forward and backward take together less what the forward takes.
-    """
+    """The figures of both directions. The backward's time is that of both less the forward's."""
     moved = traffic(measured.case)
     rows = [("forward", measured.forward, measured.forward[FUSED], moved.forward)]
     if measured.both:

@@ -48,10 +48,7 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-Wall")
 
 
 def source_folder() -> Path:
-    """The folder csrc: inside an installed package, or beside the package in a checkout.
-
-    Raises KernelsUnavailableError if neither has it.
-    """
+    """The folder csrc, of the package or beside it. Raises KernelsUnavailableError if there is none."""
     for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "common" / "abi.h").is_file():
             return folder
@@ -182,10 +179,7 @@ class Recipe:
 
 
 def recipe_for(backend: Backend, environment: KernelEnvironment, devices: Iterable[tuple[int, int]] = ()) -> Recipe:
-    """What building the library of ``backend`` takes here; for the compute capabilities ``devices``.
-
-    Raises KernelsUnavailableError if a compiler or torch is missing or unfit.
-    """
+    """What building for ``devices`` (compute capabilities) takes. Raises KernelsUnavailableError if it is missing."""
     folder, torch, compiler, ninja = source_folder(), find_torch(), find_compiler(environment), find_ninja()
     nvcc, architectures = None, tuple[Architecture, ...]()
     if backend == "cuda":

@@ -77,10 +77,7 @@ def find_torch() -> Torch:
 
 
 def find_compiler(environment: KernelEnvironment) -> Tool:
-    """The C++ compiler.
-
-    Raises KernelsUnavailableError if it is missing, does not run, or is too old for torch's headers.
-    """
+    """The C++ compiler. Raises KernelsUnavailableError if it is missing, does not run, or is too old for torch."""
     path = shutil.which(environment.compiler)
     if path is None:
         raise KernelsUnavailableError(
@@ -96,10 +93,7 @@ def find_compiler(environment: KernelEnvironment) -> Tool:
 
 
 def find_ninja() -> Tool:
-    """The build program; the one of this Python's environment before the system's.
-
-    Raises KernelsUnavailableError if it is missing or does not run.
-    """
+    """ninja, of this Python's environment before the system's. Raises KernelsUnavailableError if there is none."""
     path = find_program("ninja")
     if path is None:
         raise KernelsUnavailableError("ninja is not installed; pip install ninja")
@@ -107,10 +101,7 @@ def find_ninja() -> Tool:
 
 
 def find_nvcc(environment: KernelEnvironment, torch: Torch) -> Tool:
-    """The CUDA compiler.
-
-    Raises KernelsUnavailableError if it is missing, does not run, is too old, or is of another CUDA than torch's.
-    """
+    """The CUDA compiler. Raises KernelsUnavailableError if it is missing, too old, or of another CUDA than torch's."""
     homes = [environment.cuda_home] if environment.cuda_home else []
     places = [home / "bin" / "nvcc" for home in [*homes, Path("/usr/local/cuda")]]
     path = next((str(place) for place in places[: len(homes)] if place.is_file()), None)
