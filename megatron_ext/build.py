@@ -14,10 +14,8 @@ from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.training import ProfileConfig
-from megatron_ext.curriculum.guards import Guard
-from megatron_ext.curriculum.loss_ratio import LossRatio
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.curriculum.guards import Guard, LossRatio
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings

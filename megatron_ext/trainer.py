@@ -10,9 +10,8 @@ from pathlib import Path
 from megatron_ext.build import Run, build_run, restore_host_state
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.guards import GuardStop, Incident
-from megatron_ext.curriculum.plan import PlannedStep, is_due
+from megatron_ext.curriculum.plan import Decision, PlannedStep, is_due
 from megatron_ext.curriculum.sampler import micro_batch_sizes, positions_between
-from megatron_ext.curriculum.schedule import Decision
 from megatron_ext.engine.engine import MicroBatch, cut_micro_batches
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.metrics.step_log import FinishedStep, train_record

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_ext.analysis.comparison import Comparison, compare
 from megatron_ext.analysis.run_data import Floats, RunData, sampled, smooth, thin
-from megatron_ext.curriculum.loss_ratio import THRESHOLDS
+from megatron_ext.curriculum.guards import THRESHOLDS
 from megatron_ext.errors import UserError
 
 _MARKS = 60

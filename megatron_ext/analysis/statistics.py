@@ -12,7 +12,7 @@ from scipy.ndimage import median_filter
 from scipy.special import betainc
 
 from megatron_ext.analysis.run_data import Floats, read_train
-from megatron_ext.curriculum.loss_ratio import THRESHOLDS
+from megatron_ext.curriculum.guards import THRESHOLDS
 from megatron_ext.errors import UserError
 
 _MEASURES = ("adam_var_l1", "adam_var_max")

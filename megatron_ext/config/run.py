@@ -24,8 +24,7 @@ from megatron_ext.curriculum.learning_rate import LearningRateConfig
 from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
-from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan, plan_problems, possible_plans
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {

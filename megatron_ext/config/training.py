@@ -5,14 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.base import (
-    Duration,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from megatron_ext.base import Duration, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_ext.curriculum.pacing import BatchSizeWarmup
 
 

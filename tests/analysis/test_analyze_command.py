@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.cli.analyze import command
-from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.curriculum.guards import LossRatio
 from megatron_ext.errors import UserError
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.reading import read_metrics

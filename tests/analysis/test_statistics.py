@@ -27,7 +27,7 @@ from megatron_ext.analysis.statistics import (
     ratio_table,
     running_median,
 )
-from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.curriculum.guards import LossRatio
 
 Floats = npt.NDArray[np.float64]
 losses = hnp.arrays(

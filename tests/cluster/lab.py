@@ -42,14 +42,9 @@ class LabOptions:
 
     hosts: int = 2
     slurm: bool = False
-    cpus: int = 2
-    """CPUs that SLURM gives out on each host, whatever the machine has."""
-
-    gpus: int = 0
-    """Devices of each host that SLURM takes for GPUs; they compute nothing."""
-
-    slurm_lines: str = ""
-    """Further lines of slurm.conf, which replace the lab's own of the same key."""
+    cpus: int = 2  # CPUs that SLURM gives out on each host, whatever the machine has
+    gpus: int = 0  # devices of each host that SLURM takes for GPUs; they compute nothing
+    slurm_lines: str = ""  # further lines of slurm.conf, which replace the lab's own of the same key
 
 
 def why_not(*, slurm: bool = False) -> str | None:

@@ -22,17 +22,9 @@ from tests.cluster.runs import (
     write_hostfile,
     write_run,
 )
-from tests.train.small_run import write_corpus
 
 LIMIT = 60.0
 """Seconds from a fault to the end of the command."""
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def send(lab: Lab, host: str, number: signal.Signals) -> None:

@@ -119,20 +119,6 @@ def test_the_learning_rate_is_continuous_and_ends_at_its_minimum(case: Case) -> 
         assert after[-1] or rates.decay_duration is not None
 
 
-def test_the_paper_s_float_formula_gives_the_same_lengths_away_from_boundaries() -> None:
-    start, end, total = 64, 1024, 45_000
-    curriculum = {"pacing": "linear", "start": start, "duration": {"steps": total}}
-    plan = run_config(seq_len=end, batch_size=4, duration={"steps": total + 10}, curriculum=curriculum).plan()
-    lengths = plan.arrays().seq_len
-    for step in range(plan.steps):
-        exact = start + (end - start) * min(step / total, 1.0)
-        distance = abs(exact / 8 - round(exact / 8))
-        if distance > 1e-9:
-            assert lengths[step] == math.floor(exact / 8) * 8, step
-    assert lengths[total - 1] == end - 8
-    assert lengths[total] == end
-
-
 def test_the_1_5b_recipe_matches_its_published_arithmetic() -> None:
     config = run_config(
         seq_len=1024,

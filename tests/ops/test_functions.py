@@ -26,8 +26,7 @@ class Sample:
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
-    call: Callable[..., torch.Tensor]
-    """(inputs..., kernels=) -> result."""
+    call: Callable[..., torch.Tensor]  # (inputs..., kernels=) -> result
 
     def inputs(self, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> list[torch.Tensor]:
         """Random numbers of the shapes, which require gradients."""

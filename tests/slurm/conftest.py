@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.launch.slurm import jobs_of
 from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
-from tests.train.small_run import train_records, write_config, write_corpus
+from tests.train.small_run import train_records, write_config
 
 _SLURM_LINES = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE"""
@@ -99,14 +99,6 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(reason)
     with Lab(LabOptions(hosts=3, slurm=True, gpus=2, slurm_lines=_SLURM_LINES)) as lab:
         yield Cluster(lab)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with token files and tokenizer of the small run."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def small_config(folder: Path, corpus: Path, **sections: Any) -> Path:

@@ -20,8 +20,7 @@ class Case:
 
     op: str
     shape: tuple[int, ...]
-    dtype: str
-    """"float32", "float16" or "bfloat16"."""
+    dtype: str  # "float32", "float16" or "bfloat16"
 
     @property
     def width(self) -> int:
@@ -142,9 +141,7 @@ class Measured:
 
     case: Case
     forward: Mapping[str, float]
-    both: Mapping[str, float]
-    """Forward and backward; empty where there is no backward."""
-
+    both: Mapping[str, float]  # forward and backward; empty where there is no backward
     failures: Mapping[str, str]
 
 
@@ -156,18 +153,13 @@ class Figures:
     direction: str
     microseconds: float
     gigabytes_per_second: float
-    share_of_copy: float
-    """Of the rate at which the device copies."""
-
+    share_of_copy: float  # of the rate at which the device copies
+    # How many times as long each other implementation took; for the backward, forward and backward together.
     ratios: Mapping[str, float]
-    """How many times as long each other implementation took; for the backward, forward and backward together."""
 
 
 def figures(measured: Measured, *, copy_bytes_per_second: float) -> list[Figures]:
-    """The figures of both directions.
-
-    The backward's time is what forward and backward take together less what the forward takes.
-    """
+    """The figures of both directions. The backward's time is that of both less the forward's."""
     moved = traffic(measured.case)
     rows = [("forward", measured.forward, measured.forward[FUSED], moved.forward)]
     if measured.both:

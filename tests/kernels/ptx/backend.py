@@ -7,12 +7,12 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from tests.kernels.emulator.build import kernels
+from tests.kernels.building import kernel_sources, ptx_of
+from tests.kernels.emulator.backend import kernels
 from tests.kernels.interface import STREAM, Argument, Guarded, GuardedMemory, KernelError, addresses, check_canaries
-from tests.kernels.nvcc import kernel_sources, ptx_of
-from tests.kernels.ptx.batch import Dimensions, Launch
 from tests.kernels.ptx.machine import Program, run_launch
 from tests.kernels.ptx.parser import Kernel, PtxError, parse_kernel, parse_module
+from tests.kernels.ptx.program import Dimensions, Launch
 from tests.kernels.ptx.values import Array
 
 Recorded = tuple[str, Dimensions, Dimensions, int, list[bytes]]

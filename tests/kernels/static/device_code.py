@@ -9,8 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.kernels.building import CannotBuildError, Step, make, tool
-from tests.kernels.nvcc import device_code_of, kernel_sources, newest_architecture
+from tests.kernels.building import (
+    CannotBuildError,
+    Step,
+    device_code_of,
+    kernel_sources,
+    make,
+    newest_architecture,
+    tool,
+)
 
 # What the library is built for where nobody says otherwise; the newest one stands for what is to come.
 ARCHITECTURES = ("80", "90", "100", "newest")
