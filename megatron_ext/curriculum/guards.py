@@ -9,6 +9,7 @@ from pydantic import Field
 
 from megatron_ext.base import Duration, PositiveInt, Section
 from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.errors import RunStopped
 
 GuardAction = Literal["log", "stop", "skip", "rollback"]
 """Described at ``LossRatioGuard.action``."""
@@ -82,7 +83,7 @@ class GuardsConfig(Section):
 Reason = Literal["loss", "gradient", "loss_ratio"]
 
 
-class GuardStop(Exception):  # noqa: N818 - nothing is wrong with the program
+class GuardStop(RunStopped):
     """A guard ended the run; the message says why and what is left. Exit status 1, without a traceback."""
 
 

@@ -29,8 +29,8 @@ class Sink(Protocol):
     def roll_back(self, *, step: int, tokens: int) -> None:
         """Take back the steps and validations after ``step`` finished steps and ``tokens``: others will follow."""
 
-    def close(self) -> None:
-        """Write out everything; nothing comes after."""
+    def close(self) -> str | None:
+        """Write out everything, nothing comes after; what could not be written and matters, in words."""
 
 
 class Recorder:
@@ -60,10 +60,9 @@ class Recorder:
         for sink in self._sinks:
             sink.roll_back(step=step, tokens=tokens)
 
-    def close(self) -> None:
-        """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+    def close(self) -> str | None:
+        """Close all sinks; what of the metrics could not be written, in words, or None."""
+        return "; ".join(lacks for sink in self._sinks if (lacks := sink.close())) or None
 
 
 def open_sinks(
@@ -82,6 +81,7 @@ def open_sinks(
 
     Raises:
         UserError: metrics.jsonl of the directory is broken, or TensorBoard is wanted and not installed.
+        OSError: one of the files cannot be opened.
     """
     jsonl = JsonlSink(run_dir / FILE_NAME)
     jsonl.rewind(step)
