@@ -138,8 +138,8 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
                 if lacks := recorder.close():
                     LOGGER.warning(lacks)
                 raise
-            if lacks := processes.agree_from_main(recorder.close()):
-                raise RunStopped(str(lacks))
+            if missing := processes.agree_from_main(recorder.close()):
+                raise RunStopped(str(missing))
     finally:
         destroy_parallel()
 

@@ -102,5 +102,7 @@ class JsonlSink:
             self._file.close()
         except OSError as error:
             lacks = None if self._waiting is None else self._waiting.missing(error)
-            return lacks or f"{self._path} could not be forced to disk ({error.strerror or error}): lines may be missing"
+            return (
+                lacks or f"{self._path} could not be forced to disk ({error.strerror or error}): lines may be missing"
+            )
         return None if self._waiting is None else self._waiting.missing(None)

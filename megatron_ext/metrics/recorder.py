@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
-from megatron_ext.metrics.console import LogLines, ProgressBar
+from megatron_ext.metrics.console import LogLines
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import FILE_NAME, EvalRecord, EventRecord, TrainRecord
 from megatron_ext.runtime.log import file_only
@@ -92,6 +92,8 @@ def open_sinks(
         sinks.append(TensorBoardSink(run_dir / "tensorboard", step=step, tokens=tokens))
     logger = logging.getLogger(__name__)
     if console.is_terminal:
+        from megatron_ext.metrics.progress_bar import ProgressBar
+
         sinks.append(ProgressBar(console, total_tokens=total_tokens, tokens=tokens))
     lines = file_only(logger) if console.is_terminal else logger
     return [*sinks, LogLines(lines, log_every=config.log_every, total_tokens=total_tokens)]

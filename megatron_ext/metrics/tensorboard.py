@@ -3,8 +3,8 @@
 With Sequence Length Warmup a step is no fixed amount of data: curves of runs with and without it are comparable
 against tokens, so both axes are kept, as two TensorBoard runs of one directory.
 
-The files are written here and not by a SummaryWriter, whose thread dies of a full disk, and the run with it. What cannot
-be written waits in memory.
+The files are written here and not by a SummaryWriter, whose thread dies of a full disk, and the run with it. What
+cannot be written waits in memory.
 """
 
 import os
@@ -42,15 +42,16 @@ _MOST_BYTES = 1 << 26
 class _EventFile:
     """A file of events in ``folder``; points of this run at or after ``purge_step`` in older files become void."""
 
-    def __init__(self, folder: Path, number: int, *, purge_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         self._event, self._summary = Event, Summary
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{number:04d}"
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest:09d}"
         self._file = (folder / name).open("xb", buffering=0)
         self._waiting = bytearray()
         self._frame = RecordWriter(self)
@@ -95,7 +96,6 @@ class TensorBoardSink:
 
     def __init__(self, directory: Path, *, step: int, tokens: int) -> None:
         self._directory = directory
-        self._number = 0
         self._failed = False
         try:
             self._open(step, tokens)
@@ -135,10 +135,9 @@ class TensorBoardSink:
             file.close()
 
     def _open(self, step: int, tokens: int) -> None:
-        self._number += 1
         self._files = (
-            _EventFile(self._directory / "by_step", self._number, purge_step=step + 1),
-            _EventFile(self._directory / "by_tokens", self._number, purge_step=tokens + 1),
+            _EventFile(self._directory / "by_step", purge_step=step + 1),
+            _EventFile(self._directory / "by_tokens", purge_step=tokens + 1),
         )
         self._flush()
 

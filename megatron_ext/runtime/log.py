@@ -45,7 +45,7 @@ class _LogFile(logging.FileHandler):
 
     _failed = False
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging calls it so
         """Say it once, on the console; what is still buffered is written when there is room."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):

@@ -2,12 +2,16 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.errors import UserError
 
+OUTPUT_DIR = "set output_dir and name"
+"""What to do about the directory of a run."""
+
 _LONGEST_NAME = 255
-_KERNELS_OWN = ("proc", "sys")
+_KERNELS_OWN = (("proc",), ("sys",))
 _PLACES = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
@@ -22,35 +26,37 @@ def problem_of(directory: Path) -> str | None:
     if "\0" in str(directory):
         return "its name holds a NUL character"
     path = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() fails where a name is too long
-    for name in path.parts:
-        if len(os.fsencode(name)) > _LONGEST_NAME:
-            return f"a name of {len(os.fsencode(name))} bytes is too long, at most {_LONGEST_NAME} are possible"
+    longest = max(len(os.fsencode(name)) for name in path.parts)
+    if longest > _LONGEST_NAME:
+        return f"a name of {longest} bytes is too long, at most {_LONGEST_NAME} are possible"
     try:
         existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
-        if existing.is_symlink() and not existing.exists():
-            return f"{existing} is a symbolic link to nothing"
-        if not existing.is_dir():
-            return f"{existing} is no directory"
-        if os.statvfs(existing).f_flag & os.ST_RDONLY:
-            return f"{existing} is on a read-only file system"
-        if existing.resolve().parts[1:2] in [(name,) for name in _KERNELS_OWN]:
-            return f"{existing} is the kernel's own"
-        return None if os.access(existing, os.W_OK | os.X_OK) else f"this user may not write in {existing}"
+        return next((problem for wrong, problem in _signs(existing) if wrong), None)
     except OSError as error:
         return error.strerror
 
 
-def check_place(run_dir: Path) -> None:
-    """Raise UserError where it can be seen that nothing could be written into ``run_dir``."""
-    problem = problem_of(run_dir)
+def _signs(existing: Path) -> Iterator[tuple[bool, str]]:
+    """What may be wrong with the innermost part of a path that is there: whether it is, and what."""
+    yield existing.is_symlink() and not existing.exists(), f"{existing} is a symbolic link to nothing"
+    yield not existing.is_dir(), f"{existing} is no directory"
+    yield bool(os.statvfs(existing).f_flag & os.ST_RDONLY), f"{existing} is on a read-only file system"
+    yield existing.resolve().parts[1:2] in _KERNELS_OWN, f"{existing} is the kernel's own"
+    yield not os.access(existing, os.W_OK | os.X_OK), f"this user may not write in {existing}"
+
+
+def check_place(directory: Path, *, remedy: str = OUTPUT_DIR) -> None:
+    """Raise UserError where it can be seen that nothing could be written into ``directory``."""
+    problem = problem_of(directory)
     if problem is not None:
-        raise _told(run_dir, problem)
+        raise UserError(unusable(directory, problem, remedy=remedy))
 
 
 def unwritable(run_dir: Path, error: OSError | ValueError) -> UserError:
     """What to tell the user where writing into ``run_dir`` has failed with ``error``."""
-    said = error.strerror if isinstance(error, OSError) else None
-    return _told(run_dir, said or str(error), seen=problem_of(run_dir))
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    seen = problem_of(run_dir)
+    return UserError(unusable(run_dir, reason if seen is None else f"{reason}: {seen}"))
 
 
 def explain(error: OSError) -> str | None:
@@ -64,9 +70,9 @@ def explain(error: OSError) -> str | None:
     )
 
 
-def _told(run_dir: Path, reason: str, *, seen: str | None = None) -> UserError:
-    why = reason if seen is None or seen == reason else f"{reason}: {seen}"
-    return UserError(
-        f"{str(run_dir)!r} cannot be written ({why}); set output_dir and name to a directory on a disk with room in "
-        "which this user may write"
+def unusable(directory: Path, reason: str, *, remedy: str = OUTPUT_DIR) -> str:
+    """The message about a directory that cannot be made or written."""
+    return (
+        f"{str(directory)!r} cannot be written ({reason}); {remedy} to a directory on a disk with room in which this "
+        "user may write"
     )
