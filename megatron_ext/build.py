@@ -4,13 +4,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.checkpoint.store import Manifest
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.training import ProfileConfig
 from megatron_ext.curriculum.guards import Guard
 from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.plan import TrainingPlan
@@ -124,9 +127,9 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             guard=guard,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
             pending=PendingSteps(),
-            rates=_rates(config, ranks=processes.info.world_size),
+            rates=_rates(config.model, config.metrics.peak_tflops, ranks=processes.info.world_size),
             recorder=recorder,
-            profiler=_profiler(config, device, rank=processes.info.rank),
+            profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
         )
         with loader:
@@ -201,25 +204,24 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
     )
 
 
-def _rates(config: RunConfig, *, ranks: int) -> Rates | None:
+def _rates(model: ModelConfig, peak_tflops: float, *, ranks: int) -> Rates | None:
     """What utilization is computed from; None where the peak rate of a device is not known."""
-    if not config.metrics.peak_tflops:
+    if not peak_tflops:
         return None
     from megatron_ext.model.counts import step_flops
 
     return Rates(
-        flops=lambda step: step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len),
-        peak_flops=config.metrics.peak_tflops * 1e12 * ranks,
+        flops=lambda step: step_flops(model, batch_size=step.batch_size, seq_len=step.seq_len),
+        peak_flops=peak_tflops * 1e12 * ranks,
     )
 
 
-def _profiler(config: RunConfig, device: Device, *, rank: int) -> "StepProfiler | None":
-    wanted = config.metrics.profile
+def _profiler(wanted: ProfileConfig | None, run_dir: Path, *, device: Device, rank: int) -> "StepProfiler | None":
     if wanted is None or rank not in wanted.ranks:
         return None
     from megatron_ext.runtime.profiler import StepProfiler
 
-    file = config.run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
+    file = run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
     return StepProfiler(file, device, first=wanted.step - 1, count=wanted.steps)
 
 

@@ -97,6 +97,7 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
 def advance_state(run: Run) -> None:
     """Fetch the steps that are still on the device, advance what depends on their losses, and record them."""
     for step in run.pending.drain():
+        # On every rank, in the order of steps: the state is part of the next checkpoint, which rank 0 alone describes.
         variance = None if step.adam_variance is None else run.variance.summary(step.adam_variance)
         ratio = step.info.loss_ratio
         if ratio is None:
@@ -123,7 +124,7 @@ def pace(run: Run, after: PlannedStep) -> None:
 
 def validate(run: Run, after: PlannedStep) -> None:
     """Record the loss at full length after a step."""
-    advance_state(run)
+    advance_state(run)  # records are in the order of events
     losses = run.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in run.validation).numpy()
     tokens, buckets = after.end_tokens, run.config.validation.position_buckets
     run.recorder.evaluation(EvalRecord.from_positions(losses, step=after.step + 1, tokens=tokens, buckets=buckets))
@@ -179,6 +180,7 @@ def roll_back(run: Run, after: PlannedStep, incident: Incident) -> int:
         raise stop_for(run, after, replace(incident, limit="rolling back would leave no sample to read"))
     more = run.loader.skipped.left - skipped.left
     restore_host_state(manifest, schedule=run.schedule, loader=run.loader, loss_ratio=run.loss_ratio)
+    # Other samples than before the incident: the same ones would lead to it again.
     run.loader.skip(skipped)
     run.guard.roll_back()
     state = replace(manifest, guard=run.guard.state_dict(), skipped_samples=skipped.to_json())

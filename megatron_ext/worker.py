@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
     parser.add_argument("--dry-run", action="store_true", help="try two steps at the longest length and stop")
     options = parser.parse_args(arguments)
     try:
+        # Variables that may not stand on a command line come in a file; relative paths of the config start at the
+        # directory where the command was given.
         take_private_variables()
         if options.directory is not None:
             os.chdir(options.directory)
@@ -92,11 +94,13 @@ def _run(rank: _Rank) -> int:
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
 
+    # The accelerator is named before DeepSpeed is imported, which otherwise looks for one by itself.
     device = select_device(info.local_rank)
     prepare_libraries(info, device.accelerator)
 
     from megatron_ext.runtime.rendezvous import StoppedEarlyError, join_rendezvous
 
+    # Ranks find each other before any collective, so that one that does not come can be named.
     cluster = config.cluster
     try:
         rendezvous = join_rendezvous(

@@ -116,8 +116,9 @@ def command(
     layers = (*read_layers(config), Layer("--set", changes))
     run = parse_layers(layers)
     parameters = count_parameters(run.model, positions=run.max_positions).total
-    lengths = _numbers("--starts", starts) if starts else tune_space.default_starts(run, parameters=parameters)
-    steps = unit or tune_space.unit_of(run, start=lengths[0])
+    usual = {"seq_len": run.training.seq_len, "parameters": parameters}
+    lengths = _numbers("--starts", starts) if starts else tune_space.default_starts(run.curriculum, **usual)
+    steps = unit or tune_space.unit_of(run.learning_rate.warmup, start=lengths[0], batch_size=run.training.batch_size)
     settings = tune_space.ProbeSettings(
         threshold=threshold,
         steps=probe_steps or probe_units * steps,

@@ -1,7 +1,8 @@
 """``megatron-ext validate``: is this config right, and what does it say."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,8 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     """
     try:
         run = load_config(config, overrides or ())
-        plan = _planned(run, source=config)
+        with _naming(config):
+            plan = run.plan()
     except UserError as error:
         if not as_json:
             raise
@@ -68,10 +70,11 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
 
 
-def _planned(run: RunConfig, *, source: Path) -> TrainingPlan:
-    """The run's plan: it compares the durations that only a plan can compare, steps with tokens."""
+@contextmanager
+def _naming(source: Path) -> Iterator[None]:
+    """Name the file in what the plan finds: it compares durations that only a plan can compare, steps with tokens."""
     try:
-        return run.plan()
+        yield
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 

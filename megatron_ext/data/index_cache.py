@@ -20,7 +20,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -32,8 +32,7 @@ import numpy.typing as npt
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import publish_directory
-from megatron_ext.runtime.log import LOGGER
-from megatron_ext.runtime.run_lock import HeldError, file_lock
+from megatron_ext.runtime.run_lock import advisory_lock
 from megatron_ext.runtime.signals import stop_signals_blocked
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -77,7 +76,12 @@ class IndexCache:
             if (arrays := _load(entry)) is not None:
                 return arrays
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(self.directory / f"{name}.lock", self.patience_seconds):
+            with advisory_lock(
+                self.directory / f"{name}.lock",
+                what=f"the index {name}",
+                say_after_seconds=min(self.patience_seconds, _SAY_AFTER_SECONDS),
+                patience_seconds=self.patience_seconds,
+            ):
                 if (arrays := _load(entry)) is not None:
                     return arrays
                 self._remove_abandoned(name)
@@ -145,17 +149,3 @@ def _load(entry: Path) -> Arrays | None:
         return {name: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for name, path in files.items()}
     except (FileNotFoundError, ValueError, KeyError):
         return None
-
-
-@contextlib.contextmanager
-def _locked(path: Path, patience: float) -> Iterator[None]:
-    """Hold an entry's lock, or go on without it after ``patience`` seconds or where locks are not supported."""
-    first = min(patience, _SAY_AFTER_SECONDS)
-    with contextlib.ExitStack() as lock:
-        with contextlib.suppress(HeldError, OSError):
-            try:
-                lock.enter_context(file_lock(path, wait_seconds=first))
-            except HeldError as holder:
-                LOGGER.info("waiting for the index %s, which another job builds (%s)", path.stem, holder)
-                lock.enter_context(file_lock(path, wait_seconds=patience - first))
-        yield

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
+from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.pacings import LinearPacing, RootPacing
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_search import Candidate
@@ -73,21 +74,29 @@ def test_notches_are_units_in_a_ratio_as_far_as_the_run_goes() -> None:
 
 
 def test_the_unit_is_the_warmup_of_the_learning_rate() -> None:
-    assert unit_of(problem().config, start=8) == 10
+    assert unit(problem().config) == 10
     in_tokens = problem(learning_rate={"peak": 1e-3, "warmup": {"tokens": 1000}}).config
-    assert unit_of(in_tokens, start=8) == 16  # 1000 / (8 * 8), rounded up
+    assert unit(in_tokens) == 16  # 1000 / (8 * 8), rounded up
     with pytest.raises(UserError, match="--unit"):
-        unit_of(problem(learning_rate={"peak": 1e-3}).config, start=8)
+        unit(problem(learning_rate={"peak": 1e-3}).config)
+
+
+def unit(config: RunConfig) -> int:
+    return unit_of(config.learning_rate.warmup, start=8, batch_size=config.training.batch_size)
+
+
+def starts(config: RunConfig, *, parameters: int) -> tuple[int, ...]:
+    return default_starts(config.curriculum, seq_len=config.training.seq_len, parameters=parameters)
 
 
 def test_default_starts_suit_size_and_length() -> None:
     config = problem().config
-    assert default_starts(config, parameters=10**8) == (8, 16, 32, 64)
-    assert default_starts(config, parameters=2 * 10**9) == (64, 80, 96)
-    assert default_starts(problem(curriculum=LINEAR).config, parameters=10**8) == (16, 32, 64)
+    assert starts(config, parameters=10**8) == (8, 16, 32, 64)
+    assert starts(config, parameters=2 * 10**9) == (64, 80, 96)
+    assert starts(problem(curriculum=LINEAR).config, parameters=10**8) == (16, 32, 64)
     short = problem(training={"seq_len": 8, "batch_size": 8, "duration": {"steps": 100}}).config
     with pytest.raises(UserError, match="pass --starts"):
-        default_starts(short, parameters=10**6)
+        starts(short, parameters=10**6)
 
 
 @pytest.mark.parametrize(
