@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.engine import Engine
+from megatron_ext.errors import RunStopped
 from megatron_ext.metrics.adam_variance import AdamVariance
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
@@ -31,6 +32,7 @@ from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_pa
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
+from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
 
 if TYPE_CHECKING:
@@ -71,7 +73,12 @@ class Run:
 
 @contextmanager
 def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Iterator[Run]:
-    """Build everything in the order in which mistakes are cheapest to find, and take it down again."""
+    """Build everything in the order in which mistakes are cheapest to find, and take it down again.
+
+    Raises:
+        UserError: something is wrong with config, data, checkpoint or the run directory.
+        RunStopped: at the end, on all ranks: some of the metrics could not be written.
+    """
     # The plan first: data, length of the run and learning rate follow from it.
     schedule = config.schedule()
     plan = schedule.plan
@@ -123,10 +130,17 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
         )
-        with closing(recorder), loader:
-            yield run
-            if run.profiler is not None:
-                run.profiler.close()
+        with loader:
+            try:
+                yield run
+                if run.profiler is not None:
+                    run.profiler.close()
+            except BaseException:
+                if lacks := recorder.close():
+                    LOGGER.warning(lacks)
+                raise
+            if missing := processes.agree_from_main(recorder.close()):
+                raise RunStopped(str(missing))
     finally:
         destroy_parallel()
 
@@ -217,17 +231,22 @@ def _open_recorder(
         return Recorder()
     step, tokens = (resumed.step, resumed.tokens) if resumed else (0, 0)
     plan = schedule.plan
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", schedule.to_json())):
-        replace_text(config.run_dir / name, json.dumps(content, indent=1) + "\n")
-    sinks = open_sinks(
-        config.run_dir,
-        config.metrics,
-        total_tokens=plan.tokens_at_step(plan.steps_within(config.training.stop_after)),
-        step=step,
-        tokens=tokens,
-        console=Console(stderr=True),
-    )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", schedule.to_json())):
+            replace_text(config.run_dir / name, json.dumps(content, indent=1) + "\n")
+        sinks = open_sinks(
+            config.run_dir,
+            config.metrics,
+            total_tokens=plan.tokens_at_step(plan.steps_within(config.training.stop_after)),
+            step=step,
+            tokens=tokens,
+            console=Console(stderr=True),
+        )
+    except OSError as error:
+        from megatron_ext.runtime.places import unwritable
+
+        raise unwritable(config.run_dir, error) from error
     recorder = Recorder(sinks)
     recorder.event("resume" if resumed else "start", step=step, tokens=tokens, world_size=processes.info.world_size)
     return recorder

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong"; everything else is a bug of ours."""
+"""Exceptions that are no bug of ours: the input is wrong, or a run has to end."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names what is wrong (key or file), the value found, and what to do. The command line prints it
     without a traceback and exits with status 2.
     """
+
+
+class RunStopped(Exception):  # noqa: N818 - nothing is wrong with the program
+    """Ends a run on all ranks at once with one message, without a traceback, and with status 1."""

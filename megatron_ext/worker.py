@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.config.resolved import read_config
 from megatron_ext.config.run import RunConfig
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunStopped, UserError
 from megatron_ext.runtime.environment import (
     RankInfo,
     asks_to_requeue,
@@ -121,7 +121,6 @@ def _run(rank: _Rank) -> int:
 
 def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", beating: "Heartbeat | None") -> int:
     """Do the work; a failure goes through the heartbeat, where there is one, which knows whether it is the first."""
-    from megatron_ext.curriculum.guards import GuardStop
     from megatron_ext.runtime.process_group import process_group
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
@@ -130,7 +129,7 @@ def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", bea
         with process_group(info, device, timeout_minutes=minutes, rendezvous=rendezvous) as processes:
             try:
                 return _work(rank, device, processes, preflight)
-            except GuardStop as stopped:
+            except RunStopped as stopped:
                 # All ranks come here, and a launcher ends the others with the first that leaves.
                 if beating is not None:
                     beating.fail(stopped)

@@ -107,5 +107,12 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        from megatron_ext.runtime.places import explain
+
+        if (text := explain(error)) is None:
+            raise
+        typer.echo(f"error: {text}", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

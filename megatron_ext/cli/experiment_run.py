@@ -28,6 +28,7 @@ from megatron_ext.cli.slurm_options import (
 )
 from megatron_ext.experiments.config import Experiment, load_experiment
 from megatron_ext.launch.slurm import FOLDER, absolute, submit, submit_job, training_job
+from megatron_ext.runtime.places import check_place
 
 if TYPE_CHECKING:
     from megatron_ext.cli.experiment_runs import RunStatus
@@ -73,6 +74,8 @@ def command(
     Example: megatron-ext experiment run configs/experiments/comparators.json --dry-run
     """
     experiment = load_experiment(file)
+    for item in experiment.runs:
+        check_place(item.config.run_dir)
     if not slurm:
         _run_here(experiment, nproc=nproc, dry_run=dry_run)
         return

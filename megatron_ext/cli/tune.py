@@ -108,6 +108,7 @@ def command(
     from megatron_ext.experiments import tune_space
     from megatron_ext.experiments.tune import Tuning
     from megatron_ext.model.counts import count_parameters
+    from megatron_ext.runtime.places import OUTPUT_DIR, check_place
 
     if not threshold > 1 or not notch > 1:
         raise UserError(f"--threshold is {threshold:g} and --notch is {notch:g}: write numbers above 1")
@@ -128,10 +129,11 @@ def command(
     given = _numbers("--durations", durations) if durations else None
     spacing = tune_space.DurationSpacing(unit=steps, ratio=notch, first=first, given=given)
     grid = tune_space.grid_of(tune_run, lengths, spacing, beginning=beginning or steps)
+    folder = output or run.run_dir.with_name(run.name + "_tune")
+    check_place(folder, remedy="set --output" if output else OUTPUT_DIR)
     if dry_run:
         _announce(tune_run, grid)
         return
-    folder = output or run.run_dir.with_name(run.name + "_tune")
     tuning = Tuning(tune_run, grid, folder=folder, runner=_runner(nproc, slurm))
     _tune(tuning, config, changes)
 

@@ -15,6 +15,7 @@ from megatron_ext.config.resolved import resolved_json
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.places import problem_of, unusable
 
 Output = Annotated[
     Path | None,
@@ -50,11 +51,21 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
             output.write_text(resolved_json(run), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error}") from None
+    problem = problem_of(run.run_dir)
+    warnings = [] if problem is None else [unusable(run.run_dir, problem)]
     if as_json:
         totals = {"steps": plan.steps, "tokens": plan.tokens, "samples": plan.samples}
-        answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
+        answer = {
+            "ok": True,
+            "warnings": warnings,
+            **totals,
+            "digest": run.digest(),
+            "config": run.model_dump(mode="json"),
+        }
         typer.echo(json.dumps(answer, indent=2))
         return
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
     lines = [*summary(run), f"plan        {_totals(plan, list(run.possible_plans().values()))}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
 

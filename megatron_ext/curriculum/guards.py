@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron_ext.base import Duration, PositiveInt, Section
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunStopped, UserError
 
 THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
 """A step is counted once for every threshold that its ratio exceeds."""
@@ -161,7 +161,7 @@ class GuardsConfig(Section):
 Reason = Literal["loss", "gradient", "loss_ratio"]
 
 
-class GuardStop(Exception):  # noqa: N818 - nothing is wrong with the program
+class GuardStop(RunStopped):
     """A guard ended the run; the message says why and what is left. Exit status 1, without a traceback."""
 
 

@@ -14,15 +14,12 @@ documents were measured. No other thread runs meanwhile, also not the one that g
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import publish_directory
 from megatron_ext.runtime.run_lock import advisory_lock
-from megatron_ext.runtime.signals import stop_signals_blocked
 
 Arrays = dict[str, npt.NDArray[Any]]
 Build = Callable[[], Arrays]
@@ -59,6 +54,7 @@ class IndexCache:
     def get(self, key: Mapping[str, Any], build: Build, *, elements: int = 0) -> Arrays:
         """The entry of ``key`` (JSON values), memory-mapped and read-only; ``build`` makes it where it is missing.
 
+        Where the directory cannot be written (a full disk) the arrays are in memory, which the log says.
         A damaged entry (files missing or cut off) is put aside and built again.
 
         Args:
@@ -67,7 +63,7 @@ class IndexCache:
             elements: how many numbers it will hold, about.
 
         Raises:
-            UserError: the directory cannot be written, or the process that builds was killed.
+            UserError: there can be no such directory, or the process that builds was killed.
         """
         text = json.dumps(key, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -88,10 +84,9 @@ class IndexCache:
                 self._write(entry, text, build, large=elements >= _LARGE)
             arrays = _load(entry)
         except OSError as error:
-            raise UserError(
-                f"index cache {self.directory}: cannot be written ({error.strerror or error}); set data.index_cache to "
-                "a directory on a disk with space that this user may write"
-            ) from error
+            from megatron_ext.data.index_apart import build_in_memory
+
+            return build_in_memory(build, directory=self.directory, error=error, large=elements >= _LARGE)
         assert arrays is not None, f"{entry} was written and cannot be read"
         return arrays
 
@@ -99,7 +94,12 @@ class IndexCache:
         partial = self.directory / f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         partial.mkdir()
         try:
-            sizes = _save_apart(build, partial) if large else _save(build, partial)
+            if large:
+                from megatron_ext.data.index_apart import call_apart
+
+                sizes = call_apart(_save, build, partial, directory=self.directory)
+            else:
+                sizes = _save(build, partial)
             manifest = json.dumps({"key": json.loads(key), "bytes": sizes}, indent=2)
             (partial / _MANIFEST).write_text(manifest, encoding="utf-8")
             publish_directory(partial, entry, keep=lambda there: _load(there) is not None)
@@ -122,20 +122,6 @@ def _save(build: Build, folder: Path) -> dict[str, int]:
             np.save(file, array, allow_pickle=False)
             sizes[name] = file.tell()
     return sizes
-
-
-def _save_apart(build: Build, folder: Path) -> dict[str, int]:
-    """``_save`` by another process, which a signal to stop the run does not reach: the run stops when it is done."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with stop_signals_blocked():  # inherited by the new process
-            saved = pool.submit(_save, build, folder)
-        try:
-            return saved.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"index cache {folder.parent}: the process that built an entry was killed; the usual cause is too "
-                "little memory on this host"
-            ) from error
 
 
 def _load(entry: Path) -> Arrays | None:

@@ -1,14 +1,14 @@
 """The engine on DeepSpeed: ZeRO 0 to 3, mixed precision and offloading under one accumulation boundary of our own."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from megatron_ext.engine.deepspeed_config import EngineSettings, clips_outside_engine, deepspeed_config
+from megatron_ext.engine.deepspeed_config import EngineSettings, clips_outside_engine, deepspeed_config, may_compile
 from megatron_ext.engine.engine import MicroBatch, StepResult, UpdatePolicy
 from megatron_ext.engine.second_moments import SecondMoment, own_second_moments
 from megatron_ext.engine.update_gate import GradientNorm, UpdateGate, invalid_to_nan, weights_finite
@@ -58,13 +58,14 @@ class DeepSpeedEngine:
         self._layout = layout
         self._device = device
         self._prefix = prefix
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model.named_parameters(), settings.optimizer.weight_decay),
-            mpu=Mpu(layout),
-            config=deepspeed_config(settings, data_size=layout.data_size),
-            dist_init_required=False,
-        )
+        with _build_locks(settings):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups(model.named_parameters(), settings.optimizer.weight_decay),
+                mpu=Mpu(layout),
+                config=deepspeed_config(settings, data_size=layout.data_size),
+                dist_init_required=False,
+            )
         self._norm = self._own_norm(settings.optimizer.clip_grad) if clips_outside_engine(settings) else None
         self._gate = UpdateGate(self._engine.basic_optimizer, own_norm=self._norm, grad_norm=self._grad_norm)
         self._scales_loss = settings.precision == "fp16"
@@ -172,6 +173,14 @@ class DeepSpeedEngine:
             yield
         finally:
             self._engine.train()
+
+
+def _build_locks(settings: EngineSettings) -> AbstractContextManager[None]:
+    if not may_compile(settings):
+        return nullcontext()
+    from megatron_ext.ops.building.extensions import own_build_locks
+
+    return own_build_locks()
 
 
 def _check_device(settings: EngineSettings, device: Device) -> None:

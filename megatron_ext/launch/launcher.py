@@ -47,6 +47,7 @@ from megatron_ext.launch.hosts import (
 from megatron_ext.launch.supervisor import Orders
 from megatron_ext.runtime.environment import PRIVATE_VARIABLES, current_environment, find_program
 from megatron_ext.runtime.network import is_local
+from megatron_ext.runtime.places import check_place, unwritable
 from megatron_ext.runtime.signals import StopRequest
 
 _ASK_SECONDS = 30.0
@@ -91,7 +92,8 @@ def launch(
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
-    """Raise UserError where ``ranks`` cannot share every batch that the run may have."""
+    """Raise UserError where ``ranks`` cannot share every batch, or nothing can be written into the run's directory."""
+    check_place(config.run_dir)
     data_size = data_parallel_size(ranks, tensor=config.parallel.tensor)
     for plan in config.possible_plans().values():
         check_batches_divide(plan, data_size)
@@ -234,14 +236,17 @@ class _Folder:
         self._made = None if run_dir.exists() else run_dir
         try:
             self.path.mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise UserError(f"{run_dir} cannot be written: {error}; see output_dir") from error
+        except (OSError, ValueError) as error:
+            raise unwritable(run_dir, error) from error
 
     def write(self, name: str, text: str) -> Path:
         """Write a file that no other user can read; its path."""
         path = self.path / name
-        path.touch(mode=0o600, exist_ok=False)
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise unwritable(self.path.parent, error) from error
         return path
 
     def remove(self) -> None:

@@ -13,8 +13,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from megatron_ext.curriculum.guards import GuardStop
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunStopped, UserError
 from megatron_ext.runtime.log import LOGGER, file_only
 from megatron_ext.runtime.rendezvous import Member, Rendezvous
 from megatron_ext.runtime.run_lock import FAILURE_RECORD
@@ -44,7 +43,7 @@ def failure_of(error: BaseException, rank: int) -> Failure:
     """Describe an exception of a rank."""
     if isinstance(error, UserError):
         return Failure(rank, str(error), 2, "input")
-    if isinstance(error, GuardStop):
+    if isinstance(error, RunStopped):
         return Failure(rank, str(error), 1, "input")  # all ranks come to it
     if isinstance(error, SystemExit):
         return Failure(rank, "ended because of another rank", int(error.code or 0), "echo")

@@ -39,18 +39,23 @@ def run_lock(run_dir: Path, *, wait_seconds: float = 1.0) -> Iterator[None]:
             that the cluster starts again may find ranks of its first life that are still being killed.
 
     Raises:
-        UserError: another live process holds it.
+        UserError: another live process holds it, or it cannot be made.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(run_dir / _FILE, wait_seconds=wait_seconds):
-            with suppress(OSError):
-                (run_dir / FAILURE_RECORD).unlink(missing_ok=True)
-            yield
-    except HeldError as holder:
-        raise UserError(
-            f"{run_dir} is in use by another job ({holder}); wait for it, stop it, or give this run another name"
-        ) from None
+    with ExitStack() as lock:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(file_lock(run_dir / _FILE, wait_seconds=wait_seconds))
+        except HeldError as holder:
+            raise UserError(
+                f"{run_dir} is in use by another job ({holder}); wait for it, stop it, or give this run another name"
+            ) from None
+        except (OSError, ValueError) as error:
+            from megatron_ext.runtime.places import unwritable
+
+            raise unwritable(run_dir, error) from None
+        with suppress(OSError):
+            (run_dir / FAILURE_RECORD).unlink(missing_ok=True)
+        yield
 
 
 @contextmanager

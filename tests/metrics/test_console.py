@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megatron_ext.metrics.console import LogLines, ProgressBar, TokenRate
+from megatron_ext.metrics.console import LogLines, TokenRate
+from megatron_ext.metrics.progress_bar import ProgressBar
 from megatron_ext.metrics.records import EvalRecord, EventRecord
 from tests.metrics.test_records import train_record
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
-from megatron_ext.metrics.console import ProgressBar
 from megatron_ext.metrics.jsonl import ROLLED_BACK_NAME
+from megatron_ext.metrics.progress_bar import ProgressBar
 from megatron_ext.metrics.reading import read_metrics
 from megatron_ext.metrics.recorder import Recorder, Sink, open_sinks
 from megatron_ext.metrics.records import EvalRecord

@@ -61,6 +61,6 @@ def test_a_roll_back_takes_back_what_came_after(tmp_path: Path) -> None:
 
 
 def test_without_the_package_the_setting_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     with pytest.raises(UserError, match=r"metrics\.tensorboard is true"):
         TensorBoardSink(tmp_path, step=0, tokens=0)
