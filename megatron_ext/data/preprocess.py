@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.reading import Chunk, InvalidRecordError, check_files, parse_record, read_chunks
-from megatron_ext.data.token_files import Sidecar, TokenFileWriter, TokenPaths, read_sidecar, token_dtype
+from megatron_ext.data.token_files import Sidecar, TokenPaths, read_sidecar
+from megatron_ext.data.token_writer import TokenFileWriter, token_dtype
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 
