@@ -70,13 +70,18 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     yield Chunk(path=str(path), records=tuple(records), bytes_read=path.stat().st_size - reported)
 
 
+def place(path: str, record: Record) -> str:
+    """Where a record stands, for messages."""
+    return f"{path}, line {record.line}" if record.line else path
+
+
 def parse_record(path: str, record: Record, json_key: str) -> str:
     """Text of a record.
 
     Raises:
         InvalidRecordError: not UTF-8, broken JSON, no object, key missing, not a string, or half a surrogate pair.
     """
-    where = f"{path}, line {record.line}" if record.line else path
+    where = place(path, record)
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:
