@@ -75,7 +75,7 @@ class TokenFileWriter:
         assert int(lengths.min()) > 0
         self.max_token = max(self.max_token, int(tokens.max()))
         assert self.max_token <= np.iinfo(self._dtype).max
-        data = tokens.astype(self._dtype).tobytes()
+        data = tokens.astype(self._dtype).data
         self._file.write(data)
         self._sha256.update(data)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
