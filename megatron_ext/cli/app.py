@@ -23,6 +23,7 @@ _COMMANDS: Final = (
     "plan",
     "tokenizer",
     "preprocess",
+    "data",
     "train",
     "preflight",
     "submit",
