@@ -30,7 +30,7 @@ def rank_main(rank: int, actions: tuple[str, ...], port: int, folder: Path) -> N
     os.environ.update(sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     configure_logging(rank)
-    rendezvous = join_rendezvous(rank_info(), seconds=60)
+    rendezvous = join_rendezvous(rank_info(), seconds=60, run_dir=folder)
     with heartbeat(rendezvous, seconds=SECONDS, run_dir=folder) as beating:
         rendezvous.gather("ready", 0)
         try:
