@@ -47,8 +47,9 @@ def run_ranks(
     """Results of ``fn(rank, world_size, *args)`` run in ``world_size`` processes, in the order of ranks.
 
     ``fn`` must be importable (defined at the top level of a test module); arguments and results are pickled by value.
-    The environment holds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT
-    and MEGATRON_EXT_SECRET as a launcher would set them. With ``init`` the default process group is there before ``fn`` runs and destroyed after.
+    The environment holds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT and
+    MEGATRON_EXT_SECRET as a launcher would set them. With ``init`` the default process group is there before ``fn``
+    runs and destroyed after.
     Raises RankError with the traceback of the first rank to fail, after killing the others, or when ``timeout``
     seconds have passed.
     """
