@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.runtime.files import publish_directory
+from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.run_lock import advisory_lock
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -45,7 +45,7 @@ from megatron_ext.launch.hosts import (
     signal_job_on,
 )
 from megatron_ext.launch.supervisor import Orders
-from megatron_ext.runtime.environment import PRIVATE_VARIABLES, current_environment, find_program
+from megatron_ext.runtime.environment import PRIVATE_VARIABLES, SECRET, current_environment, find_program
 from megatron_ext.runtime.network import is_local
 from megatron_ext.runtime.places import check_place, unwritable
 from megatron_ext.runtime.signals import StopRequest
@@ -203,7 +203,7 @@ def start_ranks(
     try:
         file = folder.write("config.json", resolved_json(config))
         reports = _examine(target, config.cluster, [str(Path.cwd()), str(file)])
-        variables = _variables(target, reports) | {JOB: job}
+        variables = _variables(target, reports) | {JOB: job, SECRET: secrets.token_hex(32)}
         if target.over_ssh:
             environment = _prepare_hosts(variables, config.cluster, folder)
             where = _on_hosts(target, config.cluster, reports, folder)
@@ -322,9 +322,8 @@ def _prepare_hosts(variables: dict[str, str], cluster: ClusterConfig, folder: _F
     """Write down what travels to the hosts, and return the environment of deepspeed's launcher."""
     forwarded = choose_variables(variables, cluster.environment)
     lines = {**forwarded.on_command_line, "PYTHONPATH": variables["PYTHONPATH"], JOB: variables[JOB]}
-    if forwarded.in_private_file:
-        private = folder.write("environment.json", json.dumps(forwarded.in_private_file))
-        lines[PRIVATE_VARIABLES] = str(private)
+    private = json.dumps({**forwarded.in_private_file, SECRET: variables[SECRET]})
+    lines[PRIVATE_VARIABLES] = str(folder.write("environment.json", private))
     file = folder.write("deepspeed_env", environment_file(lines))
     kept = {name: value for name, value in variables.items() if not name.startswith(_EXPORTED_BY_DEEPSPEED)}
     return kept | {
