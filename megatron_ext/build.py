@@ -198,7 +198,7 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
         streams=streams,
         processes=processes,
         identity=RunIdentity(config.model_dump(mode="json"), config.determining_values(), layout),
-        keep_last=config.checkpoint.keep_last,
+        config=config.checkpoint,
     )
 
 

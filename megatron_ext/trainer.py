@@ -170,7 +170,7 @@ def follow_guard(run: Run, after: PlannedStep) -> int | None:
 def roll_back(run: Run, after: PlannedStep, incident: Incident) -> int:
     """Go back to before an incident, skip the samples read since, and return the step to go on with."""
     assert run.guard is not None
-    checkpoint = run.checkpointer.newest(not_after=after.step + 1 - incident.steps)
+    checkpoint = run.checkpointer.newest_whole(not_after=after.step + 1 - incident.steps)
     if checkpoint is None:
         raise stop_for(run, after, replace(incident, limit="there is no checkpoint from before it to roll back to"))
     manifest = run.checkpointer.load(checkpoint)

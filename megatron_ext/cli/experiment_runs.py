@@ -203,7 +203,8 @@ def data_of(experiment: Experiment) -> "list[RunData]":
 
 def _refuse_other_runs(experiment: Experiment) -> None:
     """Raise UserError where a run's directory holds a run of another config."""
-    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
+    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.verify import check_resumable, read_manifest
 
     for run in experiment.runs:
         newest = newest_checkpoint(run.config.run_dir / "checkpoints")

@@ -121,7 +121,8 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_ru
 
 
 def _check_run(config: "RunConfig", resources: "Resources") -> None:
-    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
+    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.verify import check_resumable, read_manifest
     from megatron_ext.launch.launcher import check_run
 
     ranks, parallel = resources.ranks, config.parallel

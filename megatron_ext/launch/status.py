@@ -95,7 +95,7 @@ def _is_finished(
     config: RunConfig, checkpoint: Path | None, evaluations: "Mapping[str, npt.NDArray[np.float64]]"
 ) -> bool:
     """Whether a checkpoint or a validation stands at the end of the run, or where ``training.stop_after`` ends it."""
-    from megatron_ext.checkpoint.store import read_manifest
+    from megatron_ext.checkpoint.verify import read_manifest
 
     reached: list[tuple[float, float]] = []
     if checkpoint is not None:

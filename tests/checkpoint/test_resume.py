@@ -40,7 +40,7 @@ def checkpointer_of(setup: Setup) -> Checkpointer:
             determining=config.determining_values(),
             layout=layout | {"world_size": processes.info.world_size},
         ),
-        keep_last=config.checkpoint.keep_last,
+        config=config.checkpoint,
     )
 
 
