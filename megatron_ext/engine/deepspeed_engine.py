@@ -149,6 +149,10 @@ class DeepSpeedEngine:
             raise UserError(
                 f"{directory / tag} holds no checkpoint of this layout; continue with the one that wrote it"
             )
+        if hasattr(self._engine.basic_optimizer, "ds_opt_adam"):
+            from megatron_ext.engine.cpu_adam import restore_bias_corrections
+
+            restore_bias_corrections(self._engine.basic_optimizer)
 
     def weights_finite(self) -> bool:
         """Whether no weight on any rank is NaN or infinite; waits for the device."""
