@@ -167,9 +167,14 @@ class Checkpointer:
             return None
         from megatron_ext.checkpoint.verify import check, choose_whole  # a new run has nothing to verify
 
-        identity = {"determining": self._identity.determining, "layout": self._identity.layout}
-        place = {"rank": self._processes.info.rank, "streams": self._streams, "sums": self._config.verify}
-        check_own = partial(check, **identity, **place)
+        check_own = partial(
+            check,
+            determining=self._identity.determining,
+            layout=self._identity.layout,
+            rank=self._processes.info.rank,
+            streams=self._streams,
+            sums=self._config.verify,
+        )
         return choose_whole(found, check_own, processes=self._processes, fallback=self._config.fallback)
 
     def check_new(self) -> None:

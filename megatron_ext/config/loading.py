@@ -1,7 +1,7 @@
 """From JSON files and ``--set`` arguments to a checked RunConfig: strict JSON, ``extends``, presets, overrides."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -148,9 +148,7 @@ def _extended(tree: Tree, *, source: str) -> Sequence[str]:
     names = tree.get("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(
-            f"{source}: extends is {show(names)}: expected a file name, preset:NAME, or a list of these"
-        )
+        raise UserError(f"{source}: extends is {show(names)}: expected a file name, preset:NAME, or a list of these")
     return names
 
 
@@ -246,9 +244,10 @@ def _check_tree(value: Any, *, path: tuple[str | int, ...], source: str) -> None
         key = dotted((*path, value.key))
         raise UserError(f"{source}: {key} is written twice in the same object; keep one of the two")
     if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        for part, item in items:
             if isinstance(item, dict | list):
-                _check_tree(item, path=(*path, key), source=source)
+                _check_tree(item, path=(*path, part), source=source)
 
 
 def _syntax_hint(error: json.JSONDecodeError, *, quote: bool) -> str:

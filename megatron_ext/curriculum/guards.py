@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_ext.base import Duration, PositiveInt, Section
+from megatron_ext.base import Duration, NonNegativeInt, PositiveInt, Section
 from megatron_ext.errors import RunStopped, UserError
 
 THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
@@ -124,6 +124,14 @@ class GuardsConfig(Section):
     max_rollbacks: PositiveInt = 3
     """After this many rollbacks in the whole run it stops instead."""
 
+    max_non_finite: PositiveInt = 20
+    """An update with a gradient that is NaN or infinite is always left out; after this many in a row the run stops with
+    exit status 1 (with ``non_finite`` null or log; the other actions have limits of their own)."""
+
+    check_copies_every: NonNegativeInt = 0
+    """Steps between comparisons, bit for bit, of the weights that several ranks hold; a difference, which only faulty
+    hardware makes, ends the run with exit status 1. 0: never."""
+
     @property
     def are_on(self) -> bool:
         """Whether any guard is on."""
@@ -192,6 +200,17 @@ class Incident:
         """What the event in the metrics says, beside step and tokens."""
         details: dict[str, object] = {"action": self.action, "reason": self.reason, "value": self.value}
         return details | {"steps": self.steps} | ({"limit": self.limit} if self.limit else {})
+
+
+@dataclass
+class LeftOut:
+    """Steps in a row, up to the last one fetched, whose update was left out because their gradient was not finite."""
+
+    steps: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """For a checkpoint, beside the guard's."""
+        return {"left_out": self.steps}
 
 
 class Guard:

@@ -277,16 +277,12 @@ def build_training(data: DataConfig, *, seq_len: int, vocab_size: int, samples: 
     return _build(parts, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed, cache=cache)
 
 
-def _build_valid(
-    parts: Sequence[Part], *, samples: int, seq_len: int, vocab_size: int, cache: IndexCache
-) -> Samples:
+def _build_valid(parts: Sequence[Part], *, samples: int, seq_len: int, vocab_size: int, cache: IndexCache) -> Samples:
     total = sum(part.weight for part in parts)
     # As many samples of each corpus as it has without a second pass.
     without_repeats = min(int(part.samples(seq_len) * total / part.weight) for part in parts)
     samples = max(1, min(samples, without_repeats))
-    return _build(
-        parts, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=_VALIDATION_SEED, cache=cache
-    )
+    return _build(parts, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=_VALIDATION_SEED, cache=cache)
 
 
 def _build(
