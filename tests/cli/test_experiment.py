@@ -10,13 +10,14 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
 
 from megatron_ext.checkpoint.store import Manifest, write_manifest
 from megatron_ext.cli import app
-from megatron_ext.cli.experiment_runs import statuses, train_all
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, load_experiment
+from megatron_ext.experiments.runs import statuses, train_all
 from megatron_ext.launch import launcher
 from megatron_ext.launch.launcher import Target
 from megatron_ext.metrics.jsonl import JsonlSink
@@ -255,7 +256,7 @@ def test_a_real_run_stops_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
         wait_for_step(first, 12, process)
         assert [status.state for status in statuses(study)] == ["running", "waiting"]
         with pytest.raises(UserError, match="another process is training this experiment"):
-            train_all(study)
+            train_all(study, say=typer.echo)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
         assert process.returncode == 0

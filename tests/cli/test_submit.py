@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.cli.slurm_options import container_of
+from megatron_ext.cli.slurm_options import SlurmOptions
 from megatron_ext.config.loading import load_config
-from megatron_ext.errors import UserError
 from megatron_ext.launch.slurm import jobs_of, live_jobs
 from megatron_ext.runtime.run_lock import run_lock
 from tests.cli.test_experiment import command as command  # noqa: PLC0414 - the fixture
@@ -106,7 +105,7 @@ def test_a_dry_run_needs_no_data(config: Path, command: Command) -> None:
         (("--array", "1-3"), "the tasks would train in one directory"),
         (("--array", "1-3", "--set", "name={task}", "--chain", "2"), "use one of the two"),
         (("--sbatch", "wrap=x"), "decides that"),
-        (("--container-runtime", "docker"), "write pyxis or apptainer"),
+        (("--container-runtime", "docker"), "'docker' is not one of 'pyxis', 'apptainer'"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_is_queued(
@@ -180,15 +179,13 @@ def test_what_sbatch_refuses_is_told(config: Path, command: Command, programs: P
 
 def test_the_container_sees_what_the_run_reads_and_writes(config: Path, corpus: Path) -> None:
     run = load_config(config)
-    found = container_of("image", "pyxis", None, [run])
+    found = SlurmOptions(container="image").job([run]).container
     assert found is not None
     assert set(found.mounts) >= {str(corpus), str(config.parent)}
-    assert container_of(None, "pyxis", None, [run]) is None
-    mounted = container_of("image", "apptainer", ["/data"], [run])
+    assert SlurmOptions().job([run]).container is None
+    mounted = SlurmOptions(container="image", container_runtime="apptainer", mounts=["/data"]).job([run]).container
     assert mounted is not None
-    assert mounted.mounts == ("/data",)
-    with pytest.raises(UserError, match="write pyxis or apptainer"):
-        container_of(None, "docker", None, [run])
+    assert (mounted.runtime, mounted.mounts) == ("apptainer", ("/data",))
 
 
 def told(command: Command, *arguments: str) -> dict[str, Any]:
