@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_ext.cli.common import AsJson, table
+from megatron_ext.cli.common import AsJson, table, whole_numbers
 from megatron_ext.errors import UserError
 from megatron_ext.text import format_count, spell_non_finite
 
@@ -74,7 +74,7 @@ def command(
     if by_length:
         from megatron_ext.analysis.length_study import study_checkpoint
 
-        chosen = None if lengths is None else _numbers(lengths)
+        chosen = None if lengths is None else tuple(sorted(set(whole_numbers("--lengths", lengths))))
         rows = study_checkpoint(path, lengths=chosen, tokens=tokens, batches=batches, seed=seed)
         values = {"checkpoint": str(path), "lengths": [asdict(row) for row in rows]}
         _show(values, _length_tables(path, rows), as_json=as_json)
@@ -99,13 +99,6 @@ def _settings(threshold: list[float] | None, *, spike: float, merge: int, window
         raise UserError(f"--window is {window}: write an odd number from 1 to {_LONGEST_WINDOW}")
     chosen = {} if threshold is None else {"thresholds": tuple(sorted(set(threshold)))}
     return AnalysisSettings(**chosen, spike_threshold=spike, merge_gap=merge, window=window)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise UserError(f"--lengths is {text!r}: write whole numbers with commas between, like 8,32,128") from None
 
 
 def _show(values: dict[str, Any], parts: "Iterable[Table | str]", *, as_json: bool) -> None:
@@ -141,7 +134,6 @@ def _run_tables(path: Path, analysis: "Analysis") -> "Iterator[Table | str]":
 
 
 def _length_tables(path: Path, rows: Sequence["LengthStatistics"]) -> "Iterator[Table | str]":
-    """Lines and tables about gradients by length."""
     first = rows[0]
     yield f"{path}: {first.batches} batches of {first.tokens:,} tokens at each length, no dropout, weights unchanged"
     shown = _table("length", "batch", "loss", "norm", "std l1", "std max", "signal/noise")

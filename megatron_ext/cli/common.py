@@ -105,6 +105,17 @@ class TargetOptions:
         return Target(tuple(hosts), master_port=self.master_port)
 
 
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers in the value of an option; UserError where it is anything else."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{option} is {text!r}: write whole numbers separated by commas, for example 8,16,32")
+    return numbers
+
+
 def table(*columns: str, left: frozenset[str] = frozenset(), no_wrap: bool = True, title: str | None = None) -> "Table":
     """A table of numbers, and of text in the columns ``left``; with ``no_wrap`` numbers are not broken into lines."""
     from rich.box import SIMPLE_HEAD

@@ -227,7 +227,6 @@ def _console() -> "Console":
 
 
 def _status_table(found: Sequence[RunStatus]) -> "Table":
-    """How far each run is."""
     jobs = any(item.queued for item in found)
     columns = ("variant", "seed", "state", *(("job",) if jobs else ()))
     shown = table(*columns, "step", "tokens", "val loss", "max ratio", "time", "left", left=_LEFT)
@@ -249,7 +248,6 @@ def _status_table(found: Sequence[RunStatus]) -> "Table":
 
 
 def _plan_table(found: Sequence[RunStatus]) -> "Table":
-    """What would be trained."""
     shown = table("variant", "seed", "state", "steps", "tokens", "run directory", left=_LEFT)
     for item in found:
         plan = item.run.config.plan()

@@ -205,7 +205,6 @@ def data_of(experiment: Experiment) -> "list[RunData]":
 
 
 def _refuse_other_runs(experiment: Experiment) -> None:
-    """Raise UserError where a run's directory holds a run of another config."""
     from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
 
     for run in experiment.runs:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.experiments.tune_search import Candidate, Outcome, Verdict, next_step, paths, search
-from tests.experiments.planted import BEGINNING, STARTS, Planted, grid
+from megatron_ext.experiments.tune_search import Candidate, Outcome, Verdict, next_step, paths
+from tests.experiments.planted import BEGINNING, STARTS, Planted, grid, search
 
 law = settings(max_examples=150, deadline=None)
 
