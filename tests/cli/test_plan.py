@@ -56,9 +56,6 @@ def test_json_is_the_plan_and_its_price(command_line: CommandLine, config: Path)
     assert answer["flops"]["causal"] < answer["flops"]["total"] < answer["flops"]["full_length"]
     assert answer["data_parallel"] == 64
     assert answer["memory_per_rank"]["device"] > 4 * 1_557_686_400
-
-
-def test_a_full_length_run_saves_nothing(command_line: CommandLine, config: Path) -> None:
     answer = json.loads(command_line("plan", config, "--json", "--set", 'curriculum={"pacing": "constant"}').out)
     assert answer["flops"]["saving"] == 0
     assert answer["flops"]["total"] == answer["flops"]["full_length"]

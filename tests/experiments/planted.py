@@ -21,7 +21,7 @@ def durations(count: int, ratio: float = 1.1) -> tuple[int, ...]:
 
 
 def grid(count: int, starts: Sequence[int] = STARTS) -> Grid:
-    """The same durations for every start, compared at the notch next to three units."""
+    """The same durations for every start, compared at the T next to three units."""
     steps = durations(count)
     first = min(steps, key=lambda value: abs(value - 3 * UNIT))
     return Grid(durations=dict.fromkeys(starts, steps), first=first, beginning=BEGINNING)
