@@ -27,8 +27,6 @@ _MARKS = 60
 
 @dataclass(frozen=True)
 class _Panel:
-    """One plot of the page."""
-
     field: str
     title: str
     unit: str
