@@ -1,7 +1,5 @@
 """Saving and loading with all ranks: DeepSpeed's files, every rank's RNG streams, and the manifest."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,6 @@ from megatron_ext.checkpoint.store import (
     begin,
     checkpoint_name,
     complete_checkpoints,
-    drop_after,
     file_sum,
     own_files,
     partial_name,
@@ -29,8 +26,6 @@ from megatron_ext.errors import UserError
 from megatron_ext.parallel.rng import RngStreams
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
-
-_WRITER_SIGNS = ("inline_container", "iostream", "PytorchStreamWriter", "No space left")
 
 
 class EngineState(Protocol):
@@ -104,8 +99,13 @@ class Checkpointer:
             guard=guard or {},
             skipped_samples=skipped_samples or [],
         )
-        with self._explained(step):
+        try:
             return self._save(step, manifest)
+        except (OSError, RuntimeError) as error:
+            from megatron_ext.checkpoint.recovery import explain_failed_save
+
+            explain_failed_save(error, self._directory, step=step, room=self._config.keep_last + 1)
+            raise
 
     def _save(self, step: int, manifest: Manifest) -> Path:
         info, unfinished = self._processes.info, self._directory / partial_name(step)
@@ -134,27 +134,11 @@ class Checkpointer:
         gathered: list[Any] = self._processes.gather({name: file_sum(unfinished / name, sums=sums) for name in own})
         return {name: entry for part in gathered for name, entry in part.items()}
 
-    @contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            # torch's file writer raises RuntimeError, and says what it was about, not why it failed.
-            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _WRITER_SIGNS):
-                raise
-            room = self._config.keep_last + 1
-            raise UserError(
-                f"the checkpoint after step {step} could not be written to {self._directory} ({error}); see to it that "
-                f"this user may write there and that {room} checkpoints (checkpoint.keep_last + 1) have room, then "
-                "start again: the run goes on from the checkpoint before"
-            ) from error
-
     def resume(self) -> Manifest | None:
         """Load the newest whole checkpoint, or return None where there is none at all.
 
         Raises:
-            UserError: none is whole, of this run and of this layout; or ``checkpoint.fallback`` is off and the newest
-                is not. Nothing has been changed.
+            UserError: none is whole and of this run, or without ``fallback`` the newest is not; nothing was changed.
         """
         found = self.newest_whole()
         return None if found is None else self.load(found)
@@ -165,16 +149,11 @@ class Checkpointer:
         assert isinstance(found, list)
         if not found:
             return None
-        from megatron_ext.checkpoint.verify import check, choose_whole  # a new run has nothing to verify
+        from megatron_ext.checkpoint.recovery import choose_whole
+        from megatron_ext.checkpoint.verify import check
 
-        check_own = partial(
-            check,
-            determining=self._identity.determining,
-            layout=self._identity.layout,
-            rank=self._processes.info.rank,
-            streams=self._streams,
-            sums=self._config.verify,
-        )
+        rank, sums = self._processes.info.rank, self._config.verify
+        check_own = partial(check, identity=self._identity, rank=rank, streams=self._streams, sums=sums)
         return choose_whole(found, check_own, processes=self._processes, fallback=self._config.fallback)
 
     def check_new(self) -> None:
@@ -213,6 +192,8 @@ class Checkpointer:
 
         A process killed before the end continues as if this had not been called.
         """
+        from megatron_ext.checkpoint.recovery import drop_after
+
         if self._processes.info.is_main:
             drop_after(self._directory, checkpoint)
             write_manifest(checkpoint, manifest)

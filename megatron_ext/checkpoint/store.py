@@ -141,11 +141,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint.
-
-    ``latest`` is for people and other tools: a crash between the two renames leaves it one checkpoint behind, so the
-    directories themselves decide.
-    """
+    """The newest complete checkpoint. ``latest`` is for people: a crash between the two renames leaves it behind."""
     found = complete_checkpoints(directory)
     return found[-1] if found else None
 
@@ -169,13 +165,11 @@ def publish(directory: Path, step: int) -> Path:
     """
     final = directory / checkpoint_name(step)
     if not final.is_dir() and (final.exists() or final.is_symlink()):
-        from megatron_ext.checkpoint.verify import set_aside
-
         # A file, or a link to nowhere: not ours to delete, but in the way of every start.
-        set_aside(final)
+        final.rename(free_name(final))
     if not publish_directory(directory / partial_name(step), final):
         raise FileExistsError(errno.EEXIST, "there is one already", str(final))
-    _name_latest(directory, final)
+    name_latest(directory, final)
     return final
 
 
@@ -183,27 +177,23 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
     """Remove all complete checkpoints but the newest ``keep_last``; return what was removed."""
     removed = complete_checkpoints(directory)[:-keep_last]
     for path in removed:
-        _remove(path)
+        remove(path)
     return removed
 
 
-def drop_after(directory: Path, checkpoint: Path) -> list[Path]:
-    """Remove the complete checkpoints that are newer than ``checkpoint``; return what was removed.
-
-    The newest goes first, so that a process killed in between leaves a run that continues from one of them.
-    """
-    removed = [path for path in complete_checkpoints(directory) if step_of(path) > step_of(checkpoint)][::-1]
-    for path in removed:
-        _remove(path)
-    _name_latest(directory, checkpoint)
-    return removed
-
-
-def _name_latest(directory: Path, checkpoint: Path) -> None:
+def name_latest(directory: Path, checkpoint: Path) -> None:
+    """Point ``latest`` at a checkpoint."""
     replace_text(directory / _LATEST, checkpoint.name + "\n")
 
 
-def _remove(path: Path) -> None:
+def free_name(path: Path) -> Path:
+    """``NAME.damaged``, or the first of ``NAME.damaged2`` and so on that is not taken."""
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *range(2, 10**6)))
+    return next(name for name in names if not (name.exists() or name.is_symlink()))
+
+
+def remove(path: Path) -> None:
+    """Remove a complete checkpoint."""
     # Renamed first: a deletion cut short must not leave half a checkpoint under a complete one's name.
     doomed = path.with_name(path.name + _PARTIAL)
     if doomed.exists() or doomed.is_symlink():

@@ -1,10 +1,10 @@
-"""What a checkpoint has to be before anything of it is loaded: read, compared, and set aside where it is not.
+"""What a checkpoint has to be before anything of it is loaded.
 
 Only a run that finds a checkpoint imports this, and what reads one without its run. No torch at import.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,10 @@ from megatron_ext.checkpoint.store import (
     step_of,
 )
 from megatron_ext.errors import UserError
-from megatron_ext.runtime.log import LOGGER
 
 if TYPE_CHECKING:
-    from megatron_ext.checkpoint.checkpointer import EngineState
+    from megatron_ext.checkpoint.checkpointer import EngineState, RunIdentity
     from megatron_ext.parallel.rng import RngStreams
-    from megatron_ext.runtime.process_group import Processes
 
 _LARGEST_MANIFEST = 2**26
 """Bytes; one of a run on 10,000 ranks has 3 MB."""
@@ -116,27 +114,18 @@ def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: 
         )
 
 
-def check(
-    checkpoint: Path,
-    *,
-    determining: dict[str, Any],
-    layout: dict[str, int],
-    rank: int,
-    streams: "RngStreams",
-    sums: bool,
-) -> None:
+def check(checkpoint: Path, identity: "RunIdentity", *, rank: int, streams: "RngStreams", sums: bool) -> None:
     """Raise UserError where a rank cannot continue from a checkpoint. Changes nothing.
 
     Args:
         checkpoint: Its directory.
-        determining: As ``check_resumable`` takes it.
-        layout: Likewise.
+        identity: The run that is starting.
         rank: The rank.
         streams: Its random streams.
         sums: Whether SHA-256 is compared.
     """
     manifest = read_manifest(checkpoint)
-    check_resumable(manifest, determining=determining, layout=layout, where=checkpoint)
+    check_resumable(manifest, determining=identity.determining, layout=identity.layout, where=checkpoint)
     check_files(checkpoint, manifest, rank=rank, sums=sums)
     check_random_states(checkpoint / random_states_name(rank), streams)
 
@@ -242,71 +231,3 @@ def check_random_states(path: Path, streams: "RngStreams") -> None:
         raise UserError(f"{path} holds no random states of this program ({type(error).__name__})") from error
     finally:
         streams.set_rng_state(now)
-
-
-def choose_whole(
-    found: Sequence[Path], check: Callable[[Path], None], *, processes: "Processes", fallback: bool
-) -> Path:
-    """The newest checkpoint that every rank finds whole. Called by all ranks, with the same ``found``, oldest first.
-
-    Newer ones are set aside once an older one is found to be whole.
-
-    Args:
-        found: At least one.
-        check: Raises UserError where this rank cannot use a checkpoint.
-        processes: The ranks.
-        fallback: Whether to look further where the newest is not whole.
-
-    Raises:
-        UserError: none is whole; nothing was renamed. Or one could not be renamed.
-    """
-    problems: dict[Path, tuple[str, bool]] = {}
-    for path in reversed(found):
-        problem = _problem(path, check, processes)
-        if problem is None:
-            break
-        problems[path] = problem
-        if not fallback:
-            raise UserError(
-                f"{problem[0]}; move {path} away to continue from an older one (checkpoint.fallback is false)"
-            )
-    else:
-        message, other_run = problems[found[-1]]
-        # Another config, most often: all of them are whole.
-        rest = "" if other_run else f"; no other checkpoint in {found[-1].parent} can be used: remove it to begin anew"
-        raise UserError(message + rest)
-    with processes.failing_together():
-        if processes.info.is_main:
-            _set_aside(problems)
-    return path
-
-
-def set_aside(path: Path) -> Path:
-    """Rename what cannot be used to ``NAME.damaged`` (``.damaged2``, ...), for good; return its new path."""
-    number, aside = 1, path.with_name(f"{path.name}.damaged")
-    while aside.exists() or aside.is_symlink():
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged{number}")
-    return path.rename(aside)
-
-
-def _problem(checkpoint: Path, check: Callable[[Path], None], processes: "Processes") -> tuple[str, bool] | None:
-    """What keeps any rank from using it, and whether that is only that it is another run's."""
-    own: tuple[str, bool] | None = None
-    try:
-        check(checkpoint)
-    except OtherRunError as error:
-        own = str(error), True
-    except (UserError, OSError) as error:
-        own = str(error), False
-    found: list[Any] = [problem for problem in processes.gather(own) if problem is not None]
-    return found[0] if found else None
-
-
-def _set_aside(problems: dict[Path, tuple[str, bool]]) -> None:
-    for path, (problem, _) in problems.items():
-        try:
-            aside = set_aside(path)
-        except OSError as error:
-            raise UserError(f"{problem}; and it could not be renamed ({error}): move it away") from error
-        LOGGER.warning("%s; set aside as %s", problem, aside.name)

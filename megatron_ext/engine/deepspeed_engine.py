@@ -145,9 +145,9 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path, tag: str) -> None:
         """Read what ``save`` wrote, on the same layout; see ``Engine.load``."""
-        from megatron_ext.engine.state_files import read_state  # a new run reads none
+        from megatron_ext.engine.state_files import read_state
 
-        # DeepSpeed's own reader runs whatever a file says.
+        # DeepSpeed's own runs whatever a file says.
         self._engine.checkpoint_engine.load = read_state
         path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:

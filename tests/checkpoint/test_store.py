@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.checkpoint.recovery import drop_after
 from megatron_ext.checkpoint.store import (
     Manifest,
     begin,
     complete_checkpoints,
-    drop_after,
     newest_checkpoint,
     prune,
     publish,
