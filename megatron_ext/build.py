@@ -11,7 +11,7 @@ from rich.console import Console
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.guards import Guard, LeftOut
+from megatron_ext.curriculum.guards import Guard
 from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.curriculum.schedule import Schedule
@@ -50,7 +50,6 @@ class Run:
     checkpointer: Checkpointer
     loss_ratio: LossRatio
     guard: Guard | None
-    left_out: LeftOut
     variance: AdamVariance
     pending: PendingSteps
     rates: Rates | None
@@ -95,11 +94,10 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             checkpointer.check_new()
         resumed = checkpointer.resume()
         loss_ratio = LossRatio()
-        guard, left_out = Guard(config.guards, loss_ratio) if config.guards.are_on else None, LeftOut()
+        guard = Guard(config.guards, loss_ratio) if config.guards.are_on else None
         if resumed is not None:
             restore_host_state(resumed, schedule=schedule, loader=loader, loss_ratio=loss_ratio)
             loader.skip(loader.skipped.with_ranges(resumed.skipped_samples))
-            left_out.steps = int(resumed.guard.get("left_out", 0))
             if guard is not None:
                 guard.load_state_dict(resumed.guard)
 
@@ -117,9 +115,8 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             checkpointer=checkpointer,
             loss_ratio=loss_ratio,
             guard=guard,
-            left_out=left_out,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
-            pending=PendingSteps(),
+            pending=PendingSteps(left_out=int(resumed.guard.get("left_out", 0)) if resumed else 0),
             rates=_rates(config, ranks=processes.info.world_size),
             recorder=recorder,
             profiler=_profiler(config, device, rank=processes.info.rank),

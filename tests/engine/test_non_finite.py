@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.guards import Guard, GuardsConfig
 from megatron_ext.curriculum.loss_ratio import LossRatio
-from megatron_ext.engine.checksums import checksums
+from megatron_ext.engine.copies import checksums
 from megatron_ext.parallel.groups import destroy_parallel
 from tests.engine.test_update_gate import equal, state_of, step
 from tests.engine.training import Setup, set_up, small_config
@@ -41,7 +41,7 @@ def poisoned(setup: Setup, name: str | None, *, value: float) -> Iterator[None]:
     if name is None or dist.get_rank() != dist.get_world_size() - 1:
         yield
         return
-    hook = dict(setup.engine.module.named_parameters())[name].register_hook(lambda g: g * value)
+    hook = dict(setup.engine.module.named_parameters())[name].register_hook(lambda g: g * value)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -116,7 +116,9 @@ def sums_of(_rank: int, _world: int, config: str) -> list[dict[tuple[str, str], 
         before = setup.engine.checksums()
         if dist.get_rank() == 1:
             weight = dict(setup.engine.module.named_parameters())[COPIED]
-            bits = getattr(weight, "ds_tensor", weight).data.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+            bits = getattr(weight, "ds_tensor", weight).data.view(
+                torch.int32 if weight.element_size() == 4 else torch.int16
+            )
             bits[3] ^= 1
         return [before, setup.engine.checksums()]
     finally:
