@@ -14,7 +14,7 @@ from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.training import ProfileConfig
-from megatron_ext.curriculum.guards import Guard, LeftOut, LossRatio
+from megatron_ext.curriculum.guards import Guard, LossRatio
 from megatron_ext.curriculum.plan import Schedule, TrainingPlan
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
@@ -53,7 +53,6 @@ class Run:
     checkpointer: Checkpointer
     loss_ratio: LossRatio
     guard: Guard | None
-    left_out: LeftOut
     variance: AdamVariance
     pending: PendingSteps
     rates: Rates | None
@@ -103,11 +102,10 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             checkpointer.check_new()
         resumed = checkpointer.resume()
         loss_ratio = LossRatio()
-        guard, left_out = Guard(config.guards, loss_ratio) if config.guards.are_on else None, LeftOut()
+        guard = Guard(config.guards, loss_ratio) if config.guards.are_on else None
         if resumed is not None:
             restore_host_state(resumed, schedule=schedule, loader=loader, loss_ratio=loss_ratio)
             loader.skip(loader.skipped.with_ranges(resumed.skipped_samples))
-            left_out.steps = int(resumed.guard.get("left_out", 0))
             if guard is not None:
                 guard.load_state_dict(resumed.guard)
 
@@ -125,9 +123,8 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             checkpointer=checkpointer,
             loss_ratio=loss_ratio,
             guard=guard,
-            left_out=left_out,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
-            pending=PendingSteps(),
+            pending=PendingSteps(left_out=int(resumed.guard.get("left_out", 0)) if resumed else 0),
             rates=_rates(config.model, config.metrics.peak_tflops, ranks=processes.info.world_size),
             recorder=recorder,
             profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),

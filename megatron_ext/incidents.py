@@ -41,10 +41,10 @@ def left_out(run: Run, step: FetchedStep) -> None:
     # An overflow of fp16 is its loss scale's business, unless the loss itself is no number.
     value = step.loss if run.config.training.precision == "fp16" else step.grad_norm
     if guards.non_finite not in (None, "log") or value is None or math.isfinite(value):
-        run.left_out.steps = 0
+        run.pending.left_out = 0
         return
-    run.left_out.steps += 1
-    count, limit, after = run.left_out.steps, guards.max_non_finite, step.info.planned
+    run.pending.left_out += 1
+    count, limit, after = run.pending.left_out, guards.max_non_finite, step.info.planned
     incident = Incident("skip", "gradient" if math.isfinite(step.loss) else "loss", value, count)
     if count == limit:
         incident = replace(incident, action="stop", limit=f"guards.max_non_finite: {limit:,} updates in a row left out")
@@ -54,7 +54,7 @@ def left_out(run: Run, step: FetchedStep) -> None:
         raise stop_for(run, after, incident)
     if count == 1 and run.processes.info.is_main:
         LOGGER.warning(
-            "step %d: %s, so its update is left out; after %d such steps in a row (guards.max_non_finite) the run stops",
+            "step %d: %s, so its update is left out; after %d of them in a row (guards.max_non_finite) the run stops",
             after.step + 1,
             incident.why,
             limit,
@@ -69,10 +69,11 @@ def no_checkpoint(run: Run, after: PlannedStep) -> None:
     """
     step = after.step + 1
     run.recorder.event("guard", step=step, tokens=after.end_tokens, action="no checkpoint", reason="weights")
+    newest = _newest(run)  # all ranks ask
     if step == run.last_step:
-        raise GuardStop(f"weights are not finite at the last step, {step:,}, so they are not saved: {_newest(run)}")
+        raise GuardStop(f"weights are not finite at the last step, {step:,}, so they are not saved: {newest}")
     if run.processes.info.is_main:
-        LOGGER.warning("no checkpoint after step %d: weights are not finite; %s", step, _newest(run))
+        LOGGER.warning("no checkpoint after step %d: weights are not finite; %s", step, newest)
 
 
 def compare_copies(run: Run, after: PlannedStep) -> None:
@@ -89,7 +90,7 @@ def compare_copies(run: Run, after: PlannedStep) -> None:
     different = [(part[0], ranks.values()) for part, ranks in holders.items() if len(ranks) > 1]
     if different:
         name, groups = different[0]
-        ranks = " differ from ".join(f"ranks {group}" if len(group) > 1 else f"rank {group[0]}" for group in groups)
+        ranks = " against ".join(f"rank {', '.join(map(str, group))}" for group in groups)
         others = f" and {len(different) - 1:,} more parameters" if len(different) > 1 else ""
         raise GuardStop(
             f"the copies of {name}{others} are not equal after step {after.step + 1:,}: {ranks}. Memory or a device of "
@@ -116,7 +117,7 @@ def roll_back(run: Run, after: PlannedStep, incident: Incident) -> int:
     restore_host_state(manifest, schedule=run.schedule, loader=run.loader, loss_ratio=run.loss_ratio)
     run.loader.skip(skipped)
     run.guard.roll_back()
-    run.left_out.steps = 0
+    run.pending.left_out = 0
     state = replace(manifest, guard=run.guard.state_dict(), skipped_samples=skipped.to_json())
     run.checkpointer.go_on_from(checkpoint, state)
     # From here on a run that is killed goes on as this one does. The records go after the checkpoints: a later

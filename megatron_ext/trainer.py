@@ -109,7 +109,7 @@ def advance_state(run: Run) -> None:
 
             left_out(run, step)
         else:
-            run.left_out.steps = 0
+            run.pending.left_out = 0
 
 
 def pace(run: Run, after: PlannedStep) -> None:
@@ -148,7 +148,7 @@ def save(run: Run, after: PlannedStep) -> Path | None:
         tokens=tokens,
         loss_ratio=run.loss_ratio.state_dict(),
         curriculum=run.schedule.state_dict(),
-        guard=({} if run.guard is None else run.guard.state_dict()) | run.left_out.state_dict(),
+        guard=({} if run.guard is None else run.guard.state_dict()) | {"left_out": run.pending.left_out},
         skipped_samples=run.loader.skipped.to_json(),
     )
     run.recorder.event("checkpoint", step=step, tokens=tokens, path=str(path))

@@ -202,17 +202,6 @@ class Incident:
         return details | {"steps": self.steps} | ({"limit": self.limit} if self.limit else {})
 
 
-@dataclass
-class LeftOut:
-    """Steps in a row, up to the last one fetched, whose update was left out because their gradient was not finite."""
-
-    steps: int = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """For a checkpoint, beside the guard's."""
-        return {"left_out": self.steps}
-
-
 class Guard:
     """Decides about each step between its gradient and its update, and advances the run's loss ratio as it does.
 

@@ -13,8 +13,8 @@ def restore_bias_corrections(optimizer: Any) -> None:
     """Bring the powers beta^t of a ``DeepSpeedCPUAdam`` to what they were where its loaded state was saved.
 
     Its C++ part multiplies them up from step to step in float32. A new one begins with ``pow(beta, t)`` instead, which
-    has other last bits, and so had every update after a resume. Therefore it is made anew, and one element, whose values
-    matter to nobody, takes the steps that were done; where the powers no longer count, none.
+    has other last bits, and so had every update after a resume. Therefore it is made anew and one element, which is
+    then dropped, takes the steps that were done; where the powers no longer count, none.
     """
     steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
     group = optimizer.param_groups[0]

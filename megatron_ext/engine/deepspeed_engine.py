@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
@@ -11,11 +12,14 @@ import torch.distributed as dist
 from megatron_ext.engine.deepspeed_config import EngineSettings, clips_outside_engine, deepspeed_config, may_compile
 from megatron_ext.engine.engine import MicroBatch, StepResult, UpdatePolicy
 from megatron_ext.engine.second_moments import SecondMoment, own_second_moments
-from megatron_ext.engine.update_gate import GradientNorm, UpdateGate, gradients_in_use, invalid_to_nan, weights_finite
+from megatron_ext.engine.update_gate import UpdateGate, invalid_to_nan, weights_finite
 from megatron_ext.errors import UserError
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout, Mpu
 from megatron_ext.runtime.device import Device
+
+if TYPE_CHECKING:
+    from megatron_ext.engine.update_gate import GradientNorm
 
 
 class DeepSpeedEngine:
@@ -167,11 +171,13 @@ class DeepSpeedEngine:
 
     def checksums(self) -> dict[tuple[str, str], int]:
         """(Parameter, which part of it) -> checksum of the bits of what this rank holds; waits for the device."""
-        from megatron_ext.engine.checksums import checksums
+        from megatron_ext.engine.copies import checksums
 
         return checksums(self.module.named_parameters(), self._layout)
 
-    def _own_norm(self, clip: float) -> GradientNorm:
+    def _own_norm(self, clip: float) -> "GradientNorm":
+        from megatron_ext.engine.update_gate import GradientNorm
+
         return GradientNorm(
             self.module.parameters(),
             clip=clip,
@@ -180,6 +186,8 @@ class DeepSpeedEngine:
         )
 
     def _copies(self) -> list[torch.Tensor]:
+        from megatron_ext.engine.copies import gradients_in_use
+
         return gradients_in_use(self._engine.optimizer) if self._layout.tensor_rank else []
 
     def _grad_norm(self) -> torch.Tensor | float:

@@ -9,50 +9,6 @@ import torch.distributed as dist
 
 from megatron_ext.engine.engine import UpdatePolicy
 
-_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_: a zero gradient must not divide by zero
-
-
-class GradientNorm:
-    """Runs between the gradients' reduction and the optimizer's update.
-
-    norm = sqrt(sum over all parameters of |g|^2), each parameter counted once: parameters that tensor ranks hold in
-    parts are summed over the ranks, those that they hold as copies are counted on tensor rank 0; a copy that is not
-    finite makes it NaN. No host sync: norm and clipping coefficient stay on the device.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        *,
-        clip: float,
-        tensor_rank: int,
-        tensor_group: dist.ProcessGroup,
-    ) -> None:
-        self._parameters = list(parameters)
-        self._counted = [
-            tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False) for parameter in self._parameters
-        ]
-        self._clip = clip
-        self._group = tensor_group
-        self.last: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Compute the norm of the reduced gradients and scale them down to ``clip`` where they exceed it."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        counted = [g for g, count in zip(gradients, self._counted, strict=True) if count and g is not None]
-        copies = [g for g, count in zip(gradients, self._counted, strict=True) if not count and g is not None]
-        present = [g for g in gradients if g is not None]
-        assert present, "the optimizer stepped without a gradient"
-        squares = present[0].new_zeros((), dtype=torch.float32)
-        if counted:
-            squares = torch.stack(torch._foreach_norm(counted)).float().square().sum()
-        squares += _zero_or_nan(copies, squares.device)
-        dist.all_reduce(squares, group=self._group)
-        self.last = squares.sqrt()
-        if self._clip > 0:
-            torch._foreach_mul_(present, (self._clip / (self.last + _EPSILON)).clamp(max=1.0))
-
 
 class UpdateGate:
     """Stands in for the ``step`` of the optimizer that DeepSpeed wraps.
@@ -67,7 +23,7 @@ class UpdateGate:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        own_norm: GradientNorm | None,
+        own_norm: Callable[[], None] | None,
         grad_norm: Callable[[], torch.Tensor | float],
         copies: Callable[[], list[torch.Tensor]] | None,
         waits: bool,
@@ -139,7 +95,7 @@ class UpdateGate:
     def _reduced(self, grad_norm: torch.Tensor | float, copies: Iterable[torch.Tensor] = ()) -> torch.Tensor:
         """Loss and norm, float32 [2]: the largest of any rank, so that ranks cannot come to different answers."""
         known = torch.as_tensor(grad_norm, device=self._loss.device).float()
-        known = invalid_to_nan(known) + _zero_or_nan(list(copies), known.device)
+        known = invalid_to_nan(known) + zero_or_nan(list(copies), known.device)
         values = torch.stack((self._loss.float(), known))
         # What is not finite becomes inf, for a maximum over NaN is undefined.
         values = torch.where(values.isfinite(), values, math.inf)
@@ -152,17 +108,7 @@ class UpdateGate:
         return policy.admits(loss=loss, grad_norm=None if overflow else norm) and not self._broken
 
 
-def gradients_in_use(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's reduced gradients when DeepSpeed's ``optimizer`` begins its update, of all groups of parameters."""
-    masters = getattr(optimizer, "single_partition_of_fp32_groups", None)  # ZeRO 1 and 2
-    masters = masters or getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-    masters = masters or [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # ZeRO hands one group after the other to the masters; the later ones still wait here.
-    waiting = [gradient for group in getattr(optimizer, "averaged_gradients", {}).values() for gradient in group or ()]
-    return waiting + [master.grad for master in masters if master.grad is not None]
-
-
-def _zero_or_nan(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def zero_or_nan(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """0 where all gradients are finite and NaN where one is not, 0-d: what may be added to a norm."""
     if not gradients:
         return torch.zeros((), device=device)

@@ -60,7 +60,9 @@ class FetchedStep:
 class PendingSteps:
     """Collects finished steps in order, without waiting for the device, until they are drained."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, left_out: int = 0) -> None:
+        """``left_out``: steps in a row, up to the last one fetched, that had no update because of a broken gradient."""
+        self.left_out = left_out
         self._infos: list[FinishedStep] = []
         self._scalars: list[Values] = []
         self._vectors: list[torch.Tensor | None] = []

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.guards import Guard, GuardsConfig, LossRatio
-from megatron_ext.engine.checksums import checksums
+from megatron_ext.engine.copies import checksums
 from megatron_ext.parallel.groups import destroy_parallel
 from tests.engine.test_update_gate import equal, state_of, step
 from tests.engine.training import Setup, set_up, small_config
@@ -40,7 +40,7 @@ def poisoned(setup: Setup, name: str | None, *, value: float) -> Iterator[None]:
     if name is None or dist.get_rank() != dist.get_world_size() - 1:
         yield
         return
-    hook = dict(setup.engine.module.named_parameters())[name].register_hook(lambda g: g * value)
+    hook = dict(setup.engine.module.named_parameters())[name].register_hook(lambda g: g * value)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

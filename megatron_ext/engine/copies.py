@@ -1,6 +1,7 @@
-"""Checksums of the weights that a rank holds, to be compared with those of ranks that should hold the same."""
+"""What several ranks hold as copies: gradients that a norm counts on one of them, checksums of weights."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -30,3 +31,13 @@ def checksums(named: Iterable[tuple[str, torch.nn.Parameter]], layout: Layout) -
         bits = values.contiguous().view(_BITS[values.element_size()])
         sums.append(bits.sum(dtype=torch.int64))
     return dict(zip(keys, torch.stack(sums).tolist(), strict=True))
+
+
+def gradients_in_use(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's reduced gradients when DeepSpeed's ``optimizer`` begins its update, of all groups of parameters."""
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None)  # ZeRO 1 and 2
+    masters = masters or getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+    masters = masters or [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # ZeRO hands one group after the other to the masters; the later ones still wait here.
+    waiting = [gradient for group in getattr(optimizer, "averaged_gradients", {}).values() for gradient in group or ()]
+    return waiting + [master.grad for master in masters if master.grad is not None]
