@@ -67,14 +67,10 @@ class Steps:
         # np.unique keeps the first of equal steps, so the order is turned round.
         _, last = np.unique(columns["step"][::-1], return_index=True)
         kept = {name: column[::-1][last] for name, column in columns.items()}
-        ratio = np.where(np.isnan(kept["loss_ratio"]), loss_ratios(kept["loss"]), kept["loss_ratio"])
-        step, tokens, loss, ratio, *variance = (
-            column[kept["step"] >= from_step]
-            for column in (kept["step"], kept["tokens"], kept["loss"], ratio, *(kept[name] for name in measures))
-        )
-        return cls(
-            step=step, tokens=tokens, loss=loss, ratio=ratio, variance=dict(zip(measures, variance, strict=True))
-        )
+        kept["loss_ratio"] = np.where(np.isnan(kept["loss_ratio"]), loss_ratios(kept["loss"]), kept["loss_ratio"])
+        kept = {name: column[kept["step"] >= from_step] for name, column in kept.items()}
+        step, tokens, loss, ratio = (kept[name] for name in ("step", "tokens", "loss", "loss_ratio"))
+        return cls(step=step, tokens=tokens, loss=loss, ratio=ratio, variance={name: kept[name] for name in measures})
 
     def place(self, index: int) -> StepPoint:
         """Where a step is."""

@@ -72,9 +72,8 @@ def command(
     Example: megatron-ext plan configs/gpt2/1.5b_slw.json --ranks 64 --device-tflops 312 --plot plan.png
     """
     run = load_config(config, overrides or ())
-    plans, tensor = run.possible_plans(), run.parallel.tensor
-    machine = Machine(ranks=ranks or tensor, tensor=tensor, device_tflops=device_tflops, mfu=mfu)
-    reports = {which: PlanReport(run, plan, machine) for which, plan in plans.items()}
+    plans, ranks = run.possible_plans(), ranks or run.parallel.tensor
+    reports = {which: PlanReport(run, plan, ranks, device_tflops, mfu) for which, plan in plans.items()}
     if plot is not None:
         draw_plan(plans, plot)
     if as_json:
@@ -92,28 +91,8 @@ def command(
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the run is priced for."""
-
-    ranks: int
-    tensor: int
-    """Tensor-parallel ranks that share one copy of the model."""
-
-    device_tflops: float | None
-    """Peak rate of one device in TFLOP/s; None: no time is estimated."""
-
-    mfu: float
-    """Share of the peak that the run reaches."""
-
-    @property
-    def data_size(self) -> int:
-        """Data-parallel ranks."""
-        return self.ranks // self.tensor
-
-
-@dataclass(frozen=True)
 class PlanReport:
-    """A plan and its price on a machine.
+    """A plan and its price on ``ranks`` devices.
 
     Raises:
         UserError: ranks do not divide into tensor-parallel groups or a batch over the data-parallel ranks, or a rate is
@@ -122,18 +101,27 @@ class PlanReport:
 
     config: RunConfig
     plan: TrainingPlan
-    machine: Machine
+    ranks: int
+    device_tflops: float | None = None
+    """Peak rate of one device in TFLOP/s; None: no time is estimated."""
+
+    mfu: float = 0.4
+    """Share of the peak that the run reaches."""
 
     def __post_init__(self) -> None:
-        machine = self.machine
         try:
-            check_batches_divide(self.plan, data_parallel_size(machine.ranks, tensor=machine.tensor))
+            check_batches_divide(self.plan, data_parallel_size(self.ranks, tensor=self.config.parallel.tensor))
         except UserError as error:
-            raise UserError(f"--ranks is {machine.ranks}: {error}") from None
-        if machine.device_tflops is not None and machine.device_tflops <= 0:
-            raise UserError(f"--device-tflops is {machine.device_tflops:g}: pass a positive rate")
-        if not 0 < machine.mfu <= 1:
-            raise UserError(f"--mfu is {machine.mfu:g}: pass a share above 0 and up to 1")
+            raise UserError(f"--ranks is {self.ranks}: {error}") from None
+        if self.device_tflops is not None and self.device_tflops <= 0:
+            raise UserError(f"--device-tflops is {self.device_tflops:g}: pass a positive rate")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu is {self.mfu:g}: pass a share above 0 and up to 1")
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.ranks // self.config.parallel.tensor
 
     def parameters(self, *, tensor: int = 1) -> ParameterCount:
         """All of them, or those of one of ``tensor`` tensor-parallel ranks."""
@@ -163,20 +151,19 @@ class PlanReport:
             precision=config.training.precision,
             positions=config.max_positions,
             seq_len=config.training.seq_len,
-            data_size=self.machine.data_size,
+            data_size=self.data_size,
         )
 
     @property
     def seconds(self) -> float | None:
-        """Training time at the machine's rate; None without one."""
-        machine = self.machine
-        if machine.device_tflops is None:
+        """Training time at that rate; None without one."""
+        if self.device_tflops is None:
             return None
-        return self.flops() / (machine.ranks * machine.device_tflops * 1e12 * machine.mfu)
+        return self.flops() / (self.ranks * self.device_tflops * 1e12 * self.mfu)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the derived numbers filled in."""
-        whole, rank, machine = self.parameters(), self.parameters(tensor=self.machine.tensor), self.machine
+        whole, rank = self.parameters(), self.parameters(tensor=self.config.parallel.tensor)
         return {
             "plan": self.plan.to_json(),
             "learning_rate": [asdict(step) for step in key_steps(self.plan)],
@@ -189,10 +176,10 @@ class PlanReport:
                 "saving": self.saving,
             },
             "memory_per_rank": asdict(self.memory) | {"device": self.memory.device},
-            "ranks": machine.ranks,
-            "data_parallel": machine.data_size,
-            "device_tflops": machine.device_tflops,
-            "mfu": machine.mfu,
+            "ranks": self.ranks,
+            "data_parallel": self.data_size,
+            "device_tflops": self.device_tflops,
+            "mfu": self.mfu,
             "estimated_seconds": self.seconds,
         }
 
@@ -235,7 +222,7 @@ def _run_table(report: PlanReport) -> Table:
 
 
 def _length_table(report: PlanReport) -> Table:
-    plan, data_size = report.plan, report.machine.data_size
+    plan, data_size = report.plan, report.data_size
     columns = ("from step", "length", "batch", "tokens a step", "micro-batches", "tokens after")
     shown = table(*columns, title="Lengths and batches")
     for group in summarized(plan.segments):
@@ -265,8 +252,8 @@ def _rate_table(plan: TrainingPlan) -> Table:
 
 
 def _cost_table(report: PlanReport) -> Table:
-    memory, machine, tensor = report.memory, report.machine, report.machine.tensor
-    shown = _pairs(f"Cost on {machine.ranks:,} rank(s): {machine.data_size:,} data-parallel x {tensor} tensor-parallel")
+    memory, tensor = report.memory, report.config.parallel.tensor
+    shown = _pairs(f"Cost on {report.ranks:,} rank(s): {report.data_size:,} data-parallel x {tensor} tensor-parallel")
     share = f", {report.parameters(tensor=tensor).total:,} on each tensor rank" if tensor > 1 else ""
     shown.add_row("parameters", f"{report.parameters().total:,}{share}")
     shown.add_row("FLOPs", f"{report.flops():.4g} (causal attention {report.flops(causal=True):.4g})")
@@ -277,7 +264,7 @@ def _cost_table(report: PlanReport) -> Table:
     if memory.host:
         shown.add_row("  offloaded", f"{_gib(memory.host)} of host memory")
     if report.seconds is not None:
-        rate = f"{machine.device_tflops:g} TFLOP/s a device at {machine.mfu:.0%} utilization"
+        rate = f"{report.device_tflops:g} TFLOP/s a device at {report.mfu:.0%} utilization"
         shown.add_row("time", f"{format_duration(report.seconds)} ({rate})")
     return shown
 

@@ -138,19 +138,19 @@ def _announce(tune_run: "TuneRun", grid: "Grid") -> None:
     candidates = [Candidate(start, steps) for start, durations in grid.durations.items() for steps in durations]
     whole = {candidate: tune_run.probe_tokens(candidate) for candidate in candidates}
     early = {candidate: tune_run.probe_tokens(candidate, steps=grid.beginning) for candidate in candidates}
-    ways = list(paths(grid))
+    foreseen = list(paths(grid))
     costs = [
-        sum((early if verdict.fluctuated_at == grid.beginning else whole)[probe] for probe, verdict in way.items())
-        for way in ways
+        sum((early if verdict.fluctuated_at == grid.beginning else whole)[probe] for probe, verdict in path.items())
+        for path in foreseen
     ]
-    possible = {candidate for way in ways for candidate in way}
+    possible = {candidate for path in foreseen for candidate in path}
     typer.echo(f"Probes of {tune_run.settings.steps:,} steps that could be run (not all of them will be):")
     for start, durations in grid.durations.items():
         listed = [f"{steps:,}" for steps in durations if Candidate(start, steps) in possible]
         typer.echo(f"  s = {start:4d}, T = {', '.join(listed)}")
     full = min(tune_run.plan(Candidate(start, grid.first)).tokens for start in grid.durations)
     typer.echo(
-        f"At most {max(map(len, ways))} probes and {max(costs):,} tokens, {max(costs) / full:.1%} of the run's "
+        f"At most {max(map(len, foreseen))} probes and {max(costs):,} tokens, {max(costs) / full:.1%} of the run's "
         f"{full:,}; all {len(whole)} pairs of s and T would be {sum(whole.values()):,} tokens."
     )
 

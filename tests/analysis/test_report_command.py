@@ -55,15 +55,6 @@ def test_several_runs_go_to_the_current_directory(tmp_path: Path, monkeypatch: p
     assert "2.6000, as asked for" in page
 
 
-@pytest.mark.parametrize("name", ["report.html", "report.png"])
-def test_a_partial_file_is_shown(tmp_path: Path, name: str) -> None:
-    run = make_run(tmp_path / "run")
-    content = (run / "metrics.jsonl").read_bytes()
-    (run / "metrics.jsonl").write_bytes(content[: len(content) // 2])
-    command([run], output=run / name)
-    assert (run / name).is_file()
-
-
 @pytest.mark.parametrize("suffix", ["html", "png"])
 def test_bad_input_is_named(tmp_path: Path, suffix: str) -> None:
     empty, output = tmp_path / "empty", tmp_path / f"report.{suffix}"

@@ -102,7 +102,7 @@ SMALL_VOCABULARY = {"model": model(vocab_size=200)}
 
 
 @pytest.mark.parametrize(
-    ("damage", "sections", "ranks", "told"),
+    ("damage", "sections", "ranks", "words"),
     [
         (missing_tokens, {}, 1, ("corpus.bin does not exist", "preprocess")),
         (missing_tokens, {}, 2, ("corpus.bin does not exist",)),
@@ -116,11 +116,11 @@ SMALL_VOCABULARY = {"model": model(vocab_size=200)}
     ],
 )
 def test_what_cannot_be_trained_is_said_once(
-    folder: Path, damage: Callable[[Path], None], sections: dict[str, Any], ranks: int, told: tuple[str, ...]
+    folder: Path, damage: Callable[[Path], None], sections: dict[str, Any], ranks: int, words: tuple[str, ...]
 ) -> None:
     damage(folder)
     message = refusal(write_config(folder, **({"model": model()} | sections)), ranks=ranks)
-    for part in told:
+    for part in words:
         assert part in message
 
 
@@ -160,7 +160,7 @@ def test_port_in_use(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "sections", "told"),
+    ("damage", "sections", "words"),
     [
         (missing_tokens, {}, "corpus.bin does not exist"),
         (truncated_tokens, {}, "corpus.bin: cut off"),
@@ -172,11 +172,11 @@ def test_data_and_batches_are_checked_before_ranks_start(
     monkeypatch: pytest.MonkeyPatch,
     damage: Callable[[Path], None],
     sections: dict[str, Any],
-    told: str,
+    words: str,
 ) -> None:
     damage(folder)
     monkeypatch.setattr(launcher, "start_ranks", lambda *_args, **_options: pytest.fail("ranks were started"))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=words):
         launcher.launch(launcher.this_machine(2), load_config(write_config(folder, **sections)))
 
 

@@ -115,23 +115,23 @@ def test_the_container_sees_what_the_run_reads_and_writes(config: Path, corpus: 
     assert (mounted.runtime, mounted.mounts) == ("apptainer", ("/data",))
 
 
-def told(command_line: CommandLine, *arguments: str) -> dict[str, Any]:
+def status_of(command_line: CommandLine, *arguments: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(command_line("status", *arguments, "--json").out)
     return found
 
 
 def test_status_of_a_run_on_this_machine(config: Path, command_line: CommandLine) -> None:
     run = load_config(config)
-    assert told(command_line, str(config))["state"] == "waiting"
+    assert status_of(command_line, str(config))["state"] == "waiting"
     leave_traces(run, step=20, loss=2.5)
-    found = told(command_line, str(config))
+    found = status_of(command_line, str(config))
     assert (found["state"], found["step"], found["steps"], found["valid_loss"]) == ("interrupted", 20, 40, 2.5)
     assert found["checkpoint"] == "step_20"
     assert found["eta_s"] == pytest.approx((found["total_tokens"] - found["tokens"]) / found["tokens_per_s"])
     with run_lock(run.run_dir):
-        assert told(command_line, str(config))["state"] == "running"
+        assert status_of(command_line, str(config))["state"] == "running"
     leave_traces(run, step=40)
-    finished = told(command_line, str(config))
+    finished = status_of(command_line, str(config))
     assert (finished["state"], finished["eta_s"]) == ("finished", 0.0)
     out = command_line("status", config).out
     assert "40 of 40" in out
@@ -142,23 +142,23 @@ def test_status_of_a_job(config: Path, command_line: CommandLine, programs: Path
     command_line("submit", config)
     run = config.parent / "small"
     queued(programs, ("1", "PENDING"))
-    found = told(command_line, str(run))
+    found = status_of(command_line, str(run))
     state = [found[name] for name in ("state", "job", "job_state", "job_reason")]
     assert state == ["queued", "1", "PENDING", "Priority"]
     queued(programs, ("1", "RUNNING"))
-    assert told(command_line, str(run))["state"] == "running"
+    assert status_of(command_line, str(run))["state"] == "running"
     assert "1, RUNNING, 9:00 left, on n1" in command_line("status", run).out
     queued(programs)
-    found = told(command_line, str(run))
+    found = status_of(command_line, str(run))
     assert (found["state"], found["note"]) == ("failed", "job 1 left the queue without having begun")
     with (run / "slurm" / "jobs.jsonl").open("a") as file:
         file.write(json.dumps({"event": "ended", "job": "1", "status": 1}) + "\n")
-    found = told(command_line, str(run))
+    found = status_of(command_line, str(run))
     assert found["state"] == "failed"
     assert "exit status 1" in found["note"]
     # SLURM starts it again by itself.
     queued(programs, ("1", "PENDING"))
-    assert told(command_line, str(run))["state"] == "queued"
+    assert status_of(command_line, str(run))["state"] == "queued"
     assert live_jobs([run]) == {run: "1"}
 
 

@@ -136,7 +136,7 @@ def test_a_search_goes_on_from_what_is_known(planted_run: Planted, stopped_after
     assert isinstance(next_step(over, verdicts), Outcome)
 
 
-def judged(
+def decided(
     *perplexities: float, threshold: float = 1.3, initial: float = 100.0, broken: tuple[int, ...] = ()
 ) -> Verdict:
     points = [Point(10 * number, value) for number, value in enumerate(perplexities, start=1)]
@@ -157,16 +157,16 @@ def judged(
 def test_the_first_significant_rise_over_the_best_so_far_counts(
     perplexities: list[float], fluctuated_at: int | None, worst: float
 ) -> None:
-    assert judged(*perplexities) == Verdict(fluctuated_at, worst, tokens=7)
+    assert decided(*perplexities) == Verdict(fluctuated_at, worst, tokens=7)
 
 
 def test_exactly_the_threshold_is_not_above_it_and_a_broken_step_counts_at_once() -> None:
-    assert judged(50.0, 75.0, threshold=1.5).stable
-    assert judged(50.0, 40.0, broken=(13, 14)) == Verdict(13, math.inf, tokens=7)
+    assert decided(50.0, 75.0, threshold=1.5).stable
+    assert decided(50.0, 40.0, broken=(13, 14)) == Verdict(13, math.inf, tokens=7)
 
 
 @given(st.lists(st.floats(1.0, 1e6), max_size=20), st.floats(1.01, 5.0))
 def test_stable_means_no_value_above_threshold_times_any_earlier_one(values: list[float], threshold: float) -> None:
-    verdict = judged(*values, threshold=threshold, initial=1e3)
+    verdict = decided(*values, threshold=threshold, initial=1e3)
     rises = [10 * (index + 1) for index, value in enumerate(values) if value / min([1e3, *values[:index]]) > threshold]
     assert verdict.fluctuated_at == (rises[0] if rises else None)

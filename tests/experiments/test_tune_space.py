@@ -32,8 +32,8 @@ def problem(**sections: Any) -> TuneRun:
     return TuneRun(layers, parse_layers(layers), SETTINGS)
 
 
-def test_a_probe_is_the_beginning_of_the_tuned_run_without_its_guards(tmp_path: Path) -> None:
-    base = problem(guards={"non_finite": "skip", "loss_ratio": {"above": 2.0, "action": "stop"}})
+def test_a_probe_is_the_beginning_of_the_tuned_run(tmp_path: Path) -> None:
+    base = problem()
     candidate = Candidate(8, 30)
     tuned, probe = base.tuned(candidate), base.probe_config(candidate, output_dir=str(tmp_path))
     assert tuned.curriculum == LinearPacing.model_validate(
@@ -45,10 +45,14 @@ def test_a_probe_is_the_beginning_of_the_tuned_run_without_its_guards(tmp_path: 
     assert probe.training.stop_after is not None
     assert probe.training.stop_after.steps == 20
     assert probe.validation.samples == 4
-    assert tuned.guards.are_on
-    assert not probe.guards.are_on
     assert base.probe_tokens(candidate) == base.plan(candidate).tokens_at_step(20)
     assert base.probe_tokens(candidate, steps=3) == 8 * (8 + 8 + 16)
+
+
+def test_a_probe_has_no_guards(tmp_path: Path) -> None:
+    guarded = problem(guards={"non_finite": "skip", "loss_ratio": {"above": 2.0, "action": "stop"}})
+    assert not guarded.probe_config(Candidate(8, 30), output_dir=str(tmp_path)).guards.are_on
+    assert guarded.tuned(Candidate(8, 30)).guards.are_on
 
 
 def test_end_multiple_and_root_stay_as_the_run_has_them() -> None:
