@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.lab import Lab, LabProcess
-from tests.train.small_run import VOCABULARY, train_records, write_config
+from tests.train.small_run import VOCABULARY, corpus_data, train_records, write_config
 
 # Long enough for any start on a busy machine; a limit on a fault is each test's own.
 START_SECONDS = 240.0
@@ -33,14 +33,9 @@ def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
         "attention_dropout": 0.0,
         "kernels": "reference",
     }
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-    }
     base: dict[str, Any] = {
         "model": model,
-        "data": data,
+        "data": corpus_data(corpus),
         "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}},
         "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 20}},
         "learning_rate": {"peak": 3e-4, "warmup": {"steps": 5}},
@@ -139,8 +134,8 @@ def nothing_left(lab: Lab, *hosts: str, seconds: float = 15.0) -> None:
     wait_until(none, seconds, lambda: json.dumps(left, indent=1))
 
 
-def environment_of(lab: Lab, host: str, pid: int) -> dict[str, str]:
-    """Environment with which a process of a host was started."""
+def environment_of(lab: Lab, host: str | None, pid: int) -> dict[str, str]:
+    """Environment with which a process of a host, or of the login node, was started."""
     text = lab.run(["cat", f"/proc/{pid}/environ"], host=host).stdout
     return dict(item.split("=", maxsplit=1) for item in text.split("\0") if "=" in item)
 

@@ -100,8 +100,7 @@ def output_of(step: Step) -> Path:
 def make(steps: Sequence[Step]) -> list[Path]:
     """Runs the steps whose outputs are missing, two at a time; returns all outputs.
 
-    Raises:
-        AssertionError: a command failed, with what it printed.
+    Raises AssertionError if a command failed, with what it printed.
     """
     outputs = [output_of(step) for step in steps]
     missing = {output: step for output, step in zip(outputs, steps, strict=True) if not output.exists()}

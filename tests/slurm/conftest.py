@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.launch.slurm import jobs_of
 from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
-from tests.train.small_run import train_records, write_config
+from tests.train.small_run import corpus_data, train_records, write_config
 
 _SLURM_LINES = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE"""
@@ -103,12 +103,7 @@ def cluster() -> Iterator[Cluster]:
 
 def small_config(folder: Path, corpus: Path, **sections: Any) -> Path:
     """A run of 40 steps in ``folder / "small"``, long enough to be interrupted."""
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-    }
-    path = write_config(folder, data=data, **sections)
+    path = write_config(folder, data=corpus_data(corpus), **sections)
     tree = json.loads(path.read_text())
     # What is tested here is no matter of kernels, and needs none to be built.
     tree["model"]["kernels"] = "reference"
