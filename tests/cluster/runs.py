@@ -58,14 +58,12 @@ def endless(**cluster: Any) -> dict[str, Any]:
 
 
 def write_hostfile(folder: Path, **slots: int) -> Path:
-    """Hostfile with these hosts and slots; its path."""
     path = folder / "hosts"
     path.write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
     return path
 
 
 def command(*arguments: object) -> list[str]:
-    """The command line's words."""
     return [sys.executable, "-m", "megatron_ext", *map(str, arguments)]
 
 
@@ -82,17 +80,14 @@ def started(lab: Lab, *arguments: object, env: Mapping[str, str] | None = None) 
 
 
 def output_of(config: Path) -> str:
-    """What the command line of ``started`` has printed."""
     return (config.parent / "output").read_text(errors="replace")
 
 
 def errors_of(config: Path) -> list[str]:
-    """The messages that the command line has printed."""
     return [line for line in output_of(config).splitlines() if "error: " in line]
 
 
 def wait_for_step(config: Path, step: int, process: LabProcess) -> None:
-    """Return when the run has finished ``step`` steps."""
     run = config.parent / "small"
 
     def there() -> bool:
@@ -112,7 +107,6 @@ def wait_until(condition: Callable[[], bool], seconds: float, describe: Callable
 
 
 def rank_pid(lab: Lab, host: str) -> int:
-    """Process id, on its host, of the one rank that runs there."""
     lines = lab.processes(host, "-m megatron_ext.worker")
     (rank,) = (line for line in lines if "deepspeed" not in line)
     return int(rank.split()[1])
@@ -141,5 +135,4 @@ def environment_of(lab: Lab, host: str | None, pid: int) -> dict[str, str]:
 
 
 def losses(config: Path) -> list[float]:
-    """Training loss of each step."""
     return [float(record["loss"]) for record in train_records(config.parent / "small")]

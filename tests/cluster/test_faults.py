@@ -28,7 +28,6 @@ LIMIT = 60.0
 
 
 def send(lab: Lab, host: str, number: signal.Signals) -> None:
-    """Send a signal to the rank of a host."""
     assert lab.run(["kill", f"-{number.value}", str(rank_pid(lab, host))], host=host).returncode == 0
 
 

@@ -152,7 +152,6 @@ def causal_softmax_backward(
 def bias_gelu_forward(
     backend: KernelBackend, x: torch.Tensor, bias: torch.Tensor | None, *, exact: bool
 ) -> dict[str, torch.Tensor]:
-    """y."""
     y = backend.empty(*x.shape, dtype=x.dtype)
     dtypes = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
     backend.call("bias_gelu_forward", *dtypes, backend.tensor(x), _maybe(backend, bias), y, int(exact), *x.shape)
@@ -188,7 +187,6 @@ def bias_dropout_add_forward(
     *,
     noise: Noise = QUIET,
 ) -> dict[str, torch.Tensor]:
-    """y."""
     y = backend.empty(*x.shape, dtype=x.dtype)
     dtypes = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
     inputs = [_maybe(backend, each) for each in (x, bias, residual)]

@@ -30,13 +30,11 @@ class Sample:
     call: Callable[..., torch.Tensor]  # (inputs..., kernels=) -> result
 
     def inputs(self, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> list[torch.Tensor]:
-        """Random numbers of the shapes, which require gradients."""
         generator = torch.Generator().manual_seed(seed)
         drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
         return [tensor.to(dtype).requires_grad_() for tensor in drawn]
 
     def run(self, inputs: list[torch.Tensor], kernels: Kernels, *, seed: int = 1) -> tuple[torch.Tensor, ...]:
-        """Result and gradients under a fixed upstream gradient."""
         torch.manual_seed(seed)
         result = self.call(*inputs, kernels=kernels)
         upstream = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)

@@ -36,7 +36,6 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the commands, which jobs get from them."""
         return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
     def submit(self, config: Path, *options: str) -> list[str]:
@@ -45,23 +44,19 @@ class Cluster:
         return [word for word in output.splitlines()[0].partition(";")[0].split() if word.isdigit()]
 
     def status(self, run: Path) -> dict[str, Any]:
-        """What ``status --json`` says of a run."""
         found = json.loads(self.cli("status", str(run), "--json"))
         assert isinstance(found, dict)
         return found
 
     def slurm(self, *command: str) -> str:
-        """What a program of SLURM prints; it has to succeed."""
         done = self.lab.run(command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """SLURM's word for a job."""
         return self.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
     def wait_for_step(self, run: Path, step: int) -> None:
-        """Return when the run has finished ``step`` steps."""
         self.wait(lambda: any(record["step"] >= step for record in train_records(run)), f"step {step}", run)
 
     def wait_for_end(self, run: Path, *, events: tuple[str, ...] = ("ended",)) -> None:
