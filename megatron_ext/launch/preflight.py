@@ -58,11 +58,7 @@ class Preflight:
     def __init__(
         self, rendezvous: Rendezvous, limits: PreflightConfig, run_dir: Path, *, device: Device, precision: str
     ) -> None:
-        """Ask all ranks what can be known before they are a process group.
-
-        Raises:
-            UserError: on every rank, the hosts that are not fit, and why.
-        """
+        """Ask all ranks what can be known before they are a group. Raises UserError, on all, with the unfit hosts."""
         self._rendezvous, self._limits, self._run_dir = rendezvous, limits, run_dir
         self._device, self._precision = device, precision
         self._started = time.perf_counter()

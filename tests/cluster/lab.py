@@ -63,8 +63,6 @@ def why_not(*, slurm: bool = False) -> str | None:
 
 
 class LabProcess:
-    """A command that runs in the lab."""
-
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
 
@@ -190,11 +188,9 @@ class Lab:
         )
 
     def cut(self, host: str) -> None:
-        """Take the host off the network."""
         self._ip("link", "set", f"to-{host}", "down")
 
     def join(self, host: str) -> None:
-        """Put the host on the network again."""
         self._ip("link", "set", f"to-{host}", "up")
 
     def power_off(self, host: str) -> None:
@@ -203,7 +199,6 @@ class Lab:
         self._ask(f"off {host}")
 
     def boot(self, host: str) -> None:
-        """Start a host that was powered off."""
         self._ask(f"boot {host}")
 
     def processes(self, host: str | None, word: str = "python") -> list[str]:

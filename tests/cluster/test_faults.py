@@ -13,6 +13,7 @@ from tests.cluster.lab import Lab
 from tests.cluster.runs import (
     command,
     endless,
+    environment_of,
     errors_of,
     losses,
     nothing_left,
@@ -30,7 +31,6 @@ LIMIT = 60.0
 
 
 def send(lab: Lab, host: str, number: signal.Signals) -> None:
-    """Send a signal to the rank of a host."""
     assert lab.run(["kill", f"-{number.value}", str(rank_pid(lab, host))], host=host).returncode == 0
 
 
@@ -185,16 +185,10 @@ def test_two_ranks_of_one_host(lab: Lab, corpus: Path, tmp_path: Path) -> None:
     with started(lab, "train", config, "--nproc", "2") as process:
         wait_for_step(config, 2, process)
         ranks = [line for line in lab.processes(None, "-m megatron_ext.worker") if "deepspeed" not in line]
-        victim = next(
-            line.split()[1] for line in ranks if "LOCAL_RANK=1" in environment(lab, line.split()[1]).split("\0")
-        )
-        lab.run(["kill", "-STOP", victim])
+        pids = [int(line.split()[1]) for line in ranks]
+        victim = next(pid for pid in pids if environment_of(lab, None, pid)["LOCAL_RANK"] == "1")
+        lab.run(["kill", "-STOP", str(victim)])
         wait_until(lambda: process.process.poll() is not None, LIMIT, lambda: output_of(config))
         assert process.process.returncode == 1
         nothing_left(lab)
     assert errors_of(config)[0].startswith("error: rank 1 on host login has given no sign of life")
-
-
-def environment(lab: Lab, pid: str) -> str:
-    done: subprocess.CompletedProcess[str] = lab.run(["cat", f"/proc/{pid}/environ"])
-    return done.stdout

@@ -103,7 +103,6 @@ def walk(seq_len: int, batch_size: int, curriculum: Json, batch_warmup: Json | N
 
 @st.composite
 def durations(draw: st.DrawFn, steps: int = 40, tokens: int = 800) -> Json:
-    """Steps or tokens."""
     if draw(st.booleans()):
         return {"steps": draw(st.integers(1, steps))}
     return {"tokens": draw(st.integers(1, tokens))}
@@ -111,7 +110,6 @@ def durations(draw: st.DrawFn, steps: int = 40, tokens: int = 800) -> Json:
 
 @st.composite
 def curricula(draw: st.DrawFn, mixed: bool = True) -> tuple[int, Json]:
-    """(full length, curriculum)."""
     multiple = draw(st.sampled_from([1, 2, 8]))
     start = multiple * draw(st.integers(1, 4))
     end = start + multiple * draw(st.integers(0, 12))
@@ -242,7 +240,6 @@ class Walk:
 
 
 def adaptive(config: RunConfig) -> AdaptiveSchedule:
-    """The schedule of an adaptive run from its beginning."""
     schedule = config.schedule()
     assert isinstance(schedule, AdaptiveSchedule)
     return schedule
@@ -268,7 +265,6 @@ def adaptive_walk(
 
 
 def whole(schedule: AdaptiveSchedule, losses: Losses, **options: Any) -> Walk:
-    """The run to its end."""
     *_, done = adaptive_walk(schedule, losses, **options)
     return done
 

@@ -88,18 +88,6 @@ def test_the_ranks_blocks_concatenate_to_the_global_batch(case: Case, data: st.D
         assert np.concatenate(parts).tolist() == getattr(batch, name).tolist()
 
 
-@property_test
-@given(st.sampled_from(["truncate", "recycle"]).flatmap(lambda tail: cases(tail=tail)), st.data())
-def test_a_new_plan_that_starts_anywhere_gives_the_rest_of_the_run(case: Case, data: st.DataObject) -> None:
-    def read(plan: TrainingPlan, step: int) -> list[list[tuple[int, int]]]:
-        return tokens_read(global_batch(plan, step), plan.seq_len)
-
-    through, resumed = case.config.plan(), case.config.plan()
-    whole = [read(through, step) for step in range(through.steps)]
-    start = data.draw(st.integers(0, through.steps))
-    assert [read(resumed, step) for step in range(start, resumed.steps)] == whole[start:]
-
-
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused() -> None:
     plan = run_config(seq_len=8, batch_size=6, duration={"steps": 1}).plan()
     with pytest.raises(UserError, match=r"6 sequences .* 4 data-parallel ranks.*training\.batch_size"):

@@ -85,7 +85,6 @@ class Library:
         return Library(ctypes.CDLL(str(path)), prefix)
 
     def call(self, function: str, arguments: tuple[Argument, ...], last: Any) -> int:
-        """The status of a call."""
         c_function = self._named(function)
         c_types = [_c_type(each) for each in functions()[function]]
         c_function.restype = ctypes.c_int
@@ -106,8 +105,6 @@ class Library:
 
 @dataclass(frozen=True)
 class CpuBackend(Guarded):
-    """The kernels of csrc/cpu, on one thread or several."""
-
     library: Library
     executor: Any
 
@@ -123,8 +120,6 @@ class CpuBackend(Guarded):
 
 @dataclass(frozen=True)
 class CudaBackend:
-    """The kernels on a GPU, on torch's current stream."""
-
     name: str
     library: Library
     device: torch.device
@@ -187,7 +182,6 @@ def cpu_backend(*, threads: bool, root: Path = SOURCES) -> CpuBackend:
 
 
 def cuda_backend(root: Path = SOURCES) -> CudaBackend:
-    """The GPU."""
     if not torch.cuda.is_available():
         raise CannotBuildError("torch sees no GPU")
     library = Library.of(device_library(kernel_sources(root)), "cuda")

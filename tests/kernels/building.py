@@ -67,7 +67,6 @@ def version_of(name: str) -> str:
 
 
 def python_flags() -> str:
-    """Include paths of a pybind11 module."""
     return f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
 
 
@@ -86,7 +85,6 @@ def with_includes(source: Path) -> list[Path]:
 
 
 def output_of(step: Step) -> Path:
-    """Where the output of a step is, or will be."""
     digest = hashlib.sha256(f"{step.toolchain}\n{step.command}\n{step.suffix}\n".encode())
     for source in (*step.inputs, *step.included):
         if source.parent == BUILDS:
@@ -100,8 +98,7 @@ def output_of(step: Step) -> Path:
 def make(steps: Sequence[Step]) -> list[Path]:
     """Runs the steps whose outputs are missing, two at a time; returns all outputs.
 
-    Raises:
-        AssertionError: a command failed, with what it printed.
+    Raises AssertionError if a command failed, with what it printed.
     """
     outputs = [output_of(step) for step in steps]
     missing = {output: step for output, step in zip(outputs, steps, strict=True) if not output.exists()}
@@ -141,7 +138,6 @@ FLAGS = " ".join(flag for flag in NVCC_FLAGS if flag != "-lineinfo")
 
 
 def kernel_sources(root: Path = SOURCES) -> list[Path]:
-    """The CUDA sources."""
     sources = sorted((root / "cuda").glob("*.cu"))
     if not sources:
         raise CannotBuildError("there are no kernels in csrc/cuda")
@@ -150,13 +146,11 @@ def kernel_sources(root: Path = SOURCES) -> list[Path]:
 
 @cache
 def newest_architecture() -> int:
-    """The newest architecture that nvcc can compile for."""
     done = subprocess.run([tool("nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True)
     return max(int(number) for number in re.findall(r"compute_(\d+)", done.stdout))
 
 
 def ptx_of(sources: Sequence[Path], architecture: int) -> list[Path]:
-    """PTX of each source for ``compute_ARCHITECTURE``."""
     command = f"{tool('nvcc')} {FLAGS} -ptx -arch=compute_{architecture} $in -o $out"
     return make([Step(command, (source,), ".ptx", version_of("nvcc")) for source in sources])
 

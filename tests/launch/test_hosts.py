@@ -111,7 +111,6 @@ def as_pdsh(text: str) -> str:
 
 
 def through_the_shell(lines: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Variables and arguments that a program on a host gets."""
     launcher = Launcher([remote_argument(argument) for argument in arguments])
     for line in lines.splitlines(keepends=True):
         launcher.add_export(*line.split("=", maxsplit=1))

@@ -24,22 +24,18 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Bytes of a value."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix that the input is."""
         return prod(self.shape[:-1])
 
     @property
     def cols(self) -> int:
-        """Columns of that matrix."""
         return self.shape[-1]
 
     @property
     def bytes(self) -> int:
-        """Size of the largest input."""
         return prod(self.shape) * self.width
 
     def __str__(self) -> str:

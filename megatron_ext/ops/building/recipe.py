@@ -108,7 +108,6 @@ class Recipe:
 
     @property
     def file(self) -> str:
-        """Name of the library's file."""
         return f"libmegatron_ext_{self.backend}.so"
 
     @property
@@ -179,7 +178,7 @@ class Recipe:
 
 
 def recipe_for(backend: Backend, environment: KernelEnvironment, devices: Iterable[tuple[int, int]] = ()) -> Recipe:
-    """What building for ``devices`` (compute capabilities) takes. Raises KernelsUnavailableError if it is missing."""
+    """How ``backend`` is built for ``devices`` (compute capabilities). Raises KernelsUnavailableError if it is not."""
     folder, torch, compiler, ninja = source_folder(), find_torch(), find_compiler(environment), find_ninja()
     nvcc, architectures = None, tuple[Architecture, ...]()
     if backend == "cuda":
@@ -213,5 +212,4 @@ def _quoted(path: Path | str) -> str:
 
 
 def _path(path: Path) -> str:
-    """A path as a ninja input."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

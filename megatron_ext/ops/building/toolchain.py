@@ -46,12 +46,10 @@ class Torch:
 
     @property
     def include(self) -> Path:
-        """Folder of its headers."""
         return self.folder / "include"
 
     @property
     def libraries(self) -> Path:
-        """Folder of its libraries."""
         return self.folder / "lib"
 
     @property
@@ -169,7 +167,6 @@ class Architecture:
 
     @property
     def options(self) -> list[str]:
-        """nvcc's options."""
         code = f"[sm_{self.name},compute_{self.name}]" if self.ptx else f"sm_{self.name}"
         return ["-gencode", f"arch=compute_{self.name},code={code}"]
 

@@ -60,7 +60,6 @@ def _module_flags(sources: Sequence[Path], declarations: str) -> str:
 
 
 def load(path: Path, sources: Sequence[Path]) -> ModuleType:
-    """Imports the module that was built of ``sources``."""
     name = module_name(sources)
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
@@ -72,7 +71,6 @@ def load(path: Path, sources: Sequence[Path]) -> ModuleType:
 
 @cache
 def kernels(root: Path = SOURCES) -> ModuleType:
-    """The module of the project's kernels."""
     sources = sorted((root / "cuda").glob("*.cu"))
     if not sources:
         raise CannotBuildError("there are no kernels in csrc/cuda")
@@ -106,5 +104,4 @@ class EmulatorBackend(Guarded):
 
 
 def emulator_backend(order: str) -> EmulatorBackend:
-    """The emulator in one order."""
     return EmulatorBackend(f"emulator-{order}", GuardedMemory(), order, 1, kernels())

@@ -41,7 +41,6 @@ class PtxModule:
         return self.programs[name]
 
     def run(self, recorded: Recorded, tensors: list[tuple[int, int]]) -> None:
-        """Runs one launch."""
         name, grid, block, dynamic_shared, arguments = recorded
         program = self.program(name)
         parameters = parameter_space(program.kernel, arguments)
@@ -86,6 +85,5 @@ class PtxBackend(Guarded):
 
 
 def ptx_backend(architecture: int) -> PtxBackend:
-    """The kernels for ``compute_ARCHITECTURE``."""
     files = ptx_of(kernel_sources(), architecture)
     return PtxBackend(f"ptx-{architecture}", GuardedMemory(), kernels(), PtxModule.of_files(files))

@@ -66,7 +66,6 @@ class Batch:
         self.shared = SharedMemory(blocks, static + launch.dynamic_shared, launch.kernel.granule("shared"))
 
     def actors(self, lanes: Lanes) -> Actors:
-        """Who the threads are, in the whole grid."""
         return self._actors[lanes]
 
     def pass_barrier(self, lanes: Index, column: int) -> None:
@@ -89,7 +88,6 @@ class Batch:
         return self.memory.load(addresses, access, self.actors(lanes))
 
     def store(self, space: str, addresses: Array, access: Access, values: list[Array], lanes: Lanes) -> None:
-        """The other way."""
         if space == "shared":
             self.shared.store(addresses, access, values, self.actors(lanes), self.block[lanes])
         else:
@@ -102,7 +100,6 @@ class Batch:
         return f"block {_split(at_block, grid)}, thread {_split(at_thread, block)}"
 
     def numbers(self, lanes: Lanes) -> Index:
-        """The threads as numbers of this batch."""
         return np.arange(self.threads)[lanes]
 
     def _special_registers(self) -> dict[str, Array]:

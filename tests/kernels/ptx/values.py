@@ -118,7 +118,6 @@ def address_of(kernel: Kernel, name: str) -> int:
 
 
 def dynamic_start(kernel: Kernel) -> int:
-    """Where dynamic shared memory begins."""
     return -(-kernel.shared_bytes // 16) * 16
 
 
@@ -273,7 +272,6 @@ def comparison(name: str, dtype: np.dtype[Any]) -> Operation:
 
 
 def bfloat16_to_float(bits: Array) -> Array:
-    """The float32 that a bfloat16 is."""
     return (bits.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 

@@ -49,7 +49,6 @@ class Accesses:
 
 
 def architecture_number(name: str) -> int:
-    """The number of one of ``ARCHITECTURES``."""
     return newest_architecture() if name == "newest" else int(name)
 
 
@@ -63,7 +62,6 @@ def readable(names: Iterable[str]) -> dict[str, str]:
 
 @cache
 def resources(architecture: str) -> dict[str, Resources]:
-    """What each kernel takes, by readable name."""
     found: dict[str, Resources] = {}
     for code in device_code_of(kernel_sources(), architecture_number(architecture)):
         report = Path(f"{code}.log").read_text(encoding="utf-8")
@@ -139,7 +137,6 @@ class Limits:
 
 
 def read_table() -> dict[str, Limits]:
-    """The table, by readable name of the kernel."""
     return {name: Limits(**values) for name, values in json.loads(TABLE.read_text(encoding="utf-8")).items()}
 
 
@@ -154,7 +151,6 @@ def limits_of(taken: list[Resources], accessed: list[Accesses], before: Limits |
 
 
 def rewrite_table() -> None:
-    """Writes the table for the kernels as they are."""
     before = read_table() if TABLE.exists() else {}
     taken = [resources(architecture) for architecture in ARCHITECTURES]
     accessed = [accesses(architecture) for architecture in ARCHITECTURES]
