@@ -1,7 +1,7 @@
 """From JSON files and ``--set`` arguments to a checked RunConfig: strict JSON, ``extends``, presets, overrides."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from megatron_ext.config.merging import Layer, Tree, dotted, merge_all
 from megatron_ext.config.messages import explain, show
-from megatron_ext.config.resolved import read_regular
+from megatron_ext.config.regular import read_regular
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 
@@ -148,9 +148,7 @@ def _extended(tree: Tree, *, source: str) -> Sequence[str]:
     names = tree.get("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(
-            f"{source}: extends is {show(names)}: expected a file name, preset:NAME, or a list of these"
-        )
+        raise UserError(f"{source}: extends is {show(names)}: expected a file name, preset:NAME, or a list of these")
     return names
 
 
@@ -245,10 +243,12 @@ def _check_tree(value: Any, *, path: tuple[str | int, ...], source: str) -> None
     if isinstance(value, _Repeated) and value.key is not None:
         key = dotted((*path, value.key))
         raise UserError(f"{source}: {key} is written twice in the same object; keep one of the two")
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(item, dict | list):
-                _check_tree(item, path=(*path, key), source=source)
+    if not isinstance(value, dict | list):
+        return
+    items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+    for place, item in items:
+        if isinstance(item, dict | list):
+            _check_tree(item, path=(*path, place), source=source)
 
 
 def _syntax_hint(error: json.JSONDecodeError, *, quote: bool) -> str:

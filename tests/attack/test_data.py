@@ -70,8 +70,7 @@ def test_ids_beyond_the_vocabulary_never_reach_a_batch(tmp_path: Path) -> None:
             for step in plan:
                 try:
                     batch = loader.batch(step)
-                except UserError as error:
-                    assert f"holds the token id {tokens[at]}" in str(error)
+                except UserError:
                     refused += 1
                 else:
                     assert max(batch.tokens.max(), batch.labels.max()) < limit

@@ -19,7 +19,7 @@ from tests.data.corpora import VOCABULARY, build, documents, run_config, write_t
 LARGE = VOCABULARY + 1
 
 
-def _change(path: Path, at: int, value: int, dtype: type[np.integer]) -> None:  # type: ignore[type-arg]
+def _change(path: Path, at: int, value: int, dtype: type[np.integer]) -> None:
     array = np.memmap(path, dtype=dtype, mode="r+", offset=at)
     array[0] = value
     array.flush()
@@ -57,8 +57,7 @@ def test_an_id_beyond_the_vocabulary_is_one_message(tmp_path: Path, tail: str, s
     np.memmap(TokenPaths.of(prefixes[-1]).bin, dtype=np.uint16, mode="r+")[::20] = LARGE  # after the check at the start
     message = rf"corpus{sources - 1}\.bin: holds the token id {LARGE}, and model.vocab_size is {VOCABULARY:,}"
     with TrainLoader(datasets.train, plan) as loader, pytest.raises(UserError, match=message):
-        for step in plan:
-            loader.batch(step)
+        list(map(loader.batch, plan))
     with pytest.raises(UserError, match=message):
         list(ValidationLoader(datasets.valid, micro_batch_tokens=64))
 
