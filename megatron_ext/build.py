@@ -130,19 +130,25 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
         )
-        with loader:
-            try:
-                yield run
-                if run.profiler is not None:
-                    run.profiler.close()
-            except BaseException:
-                if lacks := recorder.close():
-                    LOGGER.warning(lacks)
-                raise
-            if missing := processes.agree_from_main(recorder.close()):
-                raise RunStopped(str(missing))
+        with loader, _closed_at_the_end(run):
+            yield run
     finally:
         destroy_parallel()
+
+
+@contextmanager
+def _closed_at_the_end(run: Run) -> Iterator[None]:
+    """End traces and metrics; a run that ends well ends all the same where some of its metrics are not written."""
+    try:
+        yield
+        if run.profiler is not None:
+            run.profiler.close()
+    except BaseException:
+        if missing := run.recorder.close():
+            LOGGER.warning(missing)
+        raise
+    if found := run.processes.agree_from_main(run.recorder.close()):
+        raise RunStopped(str(found))
 
 
 def build_samples(config: RunConfig, plan: TrainingPlan) -> Datasets:

@@ -1,7 +1,5 @@
 """Exceptions that are no bug of ours: the input is wrong, or a run has to end."""
 
-from megatron_ext.text import printable
-
 
 class UserError(ValueError):
     """Bad input: a key, a file or an environment that the user has to change.
@@ -17,3 +15,10 @@ class UserError(ValueError):
 
 class RunStopped(Exception):  # noqa: N818 - nothing is wrong with the program
     """Ends a run on all ranks at once with one message, without a traceback, and with status 1."""
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or could not show, as Python's escapes; lines and tabs stay."""
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from megatron_ext.config.merging import Layer, Tree, dotted, merge_all
 from megatron_ext.config.messages import explain, show
-from megatron_ext.config.resolved import read_regular
+from megatron_ext.config.regular import read_regular
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 
@@ -243,11 +243,12 @@ def _check_tree(value: Any, *, path: tuple[str | int, ...], source: str) -> None
     if isinstance(value, _Repeated) and value.key is not None:
         key = dotted((*path, value.key))
         raise UserError(f"{source}: {key} is written twice in the same object; keep one of the two")
-    if isinstance(value, dict | list):
-        items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
-        for part, item in items:
-            if isinstance(item, dict | list):
-                _check_tree(item, path=(*path, part), source=source)
+    if not isinstance(value, dict | list):
+        return
+    items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+    for place, item in items:
+        if isinstance(item, dict | list):
+            _check_tree(item, path=(*path, place), source=source)
 
 
 def _syntax_hint(error: json.JSONDecodeError, *, quote: bool) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
@@ -60,13 +59,6 @@ def build_index(prefix: str, *, first: int, end: int, use: Use, samples: int, se
     finally:
         logger.setLevel(level)
     return dict(zip(INDEX_ARRAYS, (built.document_index, built.sample_index, built.shuffle_index), strict=True))
-
-
-def build_blend(weights: list[float], samples: int) -> Arrays:
-    """Corpus of each sample and number of the sample in it [samples], with the shares ``weights``, whose sum is 1."""
-    part_of, index_of = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
-    helpers.build_blending_indices(part_of, index_of, weights, len(weights), samples, False)
-    return {"part_of": part_of, "index_of": index_of}
 
 
 def gpt_config(seq_len: int, seed: int) -> Any:
@@ -208,42 +200,6 @@ class GPTSamples(GPTDataset):  # type: ignore[misc]
         return tuple(arrays[name] for name in INDEX_ARRAYS)
 
 
-@dataclass(frozen=True)
-class Blend:
-    """Samples of several corpora by weight, in the order of megatron-core's BlendedDataset."""
-
-    parts: tuple[Samples, ...]
-    """One per corpus."""
-
-    part_of: npt.NDArray[np.int16]
-    """Corpus of each sample [samples]."""
-
-    index_of: npt.NDArray[np.int64]
-    """Sample of that corpus [samples]."""
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens of a full sequence."""
-        return self.parts[0].seq_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id has to be below it."""
-        return self.parts[0].vocab_size
-
-    def __len__(self) -> int:
-        return len(self.part_of)
-
-    def check_files(self) -> None:
-        """Raise UserError where a file has become too short to read."""
-        for part in self.parts:
-            part.check_files()
-
-    def read(self, index: int, first: int, count: int) -> npt.NDArray[np.integer[Any]]:
-        """Token ids [first, first + count) of sample ``index``."""
-        return self.parts[int(self.part_of[index])].read(int(self.index_of[index]), first, count)
-
-
 def build_datasets(
     data: DataConfig, *, seq_len: int, vocab_size: int, samples: int, valid_samples: int, seed: int
 ) -> Datasets:
@@ -290,6 +246,8 @@ def _build(
 ) -> Samples:
     if len(parts) == 1:
         return GPTSamples(parts[0], samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed, cache=cache)
+    from megatron_ext.data.blend import Blend, build_blend  # one corpus needs neither
+
     weights = np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
 
     key = {"kind": "blend", "weights": weights.tolist(), "samples": samples}

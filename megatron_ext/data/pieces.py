@@ -1,13 +1,14 @@
-"""Long texts cut where the tokenizer cuts them anyway: the ids of the pieces, one after the other, are those of the text.
+"""Long texts cut where the tokenizer cuts them anyway: the ids of all pieces are those of the whole.
 
-The ``tokenizers`` library takes about 200 bytes of memory for each byte of a text. Byte-level BPE merges within the words
-of GPT-2's pattern alone, which takes them from left to right and looks back at nothing::
+The ``tokenizers`` library takes about 200 bytes of memory for each byte of a text. Byte-level BPE merges within the
+words of GPT-2's pattern alone, which takes them from left to right and looks back at nothing::
 
     's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
-So a text may be cut where each of its words ends or begins in every text: no word goes on with white space after another
-character, and none goes on from letters to digits, from either to signs, or from signs to either. An apostrophe is left
-out, since letters may belong to it. The one look ahead, ``(?!\\S)``, is at the end of white space, before which is no cut.
+So a text may be cut where a word ends or begins whatever surrounds it: no word goes on with white space after another
+character, and none goes on from letters to digits, from either to signs, or from signs to either. An apostrophe before
+letters is left out, since they may belong to it. The one look ahead, ``(?!\\S)``, is at the end of white space, where
+nothing is cut.
 """
 
 import re
@@ -34,7 +35,7 @@ class NoBoundaryError(ValueError):
 
 
 def pieces(text: str, backend: Any) -> Iterator[str]:
-    """A text in pieces of about ``PIECE`` characters, or as a whole where the tokenizer is not of a kind known to allow it.
+    """A text in pieces of about ``PIECE`` characters; as a whole where the tokenizer may look beyond a word.
 
     Args:
         text: what is tokenized.
@@ -56,8 +57,8 @@ def pieces(text: str, backend: Any) -> Iterator[str]:
         start = end
     if len(text) - start > 2 * PIECE + LONGEST_WORD:
         raise NoBoundaryError(
-            f"more than {LONGEST_WORD:,} characters from character {start + PIECE:,} on without white space or a change "
-            "between letters, digits and signs, which is no text; leave the document out or break it up"
+            f"more than {LONGEST_WORD:,} characters from character {start + PIECE:,} on without white space or a "
+            "change between letters, digits and signs, which is no text; leave the document out or break it up"
         )
     yield text[start:]
 

@@ -149,8 +149,8 @@ def preprocess(files: tuple[Path, ...], output: Path, options: PreprocessOptions
 def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Iterator[PreprocessProgress]:
     """Write PREFIX.bin, .idx and .json for ``output`` = PREFIX, yielding the progress after every chunk.
 
-    Memory is bounded by the chunks under way (about 256 KiB each, :data:`_AHEAD` per worker) and the longest document, of
-    which at most 8 times its size is needed (data/pieces.py says for which tokenizers; for others 200 times). Nothing is
+    Memory is bounded by the chunks under way (about 256 KiB each, :data:`_AHEAD` per worker) and the longest document:
+    at most 8 times its size under GPT-2's pre-tokenization (data/pieces.py), under another about 200 times. Nothing is
     left behind when the iteration ends early, and what a killed process left is removed.
 
     Raises:
@@ -231,8 +231,8 @@ def _in_workers(chunks: Iterator[Chunk], options: PreprocessOptions) -> Generato
             pending.extend(pool.submit(_encode_in_worker, options, chunk) for chunk in islice(chunks, 1))
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenizes was killed; the usual cause is too little memory for the longest document on this "
-            "machine: use fewer --workers, or break the document up"
+            "a process that tokenizes was killed; the usual cause is too little memory for the longest document: use "
+            "fewer --workers, or break the document up"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -4,7 +4,7 @@ Imports no torch, so that what is wrong with the data is said before there are r
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.data import DataConfig, DataSource
-from megatron_ext.data.index_cache import IndexCache
+from megatron_ext.data.index_cache import Arrays, IndexCache
 from megatron_ext.data.token_files import DTYPES, HEADER, MAGIC, Sidecar, TokenPaths, file_sha256, read_sidecar
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
 
+_BLOCK_BYTES = 1 << 24
 _CHECKED_TOGETHER = 1 << 20
 
 
@@ -135,9 +136,7 @@ def check_tokens(source: TokenSource, *, tokenizer: "Tokenizer | None", vocab_si
     elif np.iinfo(source.dtype).min == 0 and np.iinfo(source.dtype).max < vocab_size:
         return
     else:
-        from megatron_ext.data.verify import token_range  # a pass over the file, kept in the cache
-
-        low, high = token_range(source, cache)
+        low, high = _token_range(source, cache)
     if low < 0:
         raise UserError(f"data source {source.prefix}: holds the negative token id {low}; these are no token files")
     if high >= vocab_size:
@@ -208,8 +207,37 @@ def _check_positions(
 
 def _contradicted(path: Path) -> UserError:
     return UserError(
-        f"{path}: damaged, its lengths and positions contradict each other; fetch it or run megatron-ext preprocess again"
+        f"{path}: damaged, its lengths and positions contradict each other; fetch it again, or run preprocess again"
     )
+
+
+def token_blocks(source: TokenSource) -> Iterator[bytes]:
+    """The .bin file, some whole tokens at a time."""
+    with Path(f"{source.prefix}.bin").open("rb") as file:
+        while data := file.read(_BLOCK_BYTES):
+            yield data
+
+
+def id_range(source: TokenSource, blocks: Iterable[bytes]) -> tuple[int, int]:
+    """Smallest and largest id."""
+    arrays = (np.frombuffer(data, dtype=source.dtype) for data in blocks)
+    low, high = zip(*((int(ids.min()), int(ids.max())) for ids in arrays), strict=True)
+    return min(low), max(high)
+
+
+def _token_range(source: TokenSource, cache: IndexCache) -> tuple[int, int]:
+    def scan() -> Arrays:
+        return {"range": np.array(id_range(source, token_blocks(source)), dtype=np.int64)}
+
+    # The index says nothing of the ids, so the file itself is in the key; by its time, since hashing is a scan too.
+    key = {
+        "kind": "token range",
+        "idx_sha256": source.idx_sha256,
+        "bin_bytes": source.bin_bytes,
+        "bin_mtime_ns": os.fstat(source.opened[0][0].fileno()).st_mtime_ns,
+    }
+    low, high = cache.get(key, scan)["range"].tolist()
+    return low, high
 
 
 Use = Literal["train", "valid"]

@@ -1,23 +1,17 @@
-"""Token files read from end to end: what their ids are, whether they are those that were written, which one is wrong."""
+"""Token files read from end to end: whether they are those that were written, and which one holds a wrong id."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_ext.data.index_cache import Arrays, IndexCache
-from megatron_ext.data.sources import TokenSource, open_source
+from megatron_ext.data.sources import id_range, open_source, token_blocks
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.data.datasets import Samples
-
-_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,10 @@ class Verified:
     """What is known of token files that were found right."""
 
     documents: int
+    """Documents in them."""
+
     tokens: int
+    """Tokens, separators included."""
 
     ids: tuple[int, int]
     """Smallest and largest id."""
@@ -40,10 +37,16 @@ def verify(prefix: str) -> Verified:
     Raises:
         UserError: the files are not whole, or not those that were written.
     """
-    source = open_source(prefix)
-    path, sidecar, digest = f"{prefix}.bin", source.sidecar, hashlib.sha256()
-    low, high = _range(_blocks(source, digest))
-    again = "fetch the file or run megatron-ext preprocess again"
+    source, digest = open_source(prefix), hashlib.sha256()
+    path, sidecar = f"{prefix}.bin", source.sidecar
+
+    def hashed() -> Iterator[bytes]:
+        for block in token_blocks(source):
+            digest.update(block)
+            yield block
+
+    low, high = id_range(source, hashed())
+    again = "fetch the file again or run megatron-ext preprocess"
     if low < 0:
         raise UserError(f"{path}: damaged, it holds the negative token id {low}; {again}")
     if sidecar is None:
@@ -64,26 +67,10 @@ def verify(prefix: str) -> Verified:
     return Verified(source.documents, source.tokens, (low, high), checks)
 
 
-def token_range(source: TokenSource, cache: IndexCache) -> tuple[int, int]:
-    """Smallest and largest id of the .bin file, from ``cache`` where the file was read before."""
-
-    def scan() -> Arrays:
-        return {"range": np.array(_range(_blocks(source)), dtype=np.int64)}
-
-    # The index says nothing of the ids, so the file itself is in the key; by its time, since hashing is a scan too.
-    key = {
-        "kind": "token range",
-        "idx_sha256": source.idx_sha256,
-        "bin_bytes": source.bin_bytes,
-        "bin_mtime_ns": os.fstat(source.opened[0][0].fileno()).st_mtime_ns,
-    }
-    low, high = cache.get(key, scan)["range"].tolist()
-    return low, high
-
-
 def refuse_ids(dataset: "Samples", samples: Sequence[int]) -> NoReturn:
-    """Say which file holds an id that ``dataset.vocab_size`` does not allow; one of ``samples`` (or -1: none) has it."""
-    from megatron_ext.data.datasets import Blend, GPTSamples  # torch, which `data verify` does not need
+    """Say which file holds an id that ``dataset.vocab_size`` does not allow, in one of ``samples`` (-1: none)."""
+    from megatron_ext.data.blend import Blend  # torch, which `data verify` does not need
+    from megatron_ext.data.datasets import GPTSamples
 
     for index in samples:
         ids = dataset.read(index, 0, dataset.seq_len + 1) if index >= 0 else np.empty(0, dtype=np.int64)
@@ -92,20 +79,7 @@ def refuse_ids(dataset: "Samples", samples: Sequence[int]) -> NoReturn:
             part = dataset.parts[int(dataset.part_of[index])] if isinstance(dataset, Blend) else dataset
             prefix = part.prefix if isinstance(part, GPTSamples) else "the data"
             raise UserError(
-                f"{prefix}.bin: holds the token id {int(wrong[0])}, and model.vocab_size is {dataset.vocab_size:,}; the "
-                f"file is damaged (see megatron-ext data verify {prefix}) or was changed after the run had started"
+                f"{prefix}.bin: holds the token id {int(wrong[0])}, and model.vocab_size is {dataset.vocab_size:,}; "
+                f"the file is damaged (see megatron-ext data verify {prefix}) or was changed after the run had started"
             )
     raise UserError("the token files are changed while the run reads them; start it again when they are whole")
-
-
-def _blocks(source: TokenSource, digest: "hashlib._Hash | None" = None) -> Iterator[npt.NDArray[np.integer[Any]]]:
-    with Path(f"{source.prefix}.bin").open("rb") as file:
-        while data := file.read(_BLOCK_BYTES):
-            if digest is not None:
-                digest.update(data)
-            yield np.frombuffer(data, dtype=source.dtype)
-
-
-def _range(blocks: Iterator[npt.NDArray[np.integer[Any]]]) -> tuple[int, int]:
-    low, high = zip(*((int(block.min()), int(block.max())) for block in blocks), strict=True)
-    return min(low), max(high)

@@ -19,7 +19,7 @@ from megatron_ext.parallel.groups import Layout, Mpu
 from megatron_ext.runtime.device import Device
 
 if TYPE_CHECKING:
-    from megatron_ext.engine.update_gate import GradientNorm
+    from megatron_ext.engine.gradient_norm import GradientNorm
 
 
 class DeepSpeedEngine:
@@ -176,7 +176,7 @@ class DeepSpeedEngine:
         return checksums(self.module.named_parameters(), self._layout)
 
     def _own_norm(self, clip: float) -> "GradientNorm":
-        from megatron_ext.engine.update_gate import GradientNorm
+        from megatron_ext.engine.gradient_norm import GradientNorm
 
         return GradientNorm(
             self.module.parameters(),

@@ -168,7 +168,7 @@ def _decoded(path: Path, number: int, *, line: bytes, value: object) -> Record |
         raise UserError(_not_a_record(path, number, f"it is {line[:80]!r}"))
     try:
         return decode(value)
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         raise UserError(_not_a_record(path, number, str(error))) from None
 
 

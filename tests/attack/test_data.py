@@ -62,22 +62,20 @@ def test_ids_beyond_the_vocabulary_never_reach_a_batch(tmp_path: Path) -> None:
     plan, chance = config.plan(), random.Random(3)
     limit, path = config.model.vocab_size, TokenPaths.of(prefix).bin
     datasets = build(config)
-    tokens = np.memmap(path, dtype=np.uint16, mode="r+")
+    tokens, refused = np.memmap(path, dtype=np.uint16, mode="r+"), 0
     for _ in range(100):
         at = chance.randrange(len(tokens))
         before, tokens[at] = tokens[at], chance.randrange(limit, 1 << 16)
-        refused = False
         with TrainLoader(datasets.train, plan, prefetch=0) as loader:
             for step in plan:
                 try:
                     batch = loader.batch(step)
-                except UserError as error:
-                    assert f"holds the token id {tokens[at]}" in str(error)
-                    refused = True
+                except UserError:
+                    refused += 1
                 else:
                     assert max(batch.tokens.max(), batch.labels.max()) < limit
         tokens[at] = before
-    assert refused or at >= 0
+    assert refused > 50
 
 
 def test_a_damaged_entry_of_the_index_cache_is_built_again(tmp_path: Path) -> None:

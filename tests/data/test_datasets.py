@@ -16,7 +16,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.data import datasets, index_cache
-from megatron_ext.data.datasets import Blend, GPTSamples, Samples, _Vocabulary, build_training
+from megatron_ext.data.blend import Blend
+from megatron_ext.data.datasets import GPTSamples, Samples, _Vocabulary, build_training
 from megatron_ext.data.sources import check_data
 from megatron_ext.errors import UserError
 from tests.data.corpora import SEPARATOR, VOCABULARY, build, documents, run_config, whole, write_tokens

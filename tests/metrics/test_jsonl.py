@@ -177,6 +177,29 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, records_too: bool, nu
             read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["1" * 400, "-" + "9" * 400, "[" * 100_000 + "]" * 100_000, "[" * 100_000])
+def test_numbers_and_depths_that_no_record_has_are_one_message(tmp_path: Path, value: str) -> None:
+    line = encode(train_record())
+    (tmp_path / FILE_NAME).write_text(f"{line}\n{line.replace('5.5', value)}\n")
+    with pytest.raises(UserError, match="line 2: not a metrics record") as caught:
+        read_columns(tmp_path, ("step", "loss"))
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_depth_beside_a_spelled_number_is_one_message(tmp_path: Path) -> None:
+    deep = '{"kind": "event", "name": "x", "y": ' + "[" * 990 + "]" * 990 + ', "non_finite": {"y[0]": "nan"}}'
+    (tmp_path / FILE_NAME).write_text(deep + "\n")
+    with pytest.raises(UserError, match="line 1: not a metrics record"):
+        read_events(tmp_path)
+
+
+def test_a_directory_in_the_place_of_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()
+    for path in (tmp_path, tmp_path / FILE_NAME):
+        with pytest.raises(UserError, match=r"no metrics\.jsonl there"):
+            read_metrics(path)
+
+
 @pytest.mark.parametrize(
     "spelled", ["5.500000000000000000000000000000000001", "true", " 5.5", "null", "-0", "1e-320", "1e400", "NaN"]
 )
