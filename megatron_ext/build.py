@@ -98,8 +98,6 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
 
         # State: from the newest checkpoint, or the beginning.
         checkpointer = _checkpointer(config, engine, streams=streams, processes=processes)
-        if not config.checkpoint.resume:
-            checkpointer.check_new()
         resumed = checkpointer.resume()
         loss_ratio = LossRatio()
         guard = Guard(config.guards, loss_ratio) if config.guards.are_on else None
@@ -193,12 +191,13 @@ def build_engine(
 
 
 def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, processes: Processes) -> Checkpointer:
+    """The run's checkpoints. Raises UserError where there are some that must not be continued."""
     layout = {
         "world_size": processes.info.world_size,
         "tensor": config.parallel.tensor,
         "zero_stage": config.parallel.zero_stage,
     }
-    return Checkpointer(
+    checkpointer = Checkpointer(
         config.run_dir / "checkpoints",
         engine,
         streams=streams,
@@ -206,6 +205,9 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
         identity=RunIdentity(config.model_dump(mode="json"), config.determining_values(), layout),
         config=config.checkpoint,
     )
+    if not config.checkpoint.resume:
+        checkpointer.check_new()
+    return checkpointer
 
 
 def _rates(model: ModelConfig, peak_tflops: float, *, ranks: int) -> Rates | None:

@@ -41,7 +41,8 @@ def test_of_a_damaged_conversation_only_whole_messages_count_once_and_in_order(s
     choice = random.Random(seed)
     for _ in range(500):
         reception = Reception("127.0.0.1", SECRET, run=RUN, world_size=3)
-        whole, heard = said(2, *CONVERSATION), []
+        whole = said(2, *CONVERSATION)
+        heard: list[tuple[int, Message | None]] = []
         with socket.create_connection(("127.0.0.1", reception.port)) as caller, suppress(ConnectionError):
             caller.sendall(damaged(whole, choice))
             caller.shutdown(socket.SHUT_WR)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.environment import rank_info
