@@ -83,7 +83,9 @@ def test_a_young_lock_of_another_program_is_waited_for_and_said(
     start = time.monotonic()
     assert acquire(folder, within=20)
     assert time.monotonic() - start > 1
-    assert sum("waiting for the extension cpu_adam, which nobody builds on this host" in m for m in caplog.messages) == 1
+    assert (
+        sum("waiting for the extension cpu_adam, which nobody builds on this host" in m for m in caplog.messages) == 1
+    )
 
 
 @pytest.mark.parametrize("torchs", [True, False])
@@ -131,10 +133,12 @@ def test_what_another_has_built_meanwhile_is_not_built_again(folder: Path, caplo
 def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
     monkeypatch.setattr(torch.utils.cpp_extension, "FileBaton", FileBaton)
     full = OSError(errno.ENOSPC, "No space left on device", "/cache/cpu_adam/lock")
-    with pytest.raises(UserError, match=r"/cache/cpu_adam/lock: No space left .*TORCH_EXTENSIONS_DIR"), own_build_locks():
-        if wrapped:
-            raise RuntimeError("the op failed to build") from full
-        raise full
+    error: Exception = full
+    if wrapped:
+        error = RuntimeError("the op failed to build")
+        error.__cause__ = full
+    with pytest.raises(UserError, match=r"cpu_adam/lock: No space left .*TORCH_EXTENSIONS_DIR"), own_build_locks():
+        raise error
     with pytest.raises(RuntimeError, match="no compiler"), own_build_locks():
         raise RuntimeError("no compiler")
     assert torch.utils.cpp_extension.FileBaton is BuildLock
