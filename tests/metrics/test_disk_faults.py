@@ -165,7 +165,6 @@ def test_the_log_says_once_that_it_cannot_be_written(tmp_path: Path, capsys: pyt
         configure_logging(0, log_file=tmp_path / "log.txt")
         handler = LOGGER.handlers[1]
         assert isinstance(handler, logging.FileHandler)
-        handler.stream.close()
         handler.stream = Path("/dev/full").open("a")  # noqa: SIM115 - closed with the handler
         for number in range(3):
             LOGGER.info("line %d", number)
