@@ -10,6 +10,7 @@ import typer
 
 from megatron_ext.cli.common import ConfigPath, Overrides
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.places import OUTPUT_DIR, check_place
 
 if TYPE_CHECKING:
     from megatron_ext.experiments.tune import Tuning
@@ -108,7 +109,6 @@ def command(
     from megatron_ext.experiments import tune_space
     from megatron_ext.experiments.tune import Tuning
     from megatron_ext.model.counts import count_parameters
-    from megatron_ext.runtime.places import OUTPUT_DIR, check_place
 
     if not threshold > 1 or not notch > 1:
         raise UserError(f"--threshold is {threshold:g} and --notch is {notch:g}: write numbers above 1")
