@@ -16,7 +16,8 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader
-from megatron_ext.data.token_files import TokenFileWriter, TokenPaths
+from megatron_ext.data.token_files import TokenPaths
+from megatron_ext.data.token_writer import TokenFileWriter
 
 VOCABULARY = 50257
 BATCH = 512

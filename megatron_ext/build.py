@@ -14,10 +14,8 @@ from megatron_ext.checkpoint.store import Manifest
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.training import ProfileConfig
-from megatron_ext.curriculum.guards import Guard
-from megatron_ext.curriculum.loss_ratio import LossRatio
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.curriculum.guards import Guard, LossRatio
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
@@ -121,7 +119,7 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             loss_ratio=loss_ratio,
             guard=guard,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
-            pending=PendingSteps(),
+            pending=PendingSteps(left_out=int(resumed.guard.get("left_out", 0)) if resumed else 0),
             rates=_rates(config.model, config.metrics.peak_tflops, ranks=processes.info.world_size),
             recorder=recorder,
             profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
@@ -188,7 +186,7 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
         streams=streams,
         processes=processes,
         identity=RunIdentity(config.model_dump(mode="json"), config.determining_values(), layout),
-        keep_last=config.checkpoint.keep_last,
+        config=config.checkpoint,
     )
 
 

@@ -7,6 +7,13 @@ from typing import Any
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or could not show, as Python's escapes; lines and tabs stay."""
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def format_count(number: float) -> str:
     """A number of tokens or steps in four digits: 950, 9,999, 12.35K, 4.56M, 157.3B."""
     # 9,999.5 and 999,960 round to five digits: the next unit is theirs.

@@ -26,7 +26,7 @@ from megatron_ext.runtime.environment import (
 )
 from megatron_ext.runtime.log import LOGGER, configure_logging
 from megatron_ext.runtime.run_lock import run_lock
-from megatron_ext.runtime.signals import StopRequest, catch_stop_signals, ignore_stop_signals
+from megatron_ext.runtime.signals import StoppedEarlyError, StopRequest, catch_stop_signals, ignore_stop_signals
 
 if TYPE_CHECKING:
     from megatron_ext.launch.preflight import Preflight
@@ -98,7 +98,7 @@ def _run(rank: _Rank) -> int:
     device = select_device(info.local_rank)
     prepare_libraries(info, device.accelerator)
 
-    from megatron_ext.runtime.rendezvous import StoppedEarlyError, join_rendezvous
+    from megatron_ext.runtime.rendezvous import join_rendezvous
 
     # Ranks find each other before any collective, so that one that does not come can be named.
     cluster = config.cluster
@@ -107,6 +107,7 @@ def _run(rank: _Rank) -> int:
             info,
             seconds=cluster.rendezvous_seconds,
             interface=cluster.interface,
+            run_dir=config.run_dir,
             stopped=lambda: rank.stop.requested,
         )
     except StoppedEarlyError:

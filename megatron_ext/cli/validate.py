@@ -1,8 +1,7 @@
 """``megatron-ext validate``: is this config right, and what does it say."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,19 +16,22 @@ from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.places import problem_of, unusable
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="Write the resolved config, every value in one file, for ranks that another launcher starts.",
-        show_default=False,
-    ),
-]
 
-
-def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False, output: Output = None) -> None:
+def command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    *,
+    as_json: AsJson = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the resolved config, every value in one file, for ranks that another launcher starts.",
+        ),
+    ] = None,
+) -> None:
     """Check a run config and say in a few lines what it describes.
 
     Prints every problem it finds, each with its key, the value found and what to write, and exits with 2.
@@ -38,8 +40,11 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     """
     try:
         run = load_config(config, overrides or ())
-        with _naming(config):
+        try:
             plan = run.plan()
+        except UserError as error:
+            # It compares durations that only a plan can compare, steps with tokens.
+            raise UserError(f"{config}: {error}") from None
     except UserError as error:
         if not as_json:
             raise
@@ -68,15 +73,6 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
         typer.echo(f"warning: {warning}", err=True)
     lines = [*summary(run), f"plan        {_totals(plan, list(run.possible_plans().values()))}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
-
-
-@contextmanager
-def _naming(source: Path) -> Iterator[None]:
-    """Name the file in what the plan finds: it compares durations that only a plan can compare, steps with tokens."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
 def _totals(plan: TrainingPlan, plans: Sequence[TrainingPlan]) -> str:

@@ -1,7 +1,7 @@
 """From JSON files and ``--set`` arguments to a checked RunConfig: strict JSON, ``extends``, presets, overrides."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -10,12 +10,18 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from megatron_ext.config.merging import Layer, Tree, dotted, merge_all
-from megatron_ext.config.messages import explain
+from megatron_ext.config.messages import explain, show
+from megatron_ext.config.resolved import read_regular
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 
 _PRESET = "preset:"
 _IGNORED_KEYS = ("$comment", "$schema")
+_MAX_DEPTH = 64
+"""Of objects and lists in each other; a run config has about five."""
+_TOO_DEEP = "the JSON is nested too deeply to be a run config"
+_MAX_FILES = 200
+"""That may be extended, one by the other or by one file."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -58,9 +64,11 @@ def _parse_override(text: str) -> Tree:
         UserError: there is no ``=``, or a part of the key is empty.
     """
     key, separator, value = text.partition("=")
-    parts = key.strip().split(".")
+    parts = key.strip().split(".", _MAX_DEPTH)
     if not separator or not all(parts):
-        raise UserError(f"--set {text!r} is not of the form section.key=value; for example --set training.seq_len=512")
+        raise UserError(f"--set {show(text)} is not of the form section.key=value; e.g. --set training.seq_len=512")
+    if len(parts) > _MAX_DEPTH:
+        raise UserError(f"--set {show(text)}: no key has more than {_MAX_DEPTH} parts")
     tree: Any = _parse_value(value)
     for part in reversed(parts):
         tree = {part: tree}
@@ -74,9 +82,13 @@ def parse_overrides(overrides: Sequence[str]) -> Tree:
 
 def _parse_value(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        _check_tree(value, path=(), source="--set")
+    except RecursionError:
+        raise UserError(f"--set {show(text)}: {_TOO_DEEP}") from None
     except ValueError:
         return text
+    return value
 
 
 class _Repeated(dict[str, Any]):
@@ -98,22 +110,30 @@ def read_layers(path: Path) -> list[Layer]:
         UserError: a file is missing, unreadable or no strict JSON object, or ``extends`` is of the wrong type, names
             an unknown preset, or leads back to a file that is being read.
     """
-    return _read(path, chain=())
+    # From the last one to the first, so that of a file that is reached several times the last place is kept: there it
+    # wins over what comes before, whatever that is.
+    layers: dict[Path | str, Layer] = {}
+    _read(path, chain=(), into=layers)
+    return list(reversed(layers.values()))
 
 
-def _read(path: Path, *, chain: tuple[Path, ...]) -> list[Layer]:
+def _read(path: Path, *, chain: tuple[Path, ...], into: dict[Path | str, Layer]) -> None:
     resolved = _resolve(path)
     if resolved in chain:
         loop = " -> ".join(str(item) for item in (*chain[chain.index(resolved) :], resolved))
         raise UserError(f'{chain[-1]}: "extends" goes round in a circle: {loop}; remove one of these links')
-    tree = parse_json(_read_text(path, named_by=chain[-1] if chain else None), source=str(path))
-    layers: list[Layer] = []
-    for name in _extended(tree, source=str(path)):
-        if name.startswith(_PRESET):
-            layers.append(_preset(name.removeprefix(_PRESET), source=str(path)))
-        else:
-            layers.extend(_read(path.parent / name, chain=(*chain, resolved)))
-    return [*layers, Layer(str(path), {key: value for key, value in tree.items() if key != "extends"})]
+    if resolved in into:
+        return
+    if len(into) == _MAX_FILES:
+        raise UserError(f'{chain[-1]}: "extends" leads to more than {_MAX_FILES} files; put some of them together')
+    text = _read_text(path, named_by=chain[-1] if chain else None)
+    tree = parse_json(text, source=str(path), quote=not chain)
+    into[resolved] = Layer(str(path), {key: value for key, value in tree.items() if key != "extends"})
+    for name in reversed(_extended(tree, source=str(path))):
+        if not name.startswith(_PRESET):
+            _read(path.parent / name, chain=(*chain, resolved), into=into)
+        elif name not in into:
+            into[name] = _preset(name.removeprefix(_PRESET), source=str(path))
 
 
 def _resolve(path: Path) -> Path:
@@ -128,9 +148,7 @@ def _extended(tree: Tree, *, source: str) -> Sequence[str]:
     names = tree.get("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(
-            f"{source}: extends is {json.dumps(names)}: expected a file name, preset:NAME, or a list of these"
-        )
+        raise UserError(f"{source}: extends is {show(names)}: expected a file name, preset:NAME, or a list of these")
     return names
 
 
@@ -147,7 +165,7 @@ def _preset(name: str, *, source: str) -> Layer:
 def _read_text(path: Path, *, named_by: Path | None) -> str:
     where = f' (named by "extends" in {named_by})' if named_by else ""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_regular(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist{where}; check the path{_neighbors(path)}") from None
     except IsADirectoryError:
@@ -167,30 +185,43 @@ def _neighbors(path: Path) -> str:
     return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
-def parse_json(text: str, *, source: str) -> Tree:
+def parse_json(text: str, *, source: str, quote: bool = True) -> Tree:
     """A strict JSON object: no repeated keys, no NaN; ``$comment`` and ``$schema`` keys are dropped.
+
+    Args:
+        text: the JSON.
+        source: what a message calls it.
+        quote: whether a message may show what stands where the syntax is wrong; never of what does not begin as an
+            object does, since ``extends`` may name any file.
 
     Raises:
         UserError: naming ``source`` and, for a syntax error, line and column.
     """
     try:
         tree = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        _check_tree(tree, path=(), source=source)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{source}:{error.lineno}:{error.colno}: no valid JSON at line {error.lineno}, column {error.colno}: "
-            f"{_syntax_hint(error)}"
+            f"{_syntax_hint(error, quote=quote and text.lstrip().startswith('{'))}"
         ) from None
     except RecursionError:
-        raise UserError(f"{source}: the JSON is nested too deeply to be a run config") from None
+        raise UserError(f"{source}: {_TOO_DEEP}") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    _refuse_repeated(tree, path=(), source=source)
     if not isinstance(tree, dict):
         raise UserError(f"{source}: the file holds {_kind(tree)}: expected a JSON object, {{...}}")
     return tree
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Tree:
+    tree = dict(pairs)
+    for key in _IGNORED_KEYS:
+        tree.pop(key, None)
+    if len(tree) == len(pairs):
+        return tree
     seen = _Repeated()
     for key, value in pairs:
         if key in _IGNORED_KEYS:
@@ -205,19 +236,21 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number that JSON or a run config knows; write a finite number")
 
 
-def _refuse_repeated(value: Any, *, path: tuple[str | int, ...], source: str) -> None:
+def _check_tree(value: Any, *, path: tuple[str | int, ...], source: str) -> None:
+    """Raise UserError for a key that is written twice, RecursionError for what is deeper than what follows can take."""
+    if len(path) > _MAX_DEPTH:
+        raise RecursionError
     if isinstance(value, _Repeated) and value.key is not None:
         key = dotted((*path, value.key))
         raise UserError(f"{source}: {key} is written twice in the same object; keep one of the two")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_repeated(item, path=(*path, key), source=source)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_repeated(item, path=(*path, index), source=source)
+    if isinstance(value, dict | list):
+        items: Iterable[tuple[str | int, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        for part, item in items:
+            if isinstance(item, dict | list):
+                _check_tree(item, path=(*path, part), source=source)
 
 
-def _syntax_hint(error: json.JSONDecodeError) -> str:
+def _syntax_hint(error: json.JSONDecodeError, *, quote: bool) -> str:
     rest = error.doc[error.pos : error.pos + 30].lstrip()
     before = error.doc[: error.pos].rstrip()
     if not error.doc.strip():
@@ -228,8 +261,8 @@ def _syntax_hint(error: json.JSONDecodeError) -> str:
         return f"remove the comma before {rest[0]!r}"
     if rest.startswith("'"):
         return "strings take double quotes"
-    found = f"found {rest.splitlines()[0]!r}" if rest else "the file ends too early"
-    return f"{found}; {error.msg[0].lower()}{error.msg[1:]}"
+    found = "the file ends too early; " if not rest else f"found {rest.splitlines()[0]!r}; " if quote else ""
+    return f"{found}{error.msg[0].lower()}{error.msg[1:]}"
 
 
 def _kind(value: Any) -> str:

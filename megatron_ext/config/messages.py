@@ -17,16 +17,19 @@ from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
 _SHOWN: Final = 80
+_MOST: Final = 50
+"""Problems that are told; each one is looked up in everything that a config may hold."""
 
 
 class ConfigError(UserError):
-    """A run config with problems; its message lists all of them, one line each."""
+    """A run config with problems; its message lists them, one line each, of very many the first ones."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], *, more: int = 0) -> None:
         self.problems = tuple(problems)
-        single = len(self.problems) == 1
-        heading = [] if single else [f"{len(self.problems)} problems in the run config:"]
-        super().__init__("\n  ".join([*heading, *self.problems]))
+        count = len(self.problems) + more
+        heading = [] if count == 1 else [f"{count:,} problems in the run config:"]
+        rest = [f"and {more:,} more"] if more else []
+        super().__init__("\n  ".join([*heading, *self.problems, *rest]))
 
 
 def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: Sequence[Layer]) -> ConfigError:
@@ -39,11 +42,11 @@ def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: 
         layers: where the config came from, the last one overriding; the last file names the config.
     """
     lines: list[str] = []
-    for detail in error.errors(include_url=False):
+    for detail in error.errors(include_url=False)[:_MOST]:
         path = _key_path(detail["loc"], tree)
         source = _source(path, layers)
         lines.extend(f"{source}: {line}" for line in _describe(detail, path=path, root=root, tree=tree, source=source))
-    return ConfigError(list(dict.fromkeys(lines)))
+    return ConfigError(list(dict.fromkeys(lines)), more=max(0, error.error_count() - _MOST))
 
 
 def show(value: Any) -> str:

@@ -1,11 +1,32 @@
 """The resolved config of a run: checked once, and written as the one file from which every rank starts."""
 
 import json
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.run import RunConfig
+
+MAX_BYTES = 4 << 20
+"""Of a config file; the longest that makes sense has some kilobytes."""
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a config file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no regular file (a pipe would be waited for, a device has no end), or longer than ``MAX_BYTES``.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it is longer than {MAX_BYTES >> 20} MiB, which no config is")
+    return content
 
 
 def resolved_json(config: RunConfig) -> str:
@@ -14,14 +35,10 @@ def resolved_json(config: RunConfig) -> str:
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run config in ``path``; the loader is needed only for ``extends``, comments, overrides and mistakes.
-
-    Raises:
-        UserError: as ``load_config``.
-    """
+    """The config in ``path``; what is no resolved file takes the loader. Raises UserError as ``load_config``."""
     if not overrides:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode()
             json.loads(text, object_pairs_hook=_without_repeated_keys)
             return RunConfig.model_validate_json(text)
         except (OSError, ValueError, RecursionError):

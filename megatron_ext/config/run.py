@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from megatron_ext.curriculum.learning_rate import LearningRateConfig
 from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
-from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan, plan_problems, possible_plans
+
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What no file name takes, or what gives orders to a terminal."""
 
 # What changes neither the weights nor the data order: a run may be resumed with other values of these.
 _NOT_DETERMINING: dict[str, Any] = {
@@ -41,7 +44,7 @@ class RunConfig(Section):
     """One training run, as its JSON file says it."""
 
     name: str = "run"
-    """Name of the run directory under ``output_dir``."""
+    """Name of the run directory under ``output_dir``: one part of a path, of at most 200 bytes."""
 
     output_dir: str = "runs"
     """Where run directories are made; relative paths start at the working directory."""
@@ -96,6 +99,13 @@ class RunConfig(Section):
 
     def _problems(self) -> Iterator[str]:
         """One line per contradiction between sections: the keys, the values, and what to write instead."""
+        name, places = self.name, {"output_dir": self.output_dir, "data.index_cache": self.data.index_cache or ""}
+        if name in {"", ".", ".."} or "/" in name or _UNFIT.search(name) or len(name.encode(errors="replace")) > 200:
+            shown = json.dumps(name[:80] + "..." * (len(name) > 80))
+            yield f"name is {shown}: one directory under output_dir; no /, no control characters, at most 200 bytes"
+        for key, place in places.items():
+            if _UNFIT.search(place):
+                yield f"{key} is {json.dumps(place)}: no path has control characters"
         seq_len = self.training.seq_len
         yield from self.model.problems(tensor=self.parallel.tensor, seq_len=seq_len)
         yield from self.metrics.problems(seq_len=seq_len, variance_limit=self.curriculum.variance_limit)

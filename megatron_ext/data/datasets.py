@@ -92,8 +92,15 @@ class Samples(Protocol):
     def seq_len(self) -> int:
         """Tokens of a full sequence."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Every id has to be below it; the loaders check what they have read."""
+
     def __len__(self) -> int:
         """Samples there are."""
+
+    def check_files(self) -> None:
+        """Raise UserError where a file has become too short to read; called before each batch."""
 
     def read(self, index: int, first: int, count: int) -> npt.NDArray[np.integer[Any]]:
         """Token ids [first, first + count) of sample ``index``, of the seq_len + 1 it has.
@@ -116,10 +123,13 @@ class Datasets:
 class GPTSamples(GPTDataset):  # type: ignore[misc]
     """megatron-core's GPTDataset with its index in an :class:`IndexCache`."""
 
-    def __init__(self, part: Part, *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> None:
-        self._part, self._source = part, part.source
+    def __init__(
+        self, part: Part, *, samples: int, seq_len: int, vocab_size: int, seed: int, cache: IndexCache
+    ) -> None:
+        self._part, self._source, self.vocab_size = part, part.source, vocab_size
+        self.prefix, self.check_files = part.source.prefix, part.source.check_files
         # A plain array over the mapping: numpy's memmap class makes every slice slow.
-        self._tokens = np.asarray(np.memmap(f"{part.source.prefix}.bin", dtype=part.source.dtype, mode="r"))
+        self._tokens = np.asarray(np.memmap(part.source.opened[0][0], dtype=part.source.dtype, mode="r"))
         self._cache = cache
         self._key = {
             "kind": "gpt samples",
@@ -216,8 +226,18 @@ class Blend:
         """Tokens of a full sequence."""
         return self.parts[0].seq_len
 
+    @property
+    def vocab_size(self) -> int:
+        """Every id has to be below it."""
+        return self.parts[0].vocab_size
+
     def __len__(self) -> int:
         return len(self.part_of)
+
+    def check_files(self) -> None:
+        """Raise UserError where a file has become too short to read."""
+        for part in self.parts:
+            part.check_files()
 
     def read(self, index: int, first: int, count: int) -> npt.NDArray[np.integer[Any]]:
         """Token ids [first, first + count) of sample ``index``."""
@@ -245,8 +265,8 @@ def build_datasets(
     cache = index_cache(data)
     train, valid = open_parts(data, ("train", "valid"), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
     return Datasets(
-        train=_build(train, samples=samples, seq_len=seq_len, seed=seed, cache=cache),
-        valid=_build_valid(valid, samples=valid_samples, seq_len=seq_len, cache=cache),
+        train=_build(train, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed, cache=cache),
+        valid=_build_valid(valid, samples=valid_samples, seq_len=seq_len, vocab_size=vocab_size, cache=cache),
     )
 
 
@@ -254,20 +274,22 @@ def build_training(data: DataConfig, *, seq_len: int, vocab_size: int, samples: 
     """The training samples of :func:`build_datasets` alone. Raises as it does."""
     cache = index_cache(data)
     (parts,) = open_parts(data, ("train",), seq_len=seq_len, vocab_size=vocab_size, cache=cache)
-    return _build(parts, samples=samples, seq_len=seq_len, seed=seed, cache=cache)
+    return _build(parts, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed, cache=cache)
 
 
-def _build_valid(parts: Sequence[Part], *, samples: int, seq_len: int, cache: IndexCache) -> Samples:
+def _build_valid(parts: Sequence[Part], *, samples: int, seq_len: int, vocab_size: int, cache: IndexCache) -> Samples:
     total = sum(part.weight for part in parts)
     # As many samples of each corpus as it has without a second pass.
     without_repeats = min(int(part.samples(seq_len) * total / part.weight) for part in parts)
     samples = max(1, min(samples, without_repeats))
-    return _build(parts, samples=samples, seq_len=seq_len, seed=_VALIDATION_SEED, cache=cache)
+    return _build(parts, samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=_VALIDATION_SEED, cache=cache)
 
 
-def _build(parts: Sequence[Part], *, samples: int, seq_len: int, seed: int, cache: IndexCache) -> Samples:
+def _build(
+    parts: Sequence[Part], *, samples: int, seq_len: int, vocab_size: int, seed: int, cache: IndexCache
+) -> Samples:
     if len(parts) == 1:
-        return GPTSamples(parts[0], samples=samples, seq_len=seq_len, seed=seed, cache=cache)
+        return GPTSamples(parts[0], samples=samples, seq_len=seq_len, vocab_size=vocab_size, seed=seed, cache=cache)
     weights = np.array([part.weight for part in parts]) / sum(part.weight for part in parts)
 
     key = {"kind": "blend", "weights": weights.tolist(), "samples": samples}
@@ -276,7 +298,7 @@ def _build(parts: Sequence[Part], *, samples: int, seq_len: int, seed: int, cach
     counts = np.bincount(arrays["part_of"], minlength=len(parts))
     members = tuple(
         # A corpus of tiny weight may have no turn; its dataset still needs one sample to exist.
-        GPTSamples(part, samples=max(1, int(count)), seq_len=seq_len, seed=seed, cache=cache)
+        GPTSamples(part, samples=max(1, int(count)), seq_len=seq_len, vocab_size=vocab_size, seed=seed, cache=cache)
         for part, count in zip(parts, counts, strict=True)
     )
     return Blend(parts=members, part_of=arrays["part_of"], index_of=arrays["index_of"])

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.runtime.files import publish_directory
+from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.run_lock import advisory_lock
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -39,6 +40,7 @@ _PATIENCE_SECONDS = 600.0
 _LARGE = 20_000_000
 """Elements from which on an entry is built by a process of its own, which takes seconds to start: about as long."""
 _ABANDONED_SECONDS = 24 * 3600.0
+_FOLDED = 4096
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class IndexCache:
     def get(self, key: Mapping[str, Any], build: Build, *, elements: int = 0) -> Arrays:
         """The entry of ``key`` (JSON values), memory-mapped and read-only; ``build`` makes it where it is missing.
 
-        Where the directory cannot be written (a full disk) the arrays are in memory, which the log says.
-        A damaged entry (files missing or cut off) is put aside and built again.
+        Where the directory cannot be written (a full disk) the arrays are in memory, which the log says. A damaged
+        entry, by the checksums in its manifest, is built again and replaced, which the log says too.
 
         Args:
             key: what the entry follows from.
@@ -80,6 +82,8 @@ class IndexCache:
             ):
                 if (arrays := _load(entry)) is not None:
                     return arrays
+                if entry.exists():
+                    LOGGER.warning("index cache: %s is damaged or of an earlier version; it is built again", entry)
                 self._remove_abandoned(name)
                 self._write(entry, text, build, large=elements >= _LARGE)
             arrays = _load(entry)
@@ -100,7 +104,8 @@ class IndexCache:
                 sizes = call_apart(_save, build, partial, directory=self.directory)
             else:
                 sizes = _save(build, partial)
-            manifest = json.dumps({"key": json.loads(key), "bytes": sizes}, indent=2)
+            sums = {name: _checksum(np.load(partial / f"{name}.npy", mmap_mode="r")) for name in sizes}
+            manifest = json.dumps({"key": json.loads(key), "bytes": sizes, "checksums": sums}, indent=2)
             (partial / _MANIFEST).write_text(manifest, encoding="utf-8")
             publish_directory(partial, entry, keep=lambda there: _load(there) is not None)
         finally:
@@ -127,11 +132,28 @@ def _save(build: Build, folder: Path) -> dict[str, int]:
 def _load(entry: Path) -> Arrays | None:
     """The arrays of a whole entry, else None."""
     try:
-        sizes: dict[str, int] = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        sizes, sums = dict(manifest["bytes"]), manifest["checksums"]
         files = {name: entry / f"{name}.npy" for name in sizes}
         if any(files[name].stat().st_size != size for name, size in sizes.items()):
             return None
         # Plain arrays over the mapping: numpy's memmap class makes every access to a single element slow.
-        return {name: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for name, path in files.items()}
-    except (FileNotFoundError, ValueError, KeyError):
+        arrays = {name: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for name, path in files.items()}
+        return arrays if all(_checksum(array) == sums[name] for name, array in arrays.items()) else None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except OSError:
+        raise
+    except Exception:  # what json and numpy raise for damaged files is of many kinds
+        return None
+
+
+def _checksum(array: npt.NDArray[Any]) -> str:
+    """Of shape, type and content, at the speed of the memory: words are folded 512 to one, and the rest is hashed."""
+    content = array.reshape(-1).view(np.uint8)
+    whole = len(content) // _FOLDED * _FOLDED
+    folded = np.bitwise_xor.reduce(content[:whole].view(np.uint64).reshape(-1, _FOLDED // 8), axis=1)
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(folded.tobytes())
+    digest.update(content[whole:].tobytes())
+    return digest.hexdigest()

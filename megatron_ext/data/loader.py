@@ -96,6 +96,7 @@ class _Assembler:
         slices = self.skipped.applied(batch_slices(step, seq_len=self.seq_len, tail=self.tail))
         block = rank_block(slices, self.rank, self.ranks)
 
+        self.dataset.check_files()
         # New memory each time, since the copy to the device may still read from the batch before.
         rows = np.empty((2, len(block), step.seq_len), dtype=np.int64)  # tokens and labels, [2, rank's sequences, s]
         for row in range(len(block)):
@@ -104,6 +105,7 @@ class _Assembler:
             _read(self.dataset, int(block.samples[row]), offset, rows[:, row, :here])
             if here < step.seq_len:  # recycle: the stream goes on in its next sample
                 _read(self.dataset, int(block.next_samples[row]), 0, rows[:, row, here:])
+        _check_ids(self.dataset, rows, np.append(block.samples, block.next_samples))
 
         tokens, labels = torch.from_numpy(rows[0]), torch.from_numpy(rows[1])
         if self.pin_memory:  # here, in the thread: pinning copies the batch
@@ -275,11 +277,13 @@ class ValidationLoader:
             first += size
 
     def _micro_batch(self, first: int, size: int) -> ValidationBatch:
+        self.dataset.check_files()
         last = len(self.dataset) - 1
         rows = np.empty((2, size, self.dataset.seq_len), dtype=np.int64)
         # Beyond the last sample it is read again, with weight 0.
         for row in range(size):
             _read(self.dataset, min(first + row, last), 0, rows[:, row])
+        _check_ids(self.dataset, rows, np.minimum(np.arange(first, first + size), last))
         weights = (np.arange(first, first + size) <= last).astype(np.float32)
         return ValidationBatch(
             tokens=torch.from_numpy(rows[0]), labels=torch.from_numpy(rows[1]), weights=torch.from_numpy(weights)
@@ -292,6 +296,18 @@ def _read(dataset: Samples, sample: int, offset: int, into: npt.NDArray[np.int64
     tokens = dataset.read(sample, offset, into.shape[1] + 1)  # [length + 1]
     into[0] = tokens[:-1]
     into[1] = tokens[1:]
+
+
+def _check_ids(dataset: Samples, rows: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> None:
+    """Raise UserError where an id in ``rows``, read from ``samples``, has no row in the model's embedding.
+
+    A damaged file, whose sidecar was believed at the start; padding rows would train on it without a word.
+    """
+    # As unsigned numbers, of which the negative ones are the largest: one pass over the batch.
+    if rows.view(np.uint64).max(initial=0) >= dataset.vocab_size:
+        from megatron_ext.data.verify import refuse_ids
+
+        refuse_ids(dataset, samples.tolist())
 
 
 def _same_batch(made: PlannedStep, wanted: PlannedStep) -> bool:

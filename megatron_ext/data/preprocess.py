@@ -2,9 +2,11 @@
 
 import multiprocessing
 import signal
+from array import array
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.reading import Chunk, InvalidRecordError, check_files, parse_record, read_chunks
-from megatron_ext.data.token_files import Sidecar, TokenFileWriter, TokenPaths, read_sidecar, token_dtype
+from megatron_ext.data.pieces import NoBoundaryError, pieces
+from megatron_ext.data.reading import Chunk, InvalidRecordError, check_files, parse_record, place, read_chunks
+from megatron_ext.data.token_files import Sidecar, TokenPaths, read_sidecar
+from megatron_ext.data.token_writer import TokenFileWriter, token_dtype
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ext.errors import UserError
 
@@ -91,26 +95,30 @@ class _Encoder:
     append_eod: bool
 
     def encode(self, chunk: Chunk) -> _Encoded:
-        tokens: list[int] = []
+        tokens = array("i")
         lengths: list[int] = []
         problems: list[str] = []
         empty = 0
         for record in chunk.records:
+            before = len(tokens)
             try:
-                text = parse_record(chunk.path, record, self.json_key)
+                for piece in pieces(parse_record(chunk.path, record, self.json_key), self.tokenizer.backend):
+                    tokens.extend(array("i", self.tokenizer.encode(piece)))
             except InvalidRecordError as error:
                 problems.append(str(error))
                 continue
-            ids = self.tokenizer.encode(text)
-            if not ids:
+            except NoBoundaryError as error:
+                problems.append(f"{place(chunk.path, record)}: {error}")
+                del tokens[before:]
+                continue
+            if len(tokens) == before:
                 empty += 1
                 continue
             if self.append_eod:
-                ids.append(self.tokenizer.eod)
-            tokens.extend(ids)
-            lengths.append(len(ids))
+                tokens.append(self.tokenizer.eod)
+            lengths.append(len(tokens) - before)
         return _Encoded(
-            tokens=np.array(tokens, dtype=np.int32),
+            tokens=np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, dtype=np.int32),
             lengths=np.array(lengths, dtype=np.int32),
             empty=empty,
             problems=tuple(problems),
@@ -141,8 +149,9 @@ def preprocess(files: tuple[Path, ...], output: Path, options: PreprocessOptions
 def preprocess_steps(files: tuple[Path, ...], output: Path, options: PreprocessOptions) -> Iterator[PreprocessProgress]:
     """Write PREFIX.bin, .idx and .json for ``output`` = PREFIX, yielding the progress after every chunk.
 
-    Memory is bounded by the chunks under way (about 256 KiB each, :data:`_AHEAD` per worker) and the longest document.
-    Nothing is left behind when the iteration ends early.
+    Memory is bounded by the chunks under way (about 256 KiB each, :data:`_AHEAD` per worker) and the longest document, of
+    which at most 8 times its size is needed (data/pieces.py says for which tokenizers; for others 200 times). Nothing is
+    left behind when the iteration ends early, and what a killed process left is removed.
 
     Raises:
         UserError: input missing, damaged or without a document; an invalid record (unless skipped); existing output.
@@ -220,6 +229,11 @@ def _in_workers(chunks: Iterator[Chunk], options: PreprocessOptions) -> Generato
         while pending:
             yield pending.popleft().result()
             pending.extend(pool.submit(_encode_in_worker, options, chunk) for chunk in islice(chunks, 1))
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenizes was killed; the usual cause is too little memory for the longest document on this "
+            "machine: use fewer --workers, or break the document up"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

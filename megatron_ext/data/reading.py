@@ -3,15 +3,19 @@
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from megatron_ext.errors import UserError
 
 CHUNK_BYTES = 256 * 1024
 
 _READ_BYTES = 64 * 1024  # small, so that one block of a highly compressible file cannot fill the memory
+_LARGE = 1 << 20
 _JSON_SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -70,13 +74,24 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     yield Chunk(path=str(path), records=tuple(records), bytes_read=path.stat().st_size - reported)
 
 
+def place(path: str, record: Record) -> str:
+    """Where a record stands, for messages."""
+    return f"{path}, line {record.line}" if record.line else path
+
+
 def parse_record(path: str, record: Record, json_key: str) -> str:
     """Text of a record.
 
     Raises:
         InvalidRecordError: not UTF-8, broken JSON, no object, key missing, not a string, or half a surrogate pair.
     """
-    where = f"{path}, line {record.line}" if record.line else path
+    where = place(path, record)
+    if record.line and len(record.raw) > _LARGE:
+        # Needs half the memory; what it does not take goes the long way, to the same text or to a message.
+        with suppress(ValueError, AttributeError):
+            large = orjson.loads(record.raw).get(json_key)
+            if isinstance(large, str):
+                return large
     try:
         text = record.raw.decode("utf-8")
     except UnicodeDecodeError as error:

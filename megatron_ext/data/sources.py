@@ -3,32 +3,25 @@
 Imports no torch, so that what is wrong with the data is said before there are ranks.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.data import DataConfig, DataSource
-from megatron_ext.data.index_cache import Arrays, IndexCache
-from megatron_ext.data.token_files import (
-    DTYPES,
-    HEADER,
-    MAGIC,
-    Sidecar,
-    TokenPaths,
-    file_sha256,
-    read_sidecar,
-)
+from megatron_ext.data.index_cache import IndexCache
+from megatron_ext.data.token_files import DTYPES, HEADER, MAGIC, Sidecar, TokenPaths, file_sha256, read_sidecar
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizers import Tokenizer
 
-_SCAN_TOKENS = 1 << 24
+_CHECKED_TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,9 @@ class TokenSource:
     bin_bytes: int
     """Size of the .bin file."""
 
+    opened: tuple[tuple[IO[bytes], int], ...]
+    """The .bin and the .idx file, open, each with its size."""
+
     idx_sha256: str
     """SHA-256 (hex) of the .idx file."""
 
@@ -70,6 +66,15 @@ class TokenSource:
         """Tokens of documents [first, end)."""
         return int(self.lengths[first:end].sum(dtype=np.int64))
 
+    def check_files(self) -> None:
+        """Raise UserError where a file has become shorter: a read beyond its end would end the process (SIGBUS)."""
+        for file, size in self.opened:
+            if (found := os.fstat(file.fileno()).st_size) < size:
+                raise UserError(
+                    f"{file.name}: cut off while it was read, {found:,} bytes where it had {size:,}; bring the file "
+                    "back and start again"
+                )
+
 
 def open_source(prefix: str) -> TokenSource:
     """Open a corpus and check that its files are whole and belong together.
@@ -82,10 +87,16 @@ def open_source(prefix: str) -> TokenSource:
         if not path.is_file():
             hint = " (give the prefix without .bin or .idx)" if Path(prefix).suffix in {".bin", ".idx"} else ""
             raise UserError(f"data source {prefix}: {path} does not exist{hint}; megatron-ext preprocess writes it")
+    try:
+        opened = tuple((path.open("rb"), path.stat().st_size) for path in (paths.bin, paths.idx))
+    except OSError as error:
+        raise UserError(f"data source {prefix}: {error.filename} cannot be read ({error.strerror})") from None
     dtype, lengths, positions = _read_index(paths.idx)
     _check_sizes(paths, dtype, lengths, positions)
     idx_sha256, sidecar = file_sha256(paths.idx), read_sidecar(paths.sidecar)
-    if sidecar is not None and sidecar.idx_sha256 != idx_sha256:
+    if sidecar is None:  # else the checksum tells
+        _check_positions(paths.idx, dtype, lengths, positions)
+    elif sidecar.idx_sha256 != idx_sha256:
         raise UserError(
             f"{paths.sidecar} describes other files than {paths.idx}; run megatron-ext preprocess again, or delete "
             f"{paths.sidecar} if the token files come from another tool"
@@ -95,7 +106,8 @@ def open_source(prefix: str) -> TokenSource:
         dtype=dtype,
         lengths=lengths,
         positions=positions,
-        bin_bytes=paths.bin.stat().st_size,
+        bin_bytes=opened[0][1],
+        opened=opened,
         idx_sha256=idx_sha256,
         sidecar=sidecar,
     )
@@ -123,7 +135,9 @@ def check_tokens(source: TokenSource, *, tokenizer: "Tokenizer | None", vocab_si
     elif np.iinfo(source.dtype).min == 0 and np.iinfo(source.dtype).max < vocab_size:
         return
     else:
-        low, high = _token_range(source, cache)
+        from megatron_ext.data.verify import token_range  # a pass over the file, kept in the cache
+
+        low, high = token_range(source, cache)
     if low < 0:
         raise UserError(f"data source {source.prefix}: holds the negative token id {low}; these are no token files")
     if high >= vocab_size:
@@ -168,7 +182,7 @@ def _check_sizes(
 ) -> None:
     tokens = int(lengths.sum(dtype=np.int64))
     if int(lengths.min()) < 0 or int(positions[-1]) + int(lengths[-1]) * dtype.itemsize != tokens * dtype.itemsize:
-        raise UserError(f"{paths.idx}: damaged, its lengths and positions contradict each other")
+        raise _contradicted(paths.idx)
     if not tokens:
         raise UserError(f"{paths.idx}: empty corpus, it holds no token")
     found, expected = paths.bin.stat().st_size, tokens * dtype.itemsize
@@ -180,24 +194,22 @@ def _check_sizes(
         )
 
 
-def _token_range(source: TokenSource, cache: IndexCache) -> tuple[int, int]:
-    path = TokenPaths.of(source.prefix).bin
+def _check_positions(
+    path: Path, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32], positions: npt.NDArray[np.int64]
+) -> None:
+    """Every document begins where the one before ends; looked at in parts, which bounds the memory."""
+    if positions[0]:
+        raise _contradicted(path)
+    for first in range(0, len(lengths), _CHECKED_TOGETHER):
+        part = slice(first, first + _CHECKED_TOGETHER + 1)  # the last one of a part is the first one of the next
+        if (np.diff(positions[part]) != np.int64(dtype.itemsize) * lengths[part][:-1]).any():
+            raise _contradicted(path)
 
-    def scan() -> Arrays:
-        tokens = np.memmap(path, dtype=source.dtype, mode="r")
-        parts = [tokens[first : first + _SCAN_TOKENS] for first in range(0, len(tokens), _SCAN_TOKENS)]
-        low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
-        return {"range": np.array([low, high], dtype=np.int64)}
 
-    # The index says nothing of the ids, so the file itself is in the key; by its time, since hashing is a scan too.
-    key = {
-        "kind": "token range",
-        "idx_sha256": source.idx_sha256,
-        "bin_bytes": source.bin_bytes,
-        "bin_mtime_ns": path.stat().st_mtime_ns,
-    }
-    low, high = cache.get(key, scan)["range"].tolist()
-    return low, high
+def _contradicted(path: Path) -> UserError:
+    return UserError(
+        f"{path}: damaged, its lengths and positions contradict each other; fetch it or run megatron-ext preprocess again"
+    )
 
 
 Use = Literal["train", "valid"]

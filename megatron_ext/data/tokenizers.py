@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ext.data.pieces import NoBoundaryError, pieces
 from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import replace_text
 
@@ -106,13 +107,21 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    some = (text for text in texts if text)
+    some = (piece for text in texts for piece in _pieces(text, backend))
     first = next(some, None)
     if first is None:
         raise UserError("empty corpus: there is no text to train a tokenizer on")
     backend.train_from_iterator(chain([first], some), trainer=trainer)
     backend.add_special_tokens([END_OF_DOCUMENT])
     return Tokenizer(name="trained", backend=backend, eod=backend.get_vocab()[END_OF_DOCUMENT])
+
+
+def _pieces(text: str, backend: Any) -> Iterator[str]:
+    """The words of a text in bounded memory; the same ones, and so the same tokenizer, as of the whole."""
+    try:
+        yield from filter(None, pieces(text, backend))
+    except NoBoundaryError as error:
+        raise UserError(f"a document has {error}") from None
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

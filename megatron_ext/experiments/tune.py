@@ -44,7 +44,7 @@ def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, Prob
     """The finished probes in ``folder``, in the order in which they were run; none where nothing was tuned yet.
 
     Raises:
-        UserError: the file is damaged, or its probes belong to another run or were judged by other settings.
+        UserError: the file is damaged, or its probes belong to another run or were probed by other settings.
     """
     path = folder / FILE_NAME
     try:

@@ -17,7 +17,7 @@ from megatron_ext.experiments.tune_search import Candidate, Grid
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a probe is run and judged: probes with other settings do not compare."""
+    """How a probe is run and decided: probes with other settings do not compare."""
 
     threshold: float
     """Perplexity above this times the best so far is a significant fluctuation."""
@@ -172,7 +172,7 @@ def grid_of(tune_run: TuneRun, starts: Sequence[int], spacing: DurationSpacing, 
 
 
 def _durations_of(tune_run: TuneRun, start: int, spacing: DurationSpacing, *, first: int) -> tuple[int, ...]:
-    # The first T has to fit: what is wrong with the start or the run is told here.
+    # The first T has to fit: what is wrong with the start or the run is said here.
     tune_run.plan(Candidate(start, first))
     if spacing.given is not None:
         return tuple(steps for steps in spacing.given if steps <= first or _fits(tune_run, Candidate(start, steps)))

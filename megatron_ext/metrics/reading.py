@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,10 +96,14 @@ def read_columns(path: Path, names: Sequence[str], *, kind: str = "train") -> di
         for name, column in columns.items():
             try:
                 column.extend([math.nan if (item := value.get(name)) is None else item for _, value in kept])  # type: ignore[misc]
-            except TypeError:
-                number, item = next((n, v[name]) for n, v in kept if not isinstance(v.get(name), int | float | None))
-                raise UserError(_not_a_record(file, number, f"{item!r} is no number")) from None
+            except (TypeError, OverflowError):
+                number, item = next((n, v[name]) for n, v in kept if not _is_number(v.get(name)))
+                raise UserError(_not_a_record(file, number, f"{str(item)[:80]!r} is no number")) from None
     return {name: np.frombuffer(column) if column else np.empty(0) for name, column in columns.items()}
+
+
+def _is_number(item: object) -> bool:
+    return item is None or isinstance(item, float) or (isinstance(item, int) and abs(item) <= sys.float_info.max)
 
 
 def metrics_file(path: Path) -> Path:
@@ -150,7 +155,7 @@ def _parse(path: Path, lines: Sequence[tuple[int, bytes]]) -> list[object]:
     for number, line in lines:
         try:
             values.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 break
             raise UserError(_not_a_record(path, number, str(error))) from None

@@ -23,6 +23,13 @@ class RandomSamples:
     vocabulary: int = 5
     seq_len: int = FULL
 
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary
+
+    def check_files(self) -> None:
+        """There are none."""
+
     def __len__(self) -> int:
         return self.count
 

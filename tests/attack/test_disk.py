@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(small_disk: Path, corpus:
         before = len(train_records(run))
         time.sleep(3)
         assert process.poll() is None, "the run ended on a full disk although it had nothing to save"
-        assert len(train_records(run)) <= before + 1
+        assert len(train_records(run)) <= before + 16, "the last page of the file has room for a few lines"
         ballast.unlink()
         assert process.wait(timeout=240) == 0
         assert process.stderr is not None

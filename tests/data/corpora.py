@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.data.datasets import Datasets, Samples, build_datasets
-from megatron_ext.data.token_files import TokenFileWriter, TokenPaths
+from megatron_ext.data.token_files import TokenPaths
+from megatron_ext.data.token_writer import TokenFileWriter
 
 SEPARATOR = 0
 VOCABULARY = 60_000

@@ -110,7 +110,8 @@ def test_other_key_other_entry(tmp_path: Path) -> None:
     entry = tmp_path / "2732d83cc2ed39cc8f67c0b12b075bcd"
     assert {path.name for path in entry.iterdir()} == {"a.npy", "b.npy", "manifest.json"}
     manifest = json.loads((entry / "manifest.json").read_text())
-    assert manifest == {"key": KEY, "bytes": {"a": 8128, "b": 152}}
+    assert {name: manifest[name] for name in ("key", "bytes")} == {"key": KEY, "bytes": {"a": 8128, "b": 152}}
+    assert manifest["checksums"].keys() == {"a", "b"}
 
 
 def test_processes_that_start_at_once_build_one_entry(tmp_path: Path) -> None:

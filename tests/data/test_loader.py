@@ -172,6 +172,13 @@ class _Failing:
     def seq_len(self) -> int:
         return self.inner.seq_len
 
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    def check_files(self) -> None:
+        self.inner.check_files()
+
     def __len__(self) -> int:
         return len(self.inner)
 

@@ -13,7 +13,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ext.data.preprocess import PreprocessOptions, preprocess, preprocess_steps
-from megatron_ext.data.token_files import TokenPaths, read_sidecar, token_dtype
+from megatron_ext.data.token_files import TokenPaths, read_sidecar
+from megatron_ext.data.token_writer import token_dtype
 from megatron_ext.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from megatron_ext.errors import UserError
 

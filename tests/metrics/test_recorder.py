@@ -90,15 +90,6 @@ def test_a_terminal_gets_a_bar_and_the_log_file_lines_in_any_case(
             assert line in kept
 
 
-def test_without_sinks_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    recorder = Recorder()
-    record_steps(recorder, 1, 2)
-    recorder.event("checkpoint", step=2)
-    recorder.close()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("terminal", [False, True])
 def test_steps_are_taken_back_and_kept_aside(tmp_path: Path, terminal: bool) -> None:
     recorder = Recorder(sinks_of(tmp_path, terminal=terminal, tensorboard=True))

@@ -39,14 +39,9 @@ class Library:
 
     backend: Backend
     path: Path
-    seconds: float
-    """How long its build took."""
-
-    built_now: bool
-    """Whether this call built it; False where it was there."""
-
-    architectures: tuple[str, ...]
-    """CUDA architectures it was compiled for, empty of the CPU's."""
+    seconds: float  # how long its build took
+    built_now: bool  # whether this call built it; False where it was there
+    architectures: tuple[str, ...]  # CUDA architectures it was compiled for, empty of the CPU's
 
 
 def cached_library(recipe: Recipe, cache: Path) -> Library | None:
@@ -57,20 +52,11 @@ def cached_library(recipe: Recipe, cache: Path) -> Library | None:
 def build_library(
     recipe: Recipe, cache: Path, *, jobs: int, force: bool = False, patience_seconds: float = _PATIENCE_SECONDS
 ) -> Library:
-    """The library of ``recipe`` in ``cache``, built where it is not there.
+    """The library of ``recipe`` in the folder ``cache``, built where it is not there, with ``jobs`` compilers at once.
 
-    Of several processes that ask at once one builds, and the others take what it built.
-
-    Args:
-        recipe: What to build.
-        cache: Folder of all results; is made.
-        jobs: Compilers to run at once.
-        force: Build also where the result is there, and replace it.
-        patience_seconds: How long to wait for another process that builds it before building it as well.
-
-    Raises:
-        KernelsUnavailableError: a compiler failed, now or when the same was tried before, or the cache cannot be
-            written.
+    Of several processes that ask at once one builds, and the others take what it built; one that has waited for
+    ``patience_seconds`` builds it as well. ``force`` builds also where the result is there, and replaces it. Raises
+    KernelsUnavailableError if a compiler failed, now or when the same was tried before, or the cache cannot be written.
     """
     folder, failed = cache / recipe.key, _failure_log(cache, recipe)
     before = _publication(folder) if force else None

@@ -39,7 +39,6 @@ def small_recipe(folder: Path) -> Recipe:
 
 
 def build_small(folder: Path, *, force: bool = False) -> Library:
-    """Build it into ``folder``/cache."""
     return build_library(small_recipe(folder), folder / "cache", jobs=1, force=force)
 
 
