@@ -73,12 +73,7 @@ class Run:
 
 @contextmanager
 def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Iterator[Run]:
-    """Build everything in the order in which mistakes are cheapest to find, and take it down again.
-
-    Raises:
-        UserError: something is wrong with config, data, checkpoint or the run directory.
-        RunStopped: at the end, on all ranks: some of the metrics could not be written.
-    """
+    """Build everything in the order in which mistakes are cheapest to find, and take it down again."""
     # The plan first: data, length of the run and learning rate follow from it.
     schedule = config.schedule()
     plan = schedule.plan
@@ -128,25 +123,12 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
         )
-        with loader, _closed_at_the_end(run):
+        with _recording(recorder, processes), loader:
             yield run
+            if run.profiler is not None:
+                run.profiler.close()
     finally:
         destroy_parallel()
-
-
-@contextmanager
-def _closed_at_the_end(run: Run) -> Iterator[None]:
-    """End traces and metrics; a run that ends well ends all the same where some of its metrics are not written."""
-    try:
-        yield
-        if run.profiler is not None:
-            run.profiler.close()
-    except BaseException:
-        if missing := run.recorder.close():
-            LOGGER.warning(missing)
-        raise
-    if found := run.processes.agree_from_main(run.recorder.close()):
-        raise RunStopped(str(found))
 
 
 def build_samples(config: RunConfig, plan: TrainingPlan) -> Datasets:
@@ -258,6 +240,19 @@ def _open_recorder(
     recorder = Recorder(sinks)
     recorder.event("resume" if resumed else "start", step=step, tokens=tokens, world_size=processes.info.world_size)
     return recorder
+
+
+@contextmanager
+def _recording(recorder: Recorder, processes: Processes) -> Iterator[None]:
+    """Close the recorder at the end; RunStopped on all ranks where it could not write all of the metrics."""
+    try:
+        yield
+    except BaseException:
+        if lacks := recorder.close():
+            LOGGER.warning(lacks)
+        raise
+    if missing := processes.agree_from_main(recorder.close()):
+        raise RunStopped(str(missing))
 
 
 def restore_host_state(manifest: Manifest, *, schedule: Schedule, loader: TrainLoader, loss_ratio: LossRatio) -> None:

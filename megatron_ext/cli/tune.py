@@ -11,6 +11,7 @@ import typer
 
 from megatron_ext.cli.common import ConfigPath, Overrides, grouped, whole_numbers
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.places import OUTPUT_DIR, check_place
 
 if TYPE_CHECKING:
     from megatron_ext.experiments.tune import Tuning
@@ -96,7 +97,6 @@ def command(config: ConfigPath, *, overrides: Overrides = None, options: TuneOpt
     from megatron_ext.experiments import tune_space
     from megatron_ext.experiments.tune import Tuning
     from megatron_ext.model.counts import count_parameters
-    from megatron_ext.runtime.places import OUTPUT_DIR, check_place
 
     if not options.threshold > 1 or not options.notch > 1:
         raise UserError(f"--threshold is {options.threshold:g} and --notch is {options.notch:g}: write numbers above 1")
