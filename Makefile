@@ -31,6 +31,9 @@ NEWEST_PYTHON ?= python3.12
 
 # Tests start up to four processes on a machine that may have two cores: one thread each.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:cacheprovider
+# Test files at a time: while one waits for processes to load, another computes.
+WORKERS ?= 2
+IN_PARALLEL := -n $(WORKERS) --dist loadfile
 
 .PHONY: help venv demo test test-fast golden test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu \
 	test-lowest test-newest check format bench clean distclean
@@ -72,11 +75,11 @@ demo: venv
 # The kernels before the tests, so that no test with a time limit waits for a compiler; without one they are skipped.
 test: venv
 	-$(BIN)/python -m megatron_ext kernels build --cpu
-	$(PYTEST) -m 'not slow and not gpu and not cluster'
+	$(PYTEST) $(IN_PARALLEL) -m 'not slow and not gpu and not cluster'
 
 # What to run while writing: under a minute and a half. tests/conftest.py says which tests are left out.
 test-fast: venv
-	$(PYTEST) --quiet --ignore=tests/kernels --ignore=tests/cluster --hypothesis-profile=fast \
+	$(PYTEST) $(IN_PARALLEL) --quiet --ignore=tests/kernels --ignore=tests/cluster --hypothesis-profile=fast \
 		-m 'not (slow or gpu or cluster or kernels or processes)'
 
 golden: venv

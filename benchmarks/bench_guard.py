@@ -18,8 +18,7 @@ import torch.distributed as dist
 from measuring import parser_of
 from megatron_ext.build import build_engine
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.guards import Guard, GuardsConfig
-from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.curriculum.guards import Guard, GuardsConfig, LossRatio
 from megatron_ext.engine.engine import MicroBatch
 from megatron_ext.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_ext.parallel.rng import seed_streams

@@ -2,24 +2,26 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
 from megatron_ext.checkpoint.store import Manifest
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.guards import Guard
-from megatron_ext.curriculum.loss_ratio import LossRatio
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.config.training import ProfileConfig
+from megatron_ext.curriculum.guards import Guard, LossRatio
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan
 from megatron_ext.data.datasets import Datasets, build_datasets
 from megatron_ext.data.loader import TrainLoader, ValidationLoader
 from megatron_ext.engine.deepspeed_config import EngineSettings
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
 from megatron_ext.engine.engine import Engine
+from megatron_ext.errors import RunStopped
 from megatron_ext.metrics.adam_variance import AdamVariance
 from megatron_ext.metrics.recorder import Recorder, open_sinks
 from megatron_ext.metrics.step_log import PendingSteps, Rates
@@ -30,6 +32,7 @@ from megatron_ext.parallel.groups import Layout, destroy_parallel, initialize_pa
 from megatron_ext.parallel.rng import RngStreams, seed_streams
 from megatron_ext.runtime.device import Device
 from megatron_ext.runtime.files import replace_text
+from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
 
 if TYPE_CHECKING:
@@ -90,8 +93,6 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
 
         # State: from the newest checkpoint, or the beginning.
         checkpointer = _checkpointer(config, engine, streams=streams, processes=processes)
-        if not config.checkpoint.resume:
-            checkpointer.check_new()
         resumed = checkpointer.resume()
         loss_ratio = LossRatio()
         guard = Guard(config.guards, loss_ratio) if config.guards.are_on else None
@@ -116,13 +117,13 @@ def build_run(config: RunConfig, *, device: Device, processes: Processes) -> Ite
             loss_ratio=loss_ratio,
             guard=guard,
             variance=AdamVariance(engine, config.metrics, device.torch_device, kernels=kernels),
-            pending=PendingSteps(),
-            rates=_rates(config, ranks=processes.info.world_size),
+            pending=PendingSteps(left_out=int(resumed.guard.get("left_out", 0)) if resumed else 0),
+            rates=_rates(config.model, config.metrics.peak_tflops, ranks=processes.info.world_size),
             recorder=recorder,
-            profiler=_profiler(config, device, rank=processes.info.rank),
+            profiler=_profiler(config.metrics.profile, config.run_dir, device=device, rank=processes.info.rank),
             first_step=resumed.step if resumed else 0,
         )
-        with closing(recorder), loader:
+        with _recording(recorder, processes), loader:
             yield run
             if run.profiler is not None:
                 run.profiler.close()
@@ -172,40 +173,43 @@ def build_engine(
 
 
 def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, processes: Processes) -> Checkpointer:
+    """The run's checkpoints. Raises UserError where there are some that must not be continued."""
     layout = {
         "world_size": processes.info.world_size,
         "tensor": config.parallel.tensor,
         "zero_stage": config.parallel.zero_stage,
     }
-    return Checkpointer(
+    checkpointer = Checkpointer(
         config.run_dir / "checkpoints",
         engine,
         streams=streams,
         processes=processes,
         identity=RunIdentity(config.model_dump(mode="json"), config.determining_values(), layout),
-        keep_last=config.checkpoint.keep_last,
+        config=config.checkpoint,
     )
+    if not config.checkpoint.resume:
+        checkpointer.check_new()
+    return checkpointer
 
 
-def _rates(config: RunConfig, *, ranks: int) -> Rates | None:
+def _rates(model: ModelConfig, peak_tflops: float, *, ranks: int) -> Rates | None:
     """What utilization is computed from; None where the peak rate of a device is not known."""
-    if not config.metrics.peak_tflops:
+    if not peak_tflops:
         return None
     from megatron_ext.model.counts import step_flops
 
     return Rates(
-        flops=lambda step: step_flops(config.model, batch_size=step.batch_size, seq_len=step.seq_len),
-        peak_flops=config.metrics.peak_tflops * 1e12 * ranks,
+        flops=lambda step: step_flops(model, batch_size=step.batch_size, seq_len=step.seq_len),
+        peak_flops=peak_tflops * 1e12 * ranks,
     )
 
 
-def _profiler(config: RunConfig, device: Device, *, rank: int) -> "StepProfiler | None":
-    wanted = config.metrics.profile
+def _profiler(wanted: ProfileConfig | None, run_dir: Path, *, device: Device, rank: int) -> "StepProfiler | None":
     if wanted is None or rank not in wanted.ranks:
         return None
     from megatron_ext.runtime.profiler import StepProfiler
 
-    file = config.run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
+    file = run_dir / "profile" / f"step_{wanted.step}_rank_{rank}.json.gz"
     return StepProfiler(file, device, first=wanted.step - 1, count=wanted.steps)
 
 
@@ -217,20 +221,38 @@ def _open_recorder(
         return Recorder()
     step, tokens = (resumed.step, resumed.tokens) if resumed else (0, 0)
     plan = schedule.plan
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", schedule.to_json())):
-        replace_text(config.run_dir / name, json.dumps(content, indent=1) + "\n")
-    sinks = open_sinks(
-        config.run_dir,
-        config.metrics,
-        total_tokens=plan.tokens_at_step(plan.steps_within(config.training.stop_after)),
-        step=step,
-        tokens=tokens,
-        console=Console(stderr=True),
-    )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in (("config.json", config.model_dump(mode="json")), ("plan.json", schedule.to_json())):
+            replace_text(config.run_dir / name, json.dumps(content, indent=1) + "\n")
+        sinks = open_sinks(
+            config.run_dir,
+            config.metrics,
+            total_tokens=plan.tokens_at_step(plan.steps_within(config.training.stop_after)),
+            step=step,
+            tokens=tokens,
+            console=Console(stderr=True),
+        )
+    except OSError as error:
+        from megatron_ext.runtime.places import unwritable
+
+        raise unwritable(config.run_dir, error) from error
     recorder = Recorder(sinks)
     recorder.event("resume" if resumed else "start", step=step, tokens=tokens, world_size=processes.info.world_size)
     return recorder
+
+
+@contextmanager
+def _recording(recorder: Recorder, processes: Processes) -> Iterator[None]:
+    """Close the recorder at the end; RunStopped on all ranks where it could not write all of the metrics."""
+    try:
+        yield
+    except BaseException:
+        if lacks := recorder.close():
+            LOGGER.warning(lacks)
+        raise
+    if missing := processes.agree_from_main(recorder.close()):
+        raise RunStopped(str(missing))
 
 
 def restore_host_state(manifest: Manifest, *, schedule: Schedule, loader: TrainLoader, loss_ratio: LossRatio) -> None:

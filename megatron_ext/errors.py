@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong"; everything else is a bug of ours."""
+"""Exceptions that are no bug of ours: the input is wrong, or a run has to end."""
 
 
 class UserError(ValueError):
@@ -11,6 +11,10 @@ class UserError(ValueError):
     def __str__(self) -> str:
         """The message, in which a name or a value from somewhere else cannot give orders to the terminal."""
         return printable(super().__str__())
+
+
+class RunStopped(Exception):  # noqa: N818 - nothing is wrong with the program
+    """Ends a run on all ranks at once with one message, without a traceback, and with status 1."""
 
 
 def printable(text: str) -> str:

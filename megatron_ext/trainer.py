@@ -4,15 +4,12 @@
 is in the parts, which ``build.py`` makes.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.build import Run, build_run, restore_host_state
+from megatron_ext.build import Run, build_run
 from megatron_ext.config.run import RunConfig
-from megatron_ext.curriculum.guards import GuardStop, Incident
-from megatron_ext.curriculum.plan import PlannedStep, is_due
-from megatron_ext.curriculum.sampler import micro_batch_sizes, positions_between
-from megatron_ext.curriculum.schedule import Decision
+from megatron_ext.curriculum.plan import Decision, PlannedStep, is_due
+from megatron_ext.curriculum.sampler import micro_batch_sizes
 from megatron_ext.engine.engine import MicroBatch, cut_micro_batches
 from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.metrics.step_log import FinishedStep, train_record
@@ -30,7 +27,7 @@ def train(config: RunConfig, *, device: Device, processes: Processes, stop: Stop
 
     Raises:
         UserError: data, checkpoint or layout do not fit the config.
-        GuardStop: a guard of the config ended the run.
+        GuardStop: a guard of the config, or numbers that are not finite, ended the run.
     """
     with build_run(config, device=device, processes=processes) as run:
         return run_loop(run, stop)
@@ -63,7 +60,6 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
             micro_batches=sizes,
             start=start,
             end=mark(run.device),
-            skipped=result.skipped,
             loss_ratio=None if run.guard is None else run.guard.ratio,
             peak_memory_bytes=run.device.peak_memory(),
             batch=batch if config.metrics.keep_sample_ids else None,
@@ -77,6 +73,8 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
         if (back := follow_guard(run, planned)) is not None:
             step = back
             continue
+        if config.guards.check_copies_every and step % config.guards.check_copies_every == 0:
+            check_copies(run, planned)
         pace(run, planned)
         finished = step == run.last_step
         if finished or is_due(config.validation.every, planned):
@@ -97,6 +95,7 @@ def run_loop(run: Run, stop: StopRequest) -> bool:
 def advance_state(run: Run) -> None:
     """Fetch the steps that are still on the device, advance what depends on their losses, and record them."""
     for step in run.pending.drain():
+        # On every rank, in the order of steps: the state is part of the next checkpoint, which rank 0 alone describes.
         variance = None if step.adam_variance is None else run.variance.summary(step.adam_variance)
         ratio = step.info.loss_ratio
         if ratio is None:
@@ -105,6 +104,12 @@ def advance_state(run: Run) -> None:
         run.schedule.observe(seq_len=step.info.planned.seq_len, loss=step.loss, variance=largest)
         measured = variance.fields(detail=run.config.metrics.adam_variance_detail) if variance else {}
         run.recorder.train(train_record(step, run.rates, loss_ratio=ratio, variance=measured))
+        if step.skipped:
+            from megatron_ext.incidents import left_out
+
+            left_out(run, step)
+        else:
+            run.pending.left_out = 0
 
 
 def pace(run: Run, after: PlannedStep) -> None:
@@ -123,29 +128,39 @@ def pace(run: Run, after: PlannedStep) -> None:
 
 def validate(run: Run, after: PlannedStep) -> None:
     """Record the loss at full length after a step."""
-    advance_state(run)
+    advance_state(run)  # records are in the order of events
     losses = run.engine.evaluate((MicroBatch(b.tokens, b.labels), b.weights) for b in run.validation).numpy()
     tokens, buckets = after.end_tokens, run.config.validation.position_buckets
     run.recorder.evaluation(EvalRecord.from_positions(losses, step=after.step + 1, tokens=tokens, buckets=buckets))
 
 
 def save(run: Run, after: PlannedStep) -> Path | None:
-    """Write a checkpoint after a step; with guards on, None and no checkpoint where weights are not finite."""
+    """Write a checkpoint after a step; None and no checkpoint where weights are not finite."""
     advance_state(run)
     step, tokens = after.step + 1, after.end_tokens
-    if run.guard is not None and not run.engine.weights_finite():
-        run.recorder.event("guard", step=step, tokens=tokens, action="no checkpoint", reason="weights")
+    if not run.engine.weights_finite():
+        from megatron_ext.incidents import no_checkpoint
+
+        no_checkpoint(run, after)
         return None
     path = run.checkpointer.save(
         step=step,
         tokens=tokens,
         loss_ratio=run.loss_ratio.state_dict(),
         curriculum=run.schedule.state_dict(),
-        guard=None if run.guard is None else run.guard.state_dict(),
+        guard=({} if run.guard is None else run.guard.state_dict()) | {"left_out": run.pending.left_out},
         skipped_samples=run.loader.skipped.to_json(),
     )
     run.recorder.event("checkpoint", step=step, tokens=tokens, path=str(path))
     return path
+
+
+def check_copies(run: Run, after: PlannedStep) -> None:
+    """Raise GuardStop where ranks that hold the same weights differ in a bit of them."""
+    from megatron_ext.incidents import compare_copies
+
+    advance_state(run)
+    compare_copies(run, after)
 
 
 def follow_guard(run: Run, after: PlannedStep) -> int | None:
@@ -154,48 +169,9 @@ def follow_guard(run: Run, after: PlannedStep) -> int | None:
     Raises:
         GuardStop: the run has to end.
     """
-    incident = None if run.guard is None else run.guard.incident
-    if incident is None:
+    if run.guard is None or run.guard.incident is None:
         return None
+    from megatron_ext.incidents import act_on
+
     advance_state(run)
-    tokens = after.end_tokens
-    run.recorder.event("guard", step=after.step + 1, tokens=tokens, **incident.details())
-    if incident.action == "rollback":
-        return roll_back(run, after, incident)
-    if incident.action == "stop":
-        raise stop_for(run, after, incident, saved=save(run, after) if incident.saves else None)
-    return None
-
-
-def roll_back(run: Run, after: PlannedStep, incident: Incident) -> int:
-    """Go back to before an incident, skip the samples read since, and return the step to go on with."""
-    assert run.guard is not None
-    checkpoint = run.checkpointer.newest(not_after=after.step + 1 - incident.steps)
-    if checkpoint is None:
-        raise stop_for(run, after, replace(incident, limit="there is no checkpoint from before it to roll back to"))
-    manifest = run.checkpointer.load(checkpoint)
-    skipped = run.loader.skipped.without(positions_between(run.plan, manifest.step, after.step))
-    if skipped.left < after.batch_size:
-        raise stop_for(run, after, replace(incident, limit="rolling back would leave no sample to read"))
-    more = run.loader.skipped.left - skipped.left
-    restore_host_state(manifest, schedule=run.schedule, loader=run.loader, loss_ratio=run.loss_ratio)
-    run.loader.skip(skipped)
-    run.guard.roll_back()
-    state = replace(manifest, guard=run.guard.state_dict(), skipped_samples=skipped.to_json())
-    run.checkpointer.go_on_from(checkpoint, state)
-    # From here on a run that is killed goes on as this one does. The records go after the checkpoints: a later
-    # checkpoint without the records of its steps would leave a hole in the metrics.
-    run.recorder.roll_back(step=manifest.step, tokens=manifest.tokens)
-    place = {"from_step": after.step + 1, "to_step": manifest.step, "tokens": manifest.tokens}
-    run.recorder.event("rollback", **place, skipped_samples=more, checkpoint=str(checkpoint))
-    return manifest.step
-
-
-def stop_for(run: Run, after: PlannedStep, incident: Incident, *, saved: Path | None = None) -> GuardStop:
-    """The end of a run that a guard stops: what happened, what is left, what to do."""
-    newest = saved or run.checkpointer.newest()
-    left = f"{newest} is the newest checkpoint" if newest else "there is no checkpoint"
-    if saved:
-        left = f"{saved} holds the weights without that step's update; start again to go on with the next step"
-    why = f"{incident.why}; {incident.limit}" if incident.limit else incident.why
-    return GuardStop(f"a guard stopped the run at step {after.step + 1:,}: {why}. {left}, or change guards first")
+    return act_on(run, after, run.guard.incident, save=save)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.config.resolved import read_config
 from megatron_ext.config.run import RunConfig
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunStopped, UserError
 from megatron_ext.runtime.environment import (
     RankInfo,
     asks_to_requeue,
@@ -26,7 +26,7 @@ from megatron_ext.runtime.environment import (
 )
 from megatron_ext.runtime.log import LOGGER, configure_logging
 from megatron_ext.runtime.run_lock import run_lock
-from megatron_ext.runtime.signals import StopRequest, catch_stop_signals, ignore_stop_signals
+from megatron_ext.runtime.signals import StoppedEarlyError, StopRequest, catch_stop_signals, ignore_stop_signals
 
 if TYPE_CHECKING:
     from megatron_ext.launch.preflight import Preflight
@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None, *, stop: StopRequest | None = N
     parser.add_argument("--dry-run", action="store_true", help="try two steps at the longest length and stop")
     options = parser.parse_args(arguments)
     try:
+        # Variables that may not stand on a command line come in a file; relative paths of the config start at the
+        # directory where the command was given.
         take_private_variables()
         if options.directory is not None:
             os.chdir(options.directory)
@@ -92,17 +94,20 @@ def _run(rank: _Rank) -> int:
     # Imported here: a mistake in the config is told before torch and DeepSpeed have loaded, which takes seconds.
     from megatron_ext.runtime.device import select_device
 
+    # The accelerator is named before DeepSpeed is imported, which otherwise looks for one by itself.
     device = select_device(info.local_rank)
     prepare_libraries(info, device.accelerator)
 
-    from megatron_ext.runtime.rendezvous import StoppedEarlyError, join_rendezvous
+    from megatron_ext.runtime.rendezvous import join_rendezvous
 
+    # Ranks find each other before any collective, so that one that does not come can be named.
     cluster = config.cluster
     try:
         rendezvous = join_rendezvous(
             info,
             seconds=cluster.rendezvous_seconds,
             interface=cluster.interface,
+            run_dir=config.run_dir,
             stopped=lambda: rank.stop.requested,
         )
     except StoppedEarlyError:
@@ -117,7 +122,6 @@ def _run(rank: _Rank) -> int:
 
 def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", beating: "Heartbeat | None") -> int:
     """Do the work; a failure goes through the heartbeat, where there is one, which knows whether it is the first."""
-    from megatron_ext.curriculum.guards import GuardStop
     from megatron_ext.runtime.process_group import process_group
 
     minutes, info = rank.config.parallel.timeout_minutes, rank.info
@@ -126,7 +130,7 @@ def _with_heartbeat(rank: _Rank, device: "Device", rendezvous: "Rendezvous", bea
         with process_group(info, device, timeout_minutes=minutes, rendezvous=rendezvous) as processes:
             try:
                 return _work(rank, device, processes, preflight)
-            except GuardStop as stopped:
+            except RunStopped as stopped:
                 # All ranks come here, and a launcher ends the others with the first that leaves.
                 if beating is not None:
                     beating.fail(stopped)

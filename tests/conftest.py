@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,16 @@ def layout() -> Iterator["Layout"]:
 
     with single_rank_layout() as layout:
         yield layout
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with token files and tokenizer of the small run."""
+    from tests.train.small_run import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,8 +47,9 @@ def run_ranks(
     """Results of ``fn(rank, world_size, *args)`` run in ``world_size`` processes, in the order of ranks.
 
     ``fn`` must be importable (defined at the top level of a test module); arguments and results are pickled by value.
-    The environment holds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT as
-    a launcher would set them. With ``init`` the default process group is there before ``fn`` runs and destroyed after.
+    The environment holds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT and
+    MEGATRON_EXT_SECRET as a launcher would set them. With ``init`` the default process group is there before ``fn``
+    runs and destroyed after.
     Raises RankError with the traceback of the first rank to fail, after killing the others, or when ``timeout``
     seconds have passed.
     """
@@ -124,6 +125,7 @@ def _rank_main(setting: _Setting, sender: Connection, fn: Callable[..., Any], ar
     rank, world_size = setting.rank, setting.world_size
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     os.environ.update(LOCAL_WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_PORT=str(setting.port))
+    os.environ.update(MEGATRON_EXT_SECRET="known to these ranks alone")
     try:
         if setting.init:
             dist.init_process_group(

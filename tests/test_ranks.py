@@ -29,6 +29,7 @@ def _fail_on_one(rank: int, _world_size: int) -> None:
 def _die(rank: int, _world_size: int) -> None:
     if rank == 0:
         os._exit(7)
+    time.sleep(5)  # gloo tells the other rank of it at once, and the first to end is reported
     dist.barrier()
 
 
@@ -62,9 +63,9 @@ def test_a_dead_rank_is_reported_with_its_status() -> None:
 
 def test_a_hanging_rank_is_killed_at_the_deadline() -> None:
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"(?s)\[0.*did not finish in 4 s.*_hang"):
-        run_ranks(_hang, 2, timeout=4.0)
-    assert time.monotonic() - start < 20
+    with pytest.raises(RankError, match=r"(?s)\[0.*did not finish in 15 s.*_hang"):
+        run_ranks(_hang, 2, timeout=15.0)
+    assert time.monotonic() - start < 60
 
 
 def test_single_rank_leaves_no_group_behind() -> None:

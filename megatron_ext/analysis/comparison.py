@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.analysis.run_data import RunData
-from megatron_ext.curriculum.loss_ratio import THRESHOLDS
+from megatron_ext.curriculum.guards import THRESHOLDS
 from megatron_ext.text import format_count, format_duration
 
 _NOTHING = "-"

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
@@ -55,7 +54,6 @@ def draw_runs(runs: Sequence[RunData], output: Path) -> None:
     second_size, time_name = _unit(max(run.train["seconds"][-1] for run in runs), _TIME_UNITS)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(12, 8), layout="constrained")
-        FigureCanvasAgg(figure)
         by_tokens, by_time, length, rate = figure.subplots(2, 2).flat
         for run, (color, style) in zip(runs, _looks(len(runs)), strict=True):
             look: dict[str, Any] = {"color": color, "linestyle": style}
@@ -91,12 +89,10 @@ def legend_text(label: str) -> str:
 
 
 def _unit(largest: float, units: _Units) -> tuple[float, str]:
-    """Size and name of the unit for an axis up to ``largest``."""
     return next((size, name) for at_least, size, name in units if largest >= at_least)
 
 
 def _draw_loss(axes: Axes, run: RunData, field: str, unit: float, look: Mapping[str, Any]) -> None:
-    """Training and validation loss against ``field`` (tokens or seconds)."""
     x, loss, valid_loss = run.train[field] / unit, run.train["loss"], run.valid["loss"]
     raw_x, raw_y = thin(x, loss, _BINS)
     axes.plot(raw_x, raw_y, color=look["color"], alpha=0.35, linewidth=0.7)
@@ -120,10 +116,15 @@ def _scale_loss(axes: Axes, runs: Sequence[RunData]) -> None:
     finite = [run.train["loss"][np.isfinite(run.train["loss"])] for run in runs]
     values = np.concatenate(finite)
     if len(values) and values.min() > 0 and values.max() > 3 * max(run[0] for run in finite if len(run)):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_log_scale(axes)
+
+
+def set_log_scale(axes: Axes) -> None:
+    """A logarithmic axis upward whose labels are plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_ext.analysis.comparison import Comparison, compare
 from megatron_ext.analysis.run_data import Floats, RunData, sampled, smooth, thin
-from megatron_ext.curriculum.loss_ratio import THRESHOLDS
+from megatron_ext.curriculum.guards import THRESHOLDS
 from megatron_ext.errors import UserError
 
 _MARKS = 60
@@ -27,15 +27,13 @@ _MARKS = 60
 
 @dataclass(frozen=True)
 class _Panel:
-    """One plot of the page."""
-
     field: str
     title: str
     unit: str
     x: str = "tokens"
     """Field on the horizontal axis: tokens or seconds."""
 
-    valid: bool = False
+    points: bool = False
     """The field is of validations, which are drawn with a mark on each."""
 
     smoothed: bool = False
@@ -51,7 +49,7 @@ class _Panel:
 _PANELS = (
     _Panel("loss", "Training loss against tokens", "nats per token", smoothed=True),
     _Panel("loss", "Training loss against time", "nats per token", x="seconds", smoothed=True),
-    _Panel("loss", "Validation loss", "nats per token, at full length", valid=True),
+    _Panel("loss", "Validation loss", "nats per token, at full length", points=True),
     _Panel("prefix_loss", "Loss over the first tokens", "nats per token", smoothed=True),
     _Panel("loss_ratio", "Loss ratio", "loss over the lowest before", thresholds=True),
     _Panel("seq_len", "Sequence length", "tokens", zero=True),
@@ -164,19 +162,11 @@ def _panel_json(panel: _Panel, runs: Sequence[RunData], *, bins: int) -> dict[st
         return None
     if panel.field == "batch_size" and not any(len(set(item["y"])) > 1 for item in series):
         return None
-    return {
-        "title": panel.title,
-        "unit": panel.unit,
-        "x": panel.x,
-        "points": panel.valid,
-        "zero": panel.zero,
-        "thresholds": panel.thresholds,
-        "series": series,
-    }
+    return asdict(panel) | {"series": series}
 
 
 def _series(panel: _Panel, run: RunData, *, bins: int) -> dict[str, Any]:
-    columns = run.valid if panel.valid else run.train
+    columns = run.valid if panel.points else run.train
     x, y = columns[panel.x], columns[panel.field]
     kept_x, kept_y = thin(x, y, bins)
     series: dict[str, Any] = {"x": _numbers(kept_x), "y": _numbers(kept_y)}
@@ -184,7 +174,7 @@ def _series(panel: _Panel, run: RunData, *, bins: int) -> dict[str, Any]:
         smooth_x, smooth_y = sampled(x, smooth(y, half_width=max(1, len(y) // 60)), max(60, bins // 2))
         series |= {"sx": _numbers(smooth_x), "sy": _numbers(smooth_y)}
     if panel.field in {"loss", "loss_ratio"}:
-        broken = np.flatnonzero(~np.isfinite(run.train["loss"] if not panel.valid else y))
+        broken = np.flatnonzero(~np.isfinite(run.train["loss"] if not panel.points else y))
         if len(broken) > _MARKS:
             broken = broken[np.linspace(0, len(broken) - 1, _MARKS).astype(np.int64)]
         series["broken"] = _numbers(x[broken])

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import median_filter
-from scipy.special import betainc
 
 from megatron_ext.analysis.run_data import Floats, read_train
-from megatron_ext.curriculum.loss_ratio import THRESHOLDS
+from megatron_ext.curriculum.guards import THRESHOLDS
 from megatron_ext.errors import UserError
 
 _MEASURES = ("adam_var_l1", "adam_var_max")
@@ -68,14 +67,10 @@ class Steps:
         # np.unique keeps the first of equal steps, so the order is turned round.
         _, last = np.unique(columns["step"][::-1], return_index=True)
         kept = {name: column[::-1][last] for name, column in columns.items()}
-        ratio = np.where(np.isnan(kept["loss_ratio"]), loss_ratios(kept["loss"]), kept["loss_ratio"])
-        step, tokens, loss, ratio, *variance = (
-            column[kept["step"] >= from_step]
-            for column in (kept["step"], kept["tokens"], kept["loss"], ratio, *(kept[name] for name in measures))
-        )
-        return cls(
-            step=step, tokens=tokens, loss=loss, ratio=ratio, variance=dict(zip(measures, variance, strict=True))
-        )
+        kept["loss_ratio"] = np.where(np.isnan(kept["loss_ratio"]), loss_ratios(kept["loss"]), kept["loss_ratio"])
+        kept = {name: column[kept["step"] >= from_step] for name, column in kept.items()}
+        step, tokens, loss, ratio = (kept[name] for name in ("step", "tokens", "loss", "loss_ratio"))
+        return cls(step=step, tokens=tokens, loss=loss, ratio=ratio, variance={name: kept[name] for name in measures})
 
     def place(self, index: int) -> StepPoint:
         """Where a step is."""
@@ -363,19 +358,8 @@ def correlation(ratio: Floats, values: Floats, *, measure: str, smoothed: bool) 
                 reason = f"{name} has the same value on all {n} steps"
     if reason is not None:
         return Correlation(measure, smoothed, n, None, None, reason)
-    r, p = pearson(ratio[both], values[both])
-    return Correlation(measure, smoothed, n, r, p, None)
+    # Takes half a second to import, which a run without measured variance does not need.
+    from scipy.stats import pearsonr
 
-
-def pearson(x: Floats, y: Floats) -> tuple[float, float]:
-    """r and its two-sided p of columns of at least 3 values that differ: what scipy.stats.pearsonr gives.
-
-    Under the hypothesis of no correlation (r + 1) / 2 has a beta distribution with both parameters n/2 - 1. Written out
-    because importing scipy.stats takes as long as reading a file of 100,000 steps.
-    """
-    # Scaled first, so that neither tiny nor huge values leave the range of floats when squared.
-    x, y = (column / np.abs(column).max() for column in (x, y))
-    x, y = x - x.mean(), y - y.mean()
-    r = float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
-    shape = len(x) / 2 - 1
-    return r, float(2 * betainc(shape, shape, (1 - abs(r)) / 2))
+    r, p = pearsonr(ratio[both], values[both])
+    return Correlation(measure, smoothed, n, float(r), float(p), None)

@@ -1,10 +1,8 @@
 """Saving and loading with all ranks: DeepSpeed's files, every rank's RNG streams, and the manifest."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -12,23 +10,22 @@ import torch
 from megatron_ext.checkpoint.store import (
     Manifest,
     begin,
-    check_resumable,
     checkpoint_name,
     complete_checkpoints,
-    drop_after,
+    file_sum,
+    own_files,
     partial_name,
     prune,
     publish,
-    read_manifest,
+    random_states_name,
     step_of,
     write_manifest,
 )
+from megatron_ext.config.training import CheckpointConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.rng import RngStreams
 from megatron_ext.runtime.log import LOGGER
 from megatron_ext.runtime.process_group import Processes
-
-_WRITER_SIGNS = ("inline_container", "iostream", "PytorchStreamWriter", "No space left")
 
 
 class EngineState(Protocol):
@@ -66,15 +63,15 @@ class Checkpointer:
         streams: RngStreams,
         processes: Processes,
         identity: RunIdentity,
-        keep_last: int,
+        config: CheckpointConfig,
     ) -> None:
-        """Keep the newest ``keep_last`` checkpoints in ``directory``, which every node sees; made by the first save."""
+        """Keep the newest checkpoints in ``directory``, which every node sees; made by the first save."""
         self._directory = directory
         self._engine = engine
         self._streams = streams
         self._processes = processes
         self._identity = identity
-        self._keep_last = keep_last
+        self._config = config
 
     def save(
         self,
@@ -102,48 +99,62 @@ class Checkpointer:
             guard=guard or {},
             skipped_samples=skipped_samples or [],
         )
-        with self._explained(step):
+        try:
             return self._save(step, manifest)
+        except (OSError, RuntimeError) as error:
+            from megatron_ext.checkpoint.recovery import explain_failed_save
+
+            explain_failed_save(error, self._directory, step=step, room=self._config.keep_last + 1)
+            raise
 
     def _save(self, step: int, manifest: Manifest) -> Path:
-        is_main, partial = self._processes.info.is_main, self._directory / partial_name(step)
-        if is_main:
+        info, unfinished = self._processes.info, self._directory / partial_name(step)
+        if info.is_main:
             begin(self._directory, step)
         self._processes.barrier()  # no rank writes before the directory is there
-        self._engine.save(self._directory, partial.name)
-        torch.save(self._streams.rng_state(), partial / _rng_file(self._processes.info.rank))
-        if is_main:
-            write_manifest(partial, manifest)
-        self._processes.barrier()  # no rename before every rank has written
-        if is_main:
+        self._engine.save(self._directory, unfinished.name)
+        torch.save(self._streams.rng_state(), unfinished / random_states_name(info.rank))
+        self._processes.barrier()  # no sums and no rename before every rank has written
+        sums = self._sums(unfinished)
+        if info.is_main:
+            write_manifest(unfinished, replace(manifest, files=sums))
             publish(self._directory, step)
-            prune(self._directory, self._keep_last)
+            try:
+                prune(self._directory, self._config.keep_last)
+            except OSError as error:
+                LOGGER.warning("an old checkpoint in %s could not be removed: %s", self._directory, error)
         self._processes.barrier()  # no rank goes on, and perhaps ends, before the checkpoint is there
         return self._directory / checkpoint_name(step)
 
-    @contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            # torch's file writer raises RuntimeError, and says what it was about, not why it failed.
-            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _WRITER_SIGNS):
-                raise
-            room = self._keep_last + 1
-            raise UserError(
-                f"the checkpoint after step {step} could not be written to {self._directory} ({error}); see to it that "
-                f"this user may write there and that {room} checkpoints (checkpoint.keep_last + 1) have room, then "
-                "start again: the run goes on from the checkpoint before"
-            ) from error
+    def _sums(self, unfinished: Path) -> dict[str, list[int | str]]:
+        """Bytes and SHA-256 of every file, each computed by the rank that wrote it, while it lies in memory."""
+        names = sorted(path.name for path in unfinished.iterdir())
+        sums = self._config.verify
+        own = own_files(names, self._processes.info.rank, self._identity.layout["tensor"])
+        gathered: list[Any] = self._processes.gather({name: file_sum(unfinished / name, sums=sums) for name in own})
+        return {name: entry for part in gathered for name, entry in part.items()}
 
     def resume(self) -> Manifest | None:
-        """Load the newest complete checkpoint, or return None where there is none.
+        """Load the newest whole checkpoint, or return None where there is none at all.
 
         Raises:
-            UserError: it belongs to another run or another layout, or one of its files is damaged.
+            UserError: none is whole and of this run, or without ``fallback`` the newest is not; nothing was changed.
         """
-        found = self.newest()
+        found = self.newest_whole()
         return None if found is None else self.load(found)
+
+    def newest_whole(self, *, not_after: int | None = None) -> Path | None:
+        """As ``newest``, but whole: newer ones that cannot be used are set aside. Raises as ``resume`` does."""
+        found = self._processes.agree_from_main(self._found(not_after))
+        assert isinstance(found, list)
+        if not found:
+            return None
+        from megatron_ext.checkpoint.recovery import choose_whole
+        from megatron_ext.checkpoint.verify import check
+
+        rank, sums = self._processes.info.rank, self._config.verify
+        check_own = partial(check, identity=self._identity, rank=rank, streams=self._streams, sums=sums)
+        return choose_whole(found, check_own, processes=self._processes, fallback=self._config.fallback)
 
     def check_new(self) -> None:
         """Raise UserError where a run that is to begin anew would mix its checkpoints with those of another."""
@@ -156,42 +167,34 @@ class Checkpointer:
 
     def newest(self, *, not_after: int | None = None) -> Path | None:
         """The newest complete checkpoint, or the newest after at most ``not_after`` finished steps."""
-        found = complete_checkpoints(self._directory)
-        if not_after is not None:
-            found = [path for path in found if step_of(path) <= not_after]
         # One rank looks, so that all take the same one whatever a network file system shows them at this moment.
-        agreed = self._processes.agree_from_main(found[-1] if found else None)
-        assert agreed is None or isinstance(agreed, Path)
-        return agreed
+        agreed = self._processes.agree_from_main(self._found(not_after))
+        assert isinstance(agreed, list)
+        return agreed[-1] if agreed else None
+
+    def _found(self, not_after: int | None) -> list[Path]:
+        found = complete_checkpoints(self._directory)
+        return [path for path in found if not_after is None or step_of(path) <= not_after]
 
     def load(self, checkpoint: Path) -> Manifest:
-        """Load a complete checkpoint of this run. Raises as ``resume`` does."""
-        manifest = read_manifest(checkpoint)
-        own = self._identity
-        check_resumable(manifest, determining=own.determining, layout=own.layout, where=checkpoint)
+        """Load a checkpoint that ``newest_whole`` found.
+
+        Raises:
+            UserError: it does not hold what this run's engine needs.
+        """
+        from megatron_ext.checkpoint.verify import load
+
         LOGGER.info("resuming from %s", checkpoint)
-        try:
-            self._engine.load(self._directory, checkpoint.name)
-            state = torch.load(checkpoint / _rng_file(self._processes.info.rank), weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-            # torch's own words for a damaged pickle advise to trust it.
-            reason = "damaged" if isinstance(error, UnpicklingError) else error
-            raise UserError(
-                f"{checkpoint} cannot be loaded ({reason}); move it away to continue from the checkpoint before it"
-            ) from error
-        self._streams.set_rng_state(state)
-        return manifest
+        return load(checkpoint, self._engine, rank=self._processes.info.rank, streams=self._streams)
 
     def go_on_from(self, checkpoint: Path, manifest: Manifest) -> None:
         """Make a complete checkpoint the newest one, with another manifest: later ones belong to steps given up.
 
         A process killed before the end continues as if this had not been called.
         """
+        from megatron_ext.checkpoint.recovery import drop_after
+
         if self._processes.info.is_main:
             drop_after(self._directory, checkpoint)
             write_manifest(checkpoint, manifest)
         self._processes.barrier()
-
-
-def _rng_file(rank: int) -> str:
-    return f"rng_rank_{rank}.pt"

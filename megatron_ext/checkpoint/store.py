@@ -2,24 +2,30 @@
 
 A checkpoint is written under ``step_N.partial`` and becomes visible by one rename to ``step_N``; ``latest`` names the
 newest one and is replaced last. A process killed at any moment leaves complete checkpoints, and perhaps a ``.partial``
-that the next save removes.
+that the next save removes. A damaged one is set aside as ``step_N.damaged`` (``verify.py``) and never removed.
 """
 
 import errno
+import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.base import describe_differences
-from megatron_ext.errors import UserError
+from pydantic import ConfigDict
+
+from megatron_ext.base import NonNegativeInt
 from megatron_ext.runtime.files import publish_directory, replace_text
 
 FORMAT = 1
-_FILE = "checkpoint.json"
-_NAME = re.compile(r"step_(\d+)")
+MANIFEST = "checkpoint.json"
+# One spelling a step, so that step_031 or step_\u0663 is no checkpoint.
+_NAME = re.compile(r"step_(0|[1-9][0-9]*)")
+# DeepSpeed's files and ours, each written by one rank: those of ZeRO by any, the others by the first data rank.
+_FILES = re.compile(r"(?:rng_rank_([0-9]+)|(?:(?:bf16_)?zero_pp_rank_([0-9]+)_)?mp_rank_([0-9]+)_\w+)\.pt")
 _PARTIAL = ".partial"
 _LATEST = "latest"
 
@@ -28,10 +34,12 @@ _LATEST = "latest"
 class Manifest:
     """checkpoint.json: position in the plan, the config, the layout, and small host state."""
 
-    step: int
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # what is read is compared with the types
+
+    step: NonNegativeInt
     """Finished steps; the next step to run has this number."""
 
-    tokens: int
+    tokens: NonNegativeInt
     """Tokens consumed by those steps."""
 
     config: dict[str, Any]
@@ -52,8 +60,11 @@ class Manifest:
     guard: dict[str, Any] = field(default_factory=dict)
     """State of the guards; empty without them."""
 
-    skipped_samples: list[list[int]] = field(default_factory=list)
+    skipped_samples: list[list[NonNegativeInt]] = field(default_factory=list)
     """(first, count) of the dataset samples that the run passes over, since it rolled back over them."""
+
+    files: dict[str, list[int | str]] = field(default_factory=dict)
+    """Bytes and SHA-256 of every other file, without ``checkpoint.verify`` bytes alone; empty of earlier versions."""
 
     format: int = FORMAT
     """Version of this file's meaning."""
@@ -61,51 +72,37 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write checkpoint.json; in a complete checkpoint the old one is replaced in one go."""
-    replace_text(directory / _FILE, json.dumps(asdict(manifest), indent=1) + "\n")
+    content = asdict(manifest)
+    content["sha256"] = content_sum(content)
+    replace_text(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Read checkpoint.json.
-
-    Raises:
-        UserError: no checkpoint is there, the file is damaged, or it was written by another format.
-    """
-    path = checkpoint / _FILE
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{checkpoint} is no checkpoint: it has no {_FILE}; give a directory checkpoints/step_N"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); continue from an older checkpoint") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} has format {found}, this version reads format {FORMAT}")
-    try:
-        return Manifest(**content)
-    except TypeError as error:
-        raise UserError(f"{path} has other keys than format {FORMAT} ({error}); use an older checkpoint") from error
+def content_sum(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's values, without its own key ``sha256``, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
-def check_resumable(manifest: Manifest, *, determining: dict[str, Any], layout: dict[str, int], where: Path) -> None:
-    """Raise UserError where a run cannot continue from the checkpoint bit for bit.
+def file_sum(path: Path, *, sums: bool = True) -> list[int | str]:
+    """A file's bytes and, with ``sums``, its SHA-256, as the manifest lists them."""
+    if not sums:
+        return [path.stat().st_size]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return [file.tell(), digest]
 
-    Args:
-        manifest: Of the checkpoint.
-        determining: What determines weights and data order in the run that is starting.
-        layout: world_size, tensor, zero_stage of the ranks that are starting.
-        where: The checkpoint, for the message.
-    """
-    # Guards are there to be changed after they have stopped a run; what they did is on record.
-    there, here = ({**values, "guards": None} for values in (manifest.determining, determining))
-    if changes := describe_differences(there, here):
-        raise UserError(
-            f"{where} belongs to another run: {changes}. To train this one, give the run another name, or restore "
-            "those values"
-        )
-    if changes := describe_differences(manifest.layout, layout):
-        raise UserError(f"{where} was written by another layout: {changes}. To continue it, start the layout it has")
+
+def own_files(names: list[str], rank: int, tensor: int, *, shared: bool = False) -> list[str]:
+    """The files that a rank writes; with ``shared`` those that it reads. Rank 0 answers for names of no known form."""
+
+    def is_own(name: str) -> bool:
+        match = _FILES.fullmatch(name)
+        if match is None or name.startswith("rng"):
+            return int(match[1] if match else 0) == rank
+        if shared and match[2] is None:
+            return int(match[3]) == rank % tensor
+        return int(match[2] or 0) * tensor + int(match[3]) == rank
+
+    return [name for name in names if is_own(name)]
 
 
 def checkpoint_name(step: int) -> str:
@@ -116,6 +113,16 @@ def checkpoint_name(step: int) -> str:
 def partial_name(step: int) -> str:
     """Directory name while it is being written."""
     return checkpoint_name(step) + _PARTIAL
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory of this name is taken for a complete checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
+def random_states_name(rank: int) -> str:
+    """Name of the file of a rank's random states."""
+    return f"rng_rank_{rank}.pt"
 
 
 def step_of(path: Path) -> int:
@@ -129,16 +136,12 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in ``directory``, oldest first; empty where the directory does not exist."""
     if not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    found = [path for path in directory.iterdir() if is_checkpoint_name(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint.
-
-    ``latest`` is for people and other tools: a crash between the two renames leaves it one checkpoint behind, so the
-    directories themselves decide.
-    """
+    """The newest complete checkpoint. ``latest`` is for people: a crash between the two renames leaves it behind."""
     found = complete_checkpoints(directory)
     return found[-1] if found else None
 
@@ -147,7 +150,8 @@ def begin(directory: Path, step: int) -> Path:
     """Make an empty ``.partial`` directory for ``step`` and remove those that a killed process left."""
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob(f"step_*{_PARTIAL}"):
-        shutil.rmtree(stale)
+        with suppress(OSError):  # what cannot be deleted is in nobody's way, but that of its own step
+            _delete(stale)
     partial = directory / partial_name(step)
     partial.mkdir()
     return partial
@@ -160,9 +164,12 @@ def publish(directory: Path, step: int) -> Path:
         OSError: it cannot be written, or there is a checkpoint of that step, which stays.
     """
     final = directory / checkpoint_name(step)
+    if not final.is_dir() and (final.exists() or final.is_symlink()):
+        # A file, or a link to nowhere: not ours to delete, but in the way of every start.
+        final.rename(free_name(final))
     if not publish_directory(directory / partial_name(step), final):
         raise FileExistsError(errno.EEXIST, "there is one already", str(final))
-    _name_latest(directory, final)
+    name_latest(directory, final)
     return final
 
 
@@ -170,28 +177,33 @@ def prune(directory: Path, keep_last: int) -> list[Path]:
     """Remove all complete checkpoints but the newest ``keep_last``; return what was removed."""
     removed = complete_checkpoints(directory)[:-keep_last]
     for path in removed:
-        _remove(path)
+        remove(path)
     return removed
 
 
-def drop_after(directory: Path, checkpoint: Path) -> list[Path]:
-    """Remove the complete checkpoints that are newer than ``checkpoint``; return what was removed.
-
-    The newest goes first, so that a process killed in between leaves a run that continues from one of them.
-    """
-    removed = [path for path in complete_checkpoints(directory) if step_of(path) > step_of(checkpoint)][::-1]
-    for path in removed:
-        _remove(path)
-    _name_latest(directory, checkpoint)
-    return removed
-
-
-def _name_latest(directory: Path, checkpoint: Path) -> None:
+def name_latest(directory: Path, checkpoint: Path) -> None:
+    """Point ``latest`` at a checkpoint."""
     replace_text(directory / _LATEST, checkpoint.name + "\n")
 
 
-def _remove(path: Path) -> None:
+def free_name(path: Path) -> Path:
+    """``NAME.damaged``, or the first of ``NAME.damaged2`` and so on that is not taken."""
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *range(2, 10**6)))
+    return next(name for name in names if not (name.exists() or name.is_symlink()))
+
+
+def remove(path: Path) -> None:
+    """Remove a complete checkpoint."""
     # Renamed first: a deletion cut short must not leave half a checkpoint under a complete one's name.
     doomed = path.with_name(path.name + _PARTIAL)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    if doomed.exists() or doomed.is_symlink():
+        _delete(doomed)
+    _delete(path.rename(doomed))
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a directory, or a link, whose target (a checkpoint moved to another disk) stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)

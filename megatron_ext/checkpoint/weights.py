@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from megatron_ext.checkpoint.store import Manifest, newest_checkpoint, read_manifest
+from megatron_ext.checkpoint.store import MANIFEST, Manifest, newest_checkpoint
+from megatron_ext.checkpoint.verify import check_named_files, read_manifest, state_files
 from megatron_ext.config.run import RunConfig
+from megatron_ext.engine.state_files import read_state
 from megatron_ext.errors import UserError
 from megatron_ext.model.gpt import Gpt, build_gpt
 from megatron_ext.model.parameters import split_dimension
@@ -56,12 +57,19 @@ class StoredCheckpoint:
         Raises:
             UserError: a file is missing or damaged.
         """
-        read = _partitioned if self.manifest.layout["zero_stage"] == 3 else _replicated
+        partitioned = self.manifest.layout["zero_stage"] == 3
+        read = _partitioned if partitioned else _replicated
+        names = state_files(self.path, self.manifest)
         try:
+            # All that a reader may open, before it does: DeepSpeed's runs whatever a file says.
+            names = [name for name in names if partitioned or name.endswith("model_states.pt")]
+            check_named_files(self.path, self.manifest, names)
             parts = [read(self.path, tensor_rank) for tensor_rank in range(self.manifest.layout["tensor"])]
-        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-            raise UserError(f"{self.path} cannot be read ({error}); use another checkpoint of the run") from error
-        return {name: _merge(name, [part[name] for part in parts]) for name in parts[0]}
+            return {name: _merge(name, [part[name] for part in parts]) for name in parts[0]}
+        except Exception as error:
+            # Any exception: a file of the wrong content may fail anywhere.
+            text = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.path} cannot be read ({text}); use another checkpoint of the run") from error
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is no complete checkpoint.
     """
-    if (path / "checkpoint.json").is_file():
+    if (path / MANIFEST).is_file():
         return path
     for directory in (path / "checkpoints", path):
         newest = newest_checkpoint(directory)
@@ -113,7 +121,11 @@ def load_model(path: Path, device: Device) -> Iterator[LoadedModel]:
             streams = seed_streams(config.seed, layout, device.torch_device)
             positions = config.max_positions
             model = build_gpt(config.model, layout=layout, positions=positions, seed=config.seed, streams=streams)
-            model.load_state_dict({name: weight.to(torch.float32) for name, weight in checkpoint.weights().items()})
+            weights = {name: weight.to(torch.float32) for name, weight in checkpoint.weights().items()}
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise UserError(f"{checkpoint.path} holds the weights of another model than its config says") from error
             yield LoadedModel(model=model.to(device.torch_device).eval(), config=config, manifest=checkpoint.manifest)
         finally:
             destroy_parallel()
@@ -126,9 +138,10 @@ def _merge(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
 
 def _replicated(checkpoint: Path, tensor_rank: int) -> dict[str, torch.Tensor]:
     path = checkpoint / f"mp_rank_{tensor_rank:02d}_model_states.pt"
-    # The file holds DeepSpeed's own objects beside the weights, which weights_only would refuse.
-    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["module"]
-    return weights
+    weights = read_state(path, mmap=True)["module"]
+    if not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise ValueError(f"{path.name} holds something else than weights")
+    return dict(weights)
 
 
 def _partitioned(checkpoint: Path, tensor_rank: int) -> dict[str, torch.Tensor]:

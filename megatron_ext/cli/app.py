@@ -7,7 +7,6 @@ and what needs it inside their functions, so that help and the commands without 
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any, Final
 
 import typer
@@ -16,7 +15,7 @@ import typer.core
 from megatron_ext import __version__
 from megatron_ext.errors import UserError
 
-_COMMANDS: Final = (
+COMMANDS: Final = (
     "doctor",
     "schema",
     "validate",
@@ -38,21 +37,16 @@ _COMMANDS: Final = (
 )
 
 
-def command_names() -> list[str]:
-    """Names of the commands that this installation has, in the order of the help page."""
-    return [name for name in _COMMANDS if find_spec(f"megatron_ext.cli.{name}")]
-
-
 class _LazyGroup(typer.core.TyperGroup):
     """A group whose commands are imported when they are named, or all of them for the group's own help."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """Names of the commands, in the order of the table."""
-        return command_names()
+        return list(COMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """The command called ``cmd_name``, or None."""
-        return _load(cmd_name) if cmd_name in self.list_commands(ctx) else None
+        return _load(cmd_name) if cmd_name in COMMANDS else None
 
 
 def _load(name: str) -> Any:
@@ -107,6 +101,13 @@ def main() -> None:
         typer.main.get_command(app)(prog_name="megatron-ext")
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        from megatron_ext.runtime.places import explain
+
+        if (text := explain(error)) is None:
+            raise
+        typer.echo(f"error: {text}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -48,7 +48,6 @@ def build(
 
 
 def _built(backend: "Backend", *, force: bool) -> str:
-    """Build one library; a line about it."""
     from megatron_ext.ops.building.builder import build_library, cached_library
     from megatron_ext.ops.building.recipe import CUDA, recipe_for
     from megatron_ext.runtime.environment import kernel_environment

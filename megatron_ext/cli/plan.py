@@ -1,18 +1,18 @@
 """``megatron-ext plan``: what a run will do and cost, before a device is taken."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.box import SIMPLE, SIMPLE_HEAD
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.cli.common import AsJson, ConfigPath, Overrides
+from megatron_ext.cli.common import AsJson, ConfigPath, Overrides, table
 from megatron_ext.config.loading import load_config
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan
@@ -32,42 +32,38 @@ from megatron_ext.text import format_count, format_duration
 _ROWS = 12
 """Rows of the table of lengths."""
 
-
 _COLORS: Final = ("#0072B2", "#D55E00")
 _FORMATS: Final = (".png", ".pdf", ".svg")
-
-Ranks = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Devices of the run, a multiple of parallel.tensor.", show_default="parallel.tensor: one replica"
-    ),
-]
-DeviceTflops = Annotated[
-    float | None,
-    typer.Option(
-        help="Peak rate of one device at the run's precision, in TFLOP/s; gives the time.", show_default=False
-    ),
-]
-Mfu = Annotated[float, typer.Option(help="Share of that rate which the run is expected to reach.")]
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.png",
-        help="Draw length, batch size and LR by steps and tokens; .png, .pdf or .svg.",
-        show_default=False,
-    ),
-]
 
 
 def command(
     config: ConfigPath,
     overrides: Overrides = None,
     *,
-    ranks: Ranks = None,
-    device_tflops: DeviceTflops = None,
-    mfu: Mfu = 0.4,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Devices of the run, a multiple of parallel.tensor.",
+            show_default="parallel.tensor: one replica",
+        ),
+    ] = None,
+    device_tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak rate of one device at the run's precision, in TFLOP/s; gives the time.", show_default=False
+        ),
+    ] = None,
+    mfu: Annotated[float, typer.Option(help="Share of that rate which the run is expected to reach.")] = 0.4,
     as_json: AsJson = False,
-    plot: Plot = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw length, batch size and LR by steps and tokens; .png, .pdf or .svg.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show a run before it starts: steps, tokens, lengths, learning rate, parameters, FLOPs, memory, time.
 
@@ -76,9 +72,8 @@ def command(
     Example: megatron-ext plan configs/gpt2/1.5b_slw.json --ranks 64 --device-tflops 312 --plot plan.png
     """
     run = load_config(config, overrides or ())
-    plans, tensor = run.possible_plans(), run.parallel.tensor
-    machine = Machine(ranks=ranks or tensor, tensor=tensor, device_tflops=device_tflops, mfu=mfu)
-    reports = {which: plan_report(run, plan, machine) for which, plan in plans.items()}
+    plans, ranks = run.possible_plans(), ranks or run.parallel.tensor
+    reports = {which: PlanReport(run, plan, ranks, device_tflops, mfu) for which, plan in plans.items()}
     if plot is not None:
         draw_plan(plans, plot)
     if as_json:
@@ -89,122 +84,104 @@ def command(
     for which, report in reports.items():
         if len(reports) > 1:
             console.rule(f"The {which} plan", align="left")
-        for table in tables(report):
-            console.print(table)
+        for shown in (_run_table(report), _length_table(report), _rate_table(report.plan), _cost_table(report)):
+            console.print(shown)
     if plot is not None:
         console.print(f"Plot: {plot}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the run is priced for."""
+class PlanReport:
+    """A plan and its price on ``ranks`` devices.
 
+    Raises:
+        UserError: ranks do not divide into tensor-parallel groups or a batch over the data-parallel ranks, or a rate is
+            not positive.
+    """
+
+    config: RunConfig
+    plan: TrainingPlan
     ranks: int
-    tensor: int
-    """Tensor-parallel ranks that share one copy of the model."""
-
-    device_tflops: float | None
+    device_tflops: float | None = None
     """Peak rate of one device in TFLOP/s; None: no time is estimated."""
 
-    mfu: float
+    mfu: float = 0.4
     """Share of the peak that the run reaches."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_batches_divide(self.plan, data_parallel_size(self.ranks, tensor=self.config.parallel.tensor))
+        except UserError as error:
+            raise UserError(f"--ranks is {self.ranks}: {error}") from None
+        if self.device_tflops is not None and self.device_tflops <= 0:
+            raise UserError(f"--device-tflops is {self.device_tflops:g}: pass a positive rate")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu is {self.mfu:g}: pass a share above 0 and up to 1")
 
     @property
     def data_size(self) -> int:
         """Data-parallel ranks."""
-        return self.ranks // self.tensor
+        return self.ranks // self.config.parallel.tensor
 
+    def parameters(self, *, tensor: int = 1) -> ParameterCount:
+        """All of them, or those of one of ``tensor`` tensor-parallel ranks."""
+        return count_parameters(self.config.model, positions=self.config.max_positions, tensor=tensor)
 
-@dataclass(frozen=True)
-class PlanReport:
-    """A plan and its price."""
+    def flops(self, *, causal: bool = False) -> int:
+        """Forward and backward of the whole run, attention in full or below the diagonal, at each step's length."""
+        return run_flops(self.config.model, self.plan.segments, causal=causal)
 
-    run_dir: Path
-    plan: TrainingPlan
-    machine: Machine
-    micro_batch_tokens: int
-    """Tokens that one rank may hold in one pass."""
+    @property
+    def full_length_flops(self) -> int:
+        """``flops`` of as many tokens at the full length."""
+        return full_length_flops(self.config.model, tokens=self.plan.tokens, seq_len=self.plan.seq_len)
 
-    parameters: ParameterCount
-    rank_parameters: ParameterCount
-    """Those that one tensor-parallel rank holds."""
+    @property
+    def saving(self) -> float:
+        """Share of those that the short lengths save."""
+        return 1 - self.flops() / self.full_length_flops
 
-    flops: int
-    """Forward and backward of the whole run, attention counted in full at each step's length."""
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Of a rank."""
+        config = self.config
+        return estimate_memory(
+            config.model,
+            config.parallel,
+            precision=config.training.precision,
+            positions=config.max_positions,
+            seq_len=config.training.seq_len,
+            data_size=self.data_size,
+        )
 
-    causal_flops: int
-    """The same with the attention's pairs below the diagonal only."""
-
-    full_length_flops: int
-    """``flops`` of as many tokens at the full length."""
-
-    memory: MemoryEstimate
-    seconds: float | None
-    """Training time at the machine's rate; None without one."""
+    @property
+    def seconds(self) -> float | None:
+        """Training time at that rate; None without one."""
+        if self.device_tflops is None:
+            return None
+        return self.flops() / (self.ranks * self.device_tflops * 1e12 * self.mfu)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the derived numbers filled in."""
+        whole, rank = self.parameters(), self.parameters(tensor=self.config.parallel.tensor)
         return {
             "plan": self.plan.to_json(),
             "learning_rate": [asdict(step) for step in key_steps(self.plan)],
-            "parameters": asdict(self.parameters) | {"total": self.parameters.total},
-            "rank_parameters": asdict(self.rank_parameters) | {"total": self.rank_parameters.total},
+            "parameters": asdict(whole) | {"total": whole.total},
+            "rank_parameters": asdict(rank) | {"total": rank.total},
             "flops": {
-                "total": self.flops,
-                "causal": self.causal_flops,
+                "total": self.flops(),
+                "causal": self.flops(causal=True),
                 "full_length": self.full_length_flops,
-                "saving": 1 - self.flops / self.full_length_flops,
+                "saving": self.saving,
             },
             "memory_per_rank": asdict(self.memory) | {"device": self.memory.device},
-            "ranks": self.machine.ranks,
-            "data_parallel": self.machine.data_size,
-            "device_tflops": self.machine.device_tflops,
-            "mfu": self.machine.mfu,
+            "ranks": self.ranks,
+            "data_parallel": self.data_size,
+            "device_tflops": self.device_tflops,
+            "mfu": self.mfu,
             "estimated_seconds": self.seconds,
         }
-
-
-def plan_report(config: RunConfig, plan: TrainingPlan, machine: Machine) -> PlanReport:
-    """Price ``plan`` on ``machine``.
-
-    Raises UserError if the ranks do not divide into tensor-parallel groups or a batch over the data-parallel ranks, or
-    if a rate is not positive.
-    """
-    _check(machine, plan)
-    model, positions = config.model, config.max_positions
-    flops = run_flops(model, plan.segments)
-    rate = None if machine.device_tflops is None else machine.ranks * machine.device_tflops * 1e12 * machine.mfu
-    return PlanReport(
-        run_dir=config.run_dir,
-        plan=plan,
-        machine=machine,
-        micro_batch_tokens=config.micro_batch_tokens,
-        parameters=count_parameters(model, positions=positions),
-        rank_parameters=count_parameters(model, positions=positions, tensor=machine.tensor),
-        flops=flops,
-        causal_flops=run_flops(model, plan.segments, causal=True),
-        full_length_flops=full_length_flops(model, tokens=plan.tokens, seq_len=plan.seq_len),
-        memory=estimate_memory(
-            model,
-            config.parallel,
-            precision=config.training.precision,
-            positions=positions,
-            seq_len=config.training.seq_len,
-            data_size=machine.data_size,
-        ),
-        seconds=None if rate is None else flops / rate,
-    )
-
-
-def _check(machine: Machine, plan: TrainingPlan) -> None:
-    try:
-        check_batches_divide(plan, data_parallel_size(machine.ranks, tensor=machine.tensor))
-    except UserError as error:
-        raise UserError(f"--ranks is {machine.ranks}: {error}") from None
-    if machine.device_tflops is not None and machine.device_tflops <= 0:
-        raise UserError(f"--device-tflops is {machine.device_tflops:g}: pass a positive rate")
-    if not 0 < machine.mfu <= 1:
-        raise UserError(f"--mfu is {machine.mfu:g}: pass a share above 0 and up to 1")
 
 
 def key_steps(plan: TrainingPlan) -> list[PlannedStep]:
@@ -231,40 +208,31 @@ def summarized(segments: Sequence[Segment], rows: int = _ROWS) -> list[Sequence[
     return [segments[:1], *groups, segments[-1:]]
 
 
-def tables(report: PlanReport) -> Iterator[Table]:
-    """What the terminal shows, table by table."""
-    yield _run_table(report)
-    yield _length_table(report)
-    yield _rate_table(report.plan)
-    yield _cost_table(report)
-
-
 def _run_table(report: PlanReport) -> Table:
     plan = report.plan
-    table = _pairs(f"Run {report.run_dir}")
-    table.add_row("steps", f"{plan.steps:,}")
-    table.add_row("tokens", f"{plan.tokens:,}")
+    shown = _pairs(f"Run {report.config.run_dir}")
+    shown.add_row("steps", f"{plan.steps:,}")
+    shown.add_row("tokens", f"{plan.tokens:,}")
     if plan.duration.tokens:
-        table.add_row("  budget", f"{plan.duration}, overshot by {plan.overshoot:,} (below one batch)")
-    table.add_row("samples", f"{plan.samples:,} of {plan.seq_len:,} tokens ({plan.tail})")
+        shown.add_row("  budget", f"{plan.duration}, overshot by {plan.overshoot:,} (below one batch)")
+    shown.add_row("samples", f"{plan.samples:,} of {plan.seq_len:,} tokens ({plan.tail})")
     used = plan.tokens / (plan.samples * plan.seq_len)
-    table.add_row("tokens used", f"{used:.1%} of those in the samples")
-    return table
+    shown.add_row("tokens used", f"{used:.1%} of those in the samples")
+    return shown
 
 
 def _length_table(report: PlanReport) -> Table:
-    plan, data_size = report.plan, report.machine.data_size
-    table = Table(title="Lengths and batches", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in ("from step", "length", "batch", "tokens a step", "micro-batches", "tokens after"):
-        table.add_column(name, justify="right", no_wrap=True)
+    plan, data_size = report.plan, report.data_size
+    columns = ("from step", "length", "batch", "tokens a step", "micro-batches", "tokens after")
+    shown = table(*columns, title="Lengths and batches")
     for group in summarized(plan.segments):
         first, last = group[0], group[-1]
         lengths, tokens = [segment.seq_len for segment in group], [segment.step_tokens for segment in group]
         micro = [
-            len(micro_batch_sizes(segment.batch_size // data_size, segment.seq_len, report.micro_batch_tokens))
+            len(micro_batch_sizes(segment.batch_size // data_size, segment.seq_len, report.config.micro_batch_tokens))
             for segment in group
         ]
-        table.add_row(
+        shown.add_row(
             f"{first.first_step:,}",
             _span(min(lengths), max(lengths)),
             _span(first.batch_size, last.batch_size),
@@ -272,43 +240,40 @@ def _length_table(report: PlanReport) -> Table:
             _span(min(micro), max(micro)),
             format_count(last.end_tokens),
         )
-    return table
+    return shown
 
 
 def _rate_table(plan: TrainingPlan) -> Table:
-    table = Table(title="Learning rate", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("step", "tokens after", "length", "LR"):
-        table.add_column(name, justify="right", no_wrap=True)
+    shown = table("step", "tokens after", "length", "LR", title="Learning rate")
     for step in key_steps(plan):
         consumed = step.consumed_tokens + step.tokens
-        table.add_row(f"{step.step:,}", f"{consumed:,}", f"{step.seq_len:,}", f"{step.lr:.4g}")
-    return table
+        shown.add_row(f"{step.step:,}", f"{consumed:,}", f"{step.seq_len:,}", f"{step.lr:.4g}")
+    return shown
 
 
 def _cost_table(report: PlanReport) -> Table:
-    memory, machine, tensor = report.memory, report.machine, report.machine.tensor
-    table = _pairs(f"Cost on {machine.ranks:,} rank(s): {machine.data_size:,} data-parallel x {tensor} tensor-parallel")
-    share = f", {report.rank_parameters.total:,} on each tensor rank" if tensor > 1 else ""
-    table.add_row("parameters", f"{report.parameters.total:,}{share}")
-    table.add_row("FLOPs", f"{report.flops:.4g} (causal attention {report.causal_flops:.4g})")
-    saving = 1 - report.flops / report.full_length_flops
-    table.add_row("  at full length", f"{report.full_length_flops:.4g} for as many tokens: {saving:.1%} saved")
-    table.add_row("memory a rank", f"{_gib(memory.device)}, estimated")
+    memory, tensor = report.memory, report.config.parallel.tensor
+    shown = _pairs(f"Cost on {report.ranks:,} rank(s): {report.data_size:,} data-parallel x {tensor} tensor-parallel")
+    share = f", {report.parameters(tensor=tensor).total:,} on each tensor rank" if tensor > 1 else ""
+    shown.add_row("parameters", f"{report.parameters().total:,}{share}")
+    shown.add_row("FLOPs", f"{report.flops():.4g} (causal attention {report.flops(causal=True):.4g})")
+    shown.add_row("  at full length", f"{report.full_length_flops:.4g} for as many tokens: {report.saving:.1%} saved")
+    shown.add_row("memory a rank", f"{_gib(memory.device)}, estimated")
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
-        table.add_row(f"  {name}", _gib(getattr(memory, name)))
+        shown.add_row(f"  {name}", _gib(getattr(memory, name)))
     if memory.host:
-        table.add_row("  offloaded", f"{_gib(memory.host)} of host memory")
+        shown.add_row("  offloaded", f"{_gib(memory.host)} of host memory")
     if report.seconds is not None:
-        rate = f"{machine.device_tflops:g} TFLOP/s a device at {machine.mfu:.0%} utilization"
-        table.add_row("time", f"{format_duration(report.seconds)} ({rate})")
-    return table
+        rate = f"{report.device_tflops:g} TFLOP/s a device at {report.mfu:.0%} utilization"
+        shown.add_row("time", f"{format_duration(report.seconds)} ({rate})")
+    return shown
 
 
 def _pairs(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
+    pairs = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
+    pairs.add_column(no_wrap=True)
+    pairs.add_column(overflow="fold")
+    return pairs
 
 
 def _span(first: int, last: int, *, short: bool = False) -> str:
@@ -327,11 +292,9 @@ def draw_plan(plans: Mapping[str, TrainingPlan], output: Path) -> None:
     """
     if output.suffix not in _FORMATS:
         raise UserError(f"--plot {output}: the name must end in {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(3, 2, sharex="col", sharey="row")
     for (which, plan), color in zip(plans.items(), _COLORS, strict=False):
         rows = plan.arrays()

@@ -1,92 +1,85 @@
-"""The options that say what a SLURM job occupies, and what is checked at submission: ``submit``, ``experiment run``."""
+"""What ``submit`` and ``experiment run`` share: the options of a SLURM job, and what is checked at submission."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_ext.errors import UserError
+from megatron_ext.launch.job_script import Container, Containers, Resources
+from megatron_ext.launch.slurm import training_job
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
-    from megatron_ext.launch.job_script import Container, Resources
-
-Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Nodes of a job.")]
-GpusPerNode = Annotated[
-    int | None,
-    typer.Option("--gpus-per-node", min=1, help="GPUs of each node, one rank on each.", show_default="none: CPUs"),
-]
-TasksPerNode = Annotated[
-    int | None,
-    typer.Option("--tasks-per-node", min=1, help="Ranks of each node.", show_default="one per GPU, or one"),
-]
-CpusPerTask = Annotated[int | None, typer.Option("--cpus-per-task", min=1, help="CPU cores of each rank.")]
-Partition = Annotated[str | None, typer.Option("--partition", help="Partition to submit to.")]
-Time = Annotated[
-    str | None,
-    typer.Option("--time", metavar="LIMIT", help="Time limit: MINUTES, HH:MM:SS or D-HH:MM:SS."),
-]
-Account = Annotated[str | None, typer.Option("--account", help="Account to charge.")]
-SignalSeconds = Annotated[
-    int | None,
-    typer.Option(
-        "--signal-seconds",
-        help="Stop, save and requeue this long before the limit; more than a step and a checkpoint take.",
-        show_default="300, of a short limit a tenth",
-    ),
-]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option("--sbatch", metavar="KEY=VALUE", help="Another option of sbatch, e.g. qos=high; may be repeated."),
-]
-ContainerImage = Annotated[
-    str | None, typer.Option("--container", metavar="IMAGE", help="Image in which the ranks run.")
-]
-ContainerRuntime = Annotated[
-    str, typer.Option("--container-runtime", help="pyxis (srun --container-image) or apptainer.")
-]
-Mounts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--mount",
-        metavar="PATH",
-        help="Path that the container sees as well; may be repeated.",
-        show_default="the working and output directories, and those of the data",
-    ),
-]
-Interpreter = Annotated[
-    str | None,
-    typer.Option("--python", help="Python of the ranks.", show_default="this one; in a container python3"),
-]
+    from megatron_ext.launch.job_script import TrainingJob
 
 
-def resources_of(**given: Any) -> "Resources":
-    """What a job occupies, from the options of a command by their names in Resources."""
-    from megatron_ext.launch.job_script import Resources
+@dataclass(frozen=True)
+class SlurmOptions:
+    """A job and what it occupies."""
 
-    extra = tuple(given.pop("extra") or ())
-    tasks = given.pop("tasks_per_node") or given["gpus_per_node"] or 1
-    return Resources(**given, tasks_per_node=tasks, extra=extra)
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a job.")] = 1
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each node, one rank on each.", show_default="none: CPUs")
+    ] = None
+    tasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of each node.", show_default="one per GPU, or one")
+    ] = None
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPU cores of each rank.")] = None
+    partition: Annotated[str | None, typer.Option(help="Partition to submit to.")] = None
+    time: Annotated[str | None, typer.Option(metavar="LIMIT", help="Time limit: MINUTES, HH:MM:SS or D-HH:MM:SS.")] = (
+        None
+    )
+    account: Annotated[str | None, typer.Option(help="Account to charge.")] = None
+    signal_seconds: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop, save and requeue this long before the limit; more than a step and a checkpoint take.",
+            show_default="300, of a short limit a tenth",
+        ),
+    ] = None
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Another option of sbatch, e.g. qos=high; may be repeated."),
+    ] = None
+    container: Annotated[str | None, typer.Option(metavar="IMAGE", help="Image in which the ranks run.")] = None
+    container_runtime: Annotated[Containers, typer.Option(help="pyxis (srun --container-image) or apptainer.")] = (
+        "pyxis"
+    )
+    mounts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            metavar="PATH",
+            help="Path that the container sees as well; may be repeated.",
+            show_default="the working and output directories, and those of the data",
+        ),
+    ] = None
+    python: Annotated[
+        str | None, typer.Option(help="Python of the ranks.", show_default="this one; in a container python3")
+    ] = None
 
-
-def container_of(
-    image: str | None, runtime: str, mounts: Sequence[str] | None, configs: Sequence["RunConfig"]
-) -> "Container | None":
-    """The container, from the options of a command; by default it sees what ``configs`` name.
-
-    Raises:
-        UserError: an unknown runtime.
-    """
-    from megatron_ext.launch.job_script import Container
-
-    if runtime not in {"pyxis", "apptainer"}:
-        raise UserError(f"--container-runtime is {runtime!r}: write pyxis or apptainer")
-    if image is None:
-        return None
-    seen = [str(Path(mount).resolve()) for mount in mounts or ()] or _named_by(configs)
-    return Container(image, runtime="apptainer" if runtime == "apptainer" else "pyxis", mounts=tuple(seen))
+    def job(self, configs: Sequence["RunConfig"]) -> "TrainingJob":
+        """The job that trains ``configs``; by default its container sees what they name."""
+        resources = Resources(
+            nodes=self.nodes,
+            gpus_per_node=self.gpus_per_node,
+            tasks_per_node=self.tasks_per_node or self.gpus_per_node or 1,
+            cpus_per_task=self.cpus_per_task,
+            partition=self.partition,
+            account=self.account,
+            time=self.time,
+            signal_seconds=self.signal_seconds,
+            extra=tuple(self.sbatch or ()),
+        )
+        image = None
+        if self.container is not None:
+            seen = [str(Path(mount).resolve()) for mount in self.mounts or ()] or _named_by(configs)
+            image = Container(self.container, runtime=self.container_runtime, mounts=tuple(seen))
+        return training_job(configs, resources, container=image, python=self.python)
 
 
 def _named_by(configs: Sequence["RunConfig"]) -> list[str]:
@@ -121,7 +114,8 @@ def check_runs(configs: Sequence["RunConfig"], resources: "Resources", *, dry_ru
 
 
 def _check_run(config: "RunConfig", resources: "Resources") -> None:
-    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
+    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.verify import check_resumable, read_manifest
     from megatron_ext.launch.launcher import check_run
 
     ranks, parallel = resources.ranks, config.parallel

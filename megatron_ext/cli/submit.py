@@ -6,28 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_ext.cli.common import ConfigPath, Overrides
-from megatron_ext.cli.slurm_options import (
-    Account,
-    ContainerImage,
-    ContainerRuntime,
-    CpusPerTask,
-    GpusPerNode,
-    Interpreter,
-    Mounts,
-    Nodes,
-    Partition,
-    Sbatch,
-    SignalSeconds,
-    TasksPerNode,
-    Time,
-    check_runs,
-    container_of,
-    resources_of,
-)
+from megatron_ext.cli.common import ConfigPath, Overrides, grouped
+from megatron_ext.cli.slurm_options import SlurmOptions, check_runs
 from megatron_ext.errors import UserError
 from megatron_ext.launch.job_script import word
-from megatron_ext.launch.slurm import absolute, submit_job, training_job
+from megatron_ext.launch.slurm import absolute, submit_job
 
 if TYPE_CHECKING:
     from megatron_ext.config.run import RunConfig
@@ -43,43 +26,30 @@ Array = Annotated[
         help=f"Several runs as an array, e.g. 1-8%4: {TASK} in --set is the task's number, as in --set seed={TASK}.",
     ),
 ]
-Dependency = Annotated[
-    str | None, typer.Option("--dependency", help="What the job waits for, as sbatch writes it: afterok:123.")
-]
-Chain = Annotated[
-    int,
-    typer.Option(
-        "--chain", min=1, help="Jobs one after the other, for a run longer than the time limit, instead of requeueing."
-    ),
-]
-Retries = Annotated[
-    int, typer.Option("--retries", min=0, help="Further attempts of a run that fails, from its newest checkpoint.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script; write and submit nothing.")]
 
 
+@grouped
 def command(
     config: ConfigPath,
     *,
     overrides: Overrides = None,
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = None,
-    tasks_per_node: TasksPerNode = None,
-    cpus_per_task: CpusPerTask = None,
-    partition: Partition = None,
-    time: Time = None,
-    account: Account = None,
+    slurm: SlurmOptions,
     array: Array = None,
-    dependency: Dependency = None,
-    chain: Chain = 1,
-    signal_seconds: SignalSeconds = None,
-    retries: Retries = 0,
-    sbatch: Sbatch = None,
-    container: ContainerImage = None,
-    container_runtime: ContainerRuntime = "pyxis",
-    mounts: Mounts = None,
-    python: Interpreter = None,
-    dry_run: DryRun = False,
+    dependency: Annotated[
+        str | None, typer.Option("--dependency", help="What the job waits for, as sbatch writes it: afterok:123.")
+    ] = None,
+    chain: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Jobs one after the other, for a run longer than the time limit, instead of requeueing."
+        ),
+    ] = 1,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Further attempts of a run that fails, from its newest checkpoint.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script; write and submit nothing.")
+    ] = False,
 ) -> None:
     """Train a model as a SLURM job; call it where the nodes see the same directories, and paths mean the same.
 
@@ -91,27 +61,15 @@ def command(
     """
     tasks, at_once = _tasks(array, chain=chain)
     configs = load_runs(config, overrides or (), tasks)
-    resources = resources_of(
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        tasks_per_node=tasks_per_node,
-        cpus_per_task=cpus_per_task,
-        partition=partition,
-        account=account,
-        time=time,
-        signal_seconds=signal_seconds,
-        extra=sbatch,
-    )
-    image = container_of(container, container_runtime, mounts, configs)
     job = replace(
-        training_job(configs, resources, container=image, python=python),
+        slurm.job(configs),
         task_ids=tasks,
         at_once=at_once,
         dependency=dependency,
         attempts=retries + 1,
         requeue=chain == 1,
     )
-    check_runs(configs, resources, dry_run=dry_run)
+    check_runs(configs, job.resources, dry_run=dry_run)
     if dry_run:
         typer.echo(job.script(), nl=False)
     else:

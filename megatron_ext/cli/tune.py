@@ -3,13 +3,15 @@
 import json
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_ext.cli.common import ConfigPath, Overrides
+from megatron_ext.cli.common import ConfigPath, Overrides, grouped, whole_numbers
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.places import OUTPUT_DIR, check_place
 
 if TYPE_CHECKING:
     from megatron_ext.experiments.tune import Tuning
@@ -19,82 +21,69 @@ if TYPE_CHECKING:
 
 TUNED = "tuned.json"
 
-Starts = Annotated[
-    str | None,
-    typer.Option(
-        help="Start lengths to try, rising: 8,16,32.",
-        show_default="8 to 128, or 64 to 256 from a billion parameters on",
-    ),
-]
-Durations = Annotated[
-    str | None,
-    typer.Option(
-        help="The T to choose among, in steps: 500,1000,2000.",
-        show_default="units times powers of --notch, as far as the run goes",
-    ),
-]
-Notch = Annotated[float, typer.Option(help="Ratio of one T to the one before.")]
-Unit = Annotated[
-    int | None, typer.Option(min=1, help="Steps of a unit.", show_default="those of the learning rate's warmup")
-]
-First = Annotated[int, typer.Option(min=1, help="T with which start lengths are compared, in units.")]
-ProbeUnits = Annotated[int, typer.Option(min=1, help="Length of a probe, in units.")]
-ProbeSteps = Annotated[
-    int | None, typer.Option(min=1, help="The same in steps.", show_default="--probe-units times the unit")
-]
-Beginning = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Up to this step a fluctuation asks for a longer start, not another T.", show_default="one unit"
-    ),
-]
-Threshold = Annotated[float, typer.Option(help="Perplexity over the best so far that is a significant fluctuation.")]
-ValidateEvery = Annotated[
-    int | None, typer.Option(min=1, help="Steps between validations.", show_default="a tenth of a unit")
-]
-Samples = Annotated[
-    int | None,
-    typer.Option(
-        "--validation-samples", min=1, help="Sequences of a validation.", show_default="the run's, at most 64"
-    ),
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
-]
-Nproc = Annotated[
-    int | None,
-    typer.Option("--nproc", min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU."),
-]
-Slurm = Annotated[
-    str | None,
-    typer.Option(
-        help="Run probes as SLURM jobs with these options of sbatch: '--partition=gpu --gres=gpu:8'.",
-        show_default="on this machine",
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what could be run and what it costs at most.")]
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What is searched, how it is probed, and where."""
+
+    starts: Annotated[
+        str | None,
+        typer.Option(
+            help="Start lengths to try, rising: 8,16,32.",
+            show_default="8 to 128, or 64 to 256 from a billion parameters on",
+        ),
+    ] = None
+    durations: Annotated[
+        str | None,
+        typer.Option(
+            help="The T to choose among, in steps: 500,1000,2000.",
+            show_default="units times powers of --notch, as far as the run goes",
+        ),
+    ] = None
+    notch: Annotated[float, typer.Option(help="Ratio of one T to the one before.")] = 1.25
+    unit: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a unit.", show_default="those of the learning rate's warmup")
+    ] = None
+    first: Annotated[int, typer.Option(min=1, help="T with which start lengths are compared, in units.")] = 3
+    probe_units: Annotated[int, typer.Option(min=1, help="Length of a probe, in units.")] = 2
+    probe_steps: Annotated[
+        int | None, typer.Option(min=1, help="The same in steps.", show_default="--probe-units times the unit")
+    ] = None
+    beginning: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Up to this step a fluctuation asks for a longer start, not another T.", show_default="one unit"
+        ),
+    ] = None
+    threshold: Annotated[
+        float, typer.Option(help="Perplexity over the best so far that is a significant fluctuation.")
+    ] = 1.3
+    validate_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between validations.", show_default="a tenth of a unit")
+    ] = None
+    validation_samples: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a validation.", show_default="the run's, at most 64")
+    ] = None
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the search.", show_default="RUN_DIRECTORY_tune")
+    ] = None
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a probe; by default one per GPU, or one on a CPU.")
+    ] = None
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            help="Run probes as SLURM jobs with these options of sbatch: '--partition=gpu --gres=gpu:8'.",
+            show_default="on this machine",
+        ),
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what could be run and what it costs at most.")] = (
+        False
+    )
 
 
-def command(
-    config: ConfigPath,
-    *,
-    overrides: Overrides = None,
-    starts: Starts = None,
-    durations: Durations = None,
-    notch: Notch = 1.25,
-    unit: Unit = None,
-    first: First = 3,
-    probe_units: ProbeUnits = 2,
-    probe_steps: ProbeSteps = None,
-    beginning: Beginning = None,
-    threshold: Threshold = 1.3,
-    validate_every: ValidateEvery = None,
-    validation_samples: Samples = None,
-    output: Output = None,
-    nproc: Nproc = None,
-    slurm: Slurm = None,
-    dry_run: DryRun = False,
-) -> None:
+@grouped
+def command(config: ConfigPath, *, overrides: Overrides = None, options: TuneOptions) -> None:
     """Find the curriculum's start length s and duration T at a small part of a run's cost, as the paper does.
 
     Raises s until validation perplexity no longer fluctuates at the very beginning of training, then finds the largest
@@ -109,40 +98,38 @@ def command(
     from megatron_ext.experiments.tune import Tuning
     from megatron_ext.model.counts import count_parameters
 
-    if not threshold > 1 or not notch > 1:
-        raise UserError(f"--threshold is {threshold:g} and --notch is {notch:g}: write numbers above 1")
+    if not options.threshold > 1 or not options.notch > 1:
+        raise UserError(f"--threshold is {options.threshold:g} and --notch is {options.notch:g}: write numbers above 1")
     changes = parse_overrides(overrides or ())
     layers = (*read_layers(config), Layer("--set", changes))
     run = parse_layers(layers)
     parameters = count_parameters(run.model, positions=run.max_positions).total
-    lengths = _numbers("--starts", starts) if starts else tune_space.default_starts(run, parameters=parameters)
-    steps = unit or tune_space.unit_of(run, start=lengths[0])
+    usual = {"seq_len": run.training.seq_len, "parameters": parameters}
+    lengths = (
+        whole_numbers("--starts", options.starts)
+        if options.starts
+        else tune_space.default_starts(run.curriculum, **usual)
+    )
+    steps = options.unit or tune_space.unit_of(
+        run.learning_rate.warmup, start=lengths[0], batch_size=run.training.batch_size
+    )
     settings = tune_space.ProbeSettings(
-        threshold=threshold,
-        steps=probe_steps or probe_units * steps,
-        validate_every=validate_every or max(1, steps // 10),
-        validation_samples=validation_samples or min(64, run.validation.samples),
+        threshold=options.threshold,
+        steps=options.probe_steps or options.probe_units * steps,
+        validate_every=options.validate_every or max(1, steps // 10),
+        validation_samples=options.validation_samples or min(64, run.validation.samples),
     )
     tune_run = tune_space.TuneRun(layers, run, settings)
-    given = _numbers("--durations", durations) if durations else None
-    spacing = tune_space.DurationSpacing(unit=steps, ratio=notch, first=first, given=given)
-    grid = tune_space.grid_of(tune_run, lengths, spacing, beginning=beginning or steps)
-    if dry_run:
+    given = whole_numbers("--durations", options.durations) if options.durations else None
+    spacing = tune_space.DurationSpacing(unit=steps, ratio=options.notch, first=options.first, given=given)
+    grid = tune_space.grid_of(tune_run, lengths, spacing, beginning=options.beginning or steps)
+    folder = options.output or run.run_dir.with_name(run.name + "_tune")
+    check_place(folder, remedy="set --output" if options.output else OUTPUT_DIR)
+    if options.dry_run:
         _announce(tune_run, grid)
         return
-    folder = output or run.run_dir.with_name(run.name + "_tune")
-    tuning = Tuning(tune_run, grid, folder=folder, runner=_runner(nproc, slurm))
+    tuning = Tuning(tune_run, grid, folder=folder, runner=_runner(options.nproc, options.slurm))
     _tune(tuning, config, changes)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"{option} is {text!r}: write whole numbers separated by commas, for example 8,16,32")
-    return numbers
 
 
 def _announce(tune_run: "TuneRun", grid: "Grid") -> None:
@@ -151,19 +138,19 @@ def _announce(tune_run: "TuneRun", grid: "Grid") -> None:
     candidates = [Candidate(start, steps) for start, durations in grid.durations.items() for steps in durations]
     whole = {candidate: tune_run.probe_tokens(candidate) for candidate in candidates}
     early = {candidate: tune_run.probe_tokens(candidate, steps=grid.beginning) for candidate in candidates}
-    ways = list(paths(grid))
+    foreseen = list(paths(grid))
     costs = [
-        sum((early if verdict.fluctuated_at == grid.beginning else whole)[probe] for probe, verdict in way.items())
-        for way in ways
+        sum((early if verdict.fluctuated_at == grid.beginning else whole)[probe] for probe, verdict in path.items())
+        for path in foreseen
     ]
-    possible = {candidate for way in ways for candidate in way}
+    possible = {candidate for path in foreseen for candidate in path}
     typer.echo(f"Probes of {tune_run.settings.steps:,} steps that could be run (not all of them will be):")
     for start, durations in grid.durations.items():
         listed = [f"{steps:,}" for steps in durations if Candidate(start, steps) in possible]
         typer.echo(f"  s = {start:4d}, T = {', '.join(listed)}")
     full = min(tune_run.plan(Candidate(start, grid.first)).tokens for start in grid.durations)
     typer.echo(
-        f"At most {max(map(len, ways))} probes and {max(costs):,} tokens, {max(costs) / full:.1%} of the run's "
+        f"At most {max(map(len, foreseen))} probes and {max(costs):,} tokens, {max(costs) / full:.1%} of the run's "
         f"{full:,}; all {len(whole)} pairs of s and T would be {sum(whole.values()):,} tokens."
     )
 

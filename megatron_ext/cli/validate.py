@@ -14,20 +14,24 @@ from megatron_ext.config.resolved import resolved_json
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
-
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="Write the resolved config, every value in one file, for ranks that another launcher starts.",
-        show_default=False,
-    ),
-]
+from megatron_ext.runtime.places import problem_of, unusable
 
 
-def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson = False, output: Output = None) -> None:
+def command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    *,
+    as_json: AsJson = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the resolved config, every value in one file, for ranks that another launcher starts.",
+        ),
+    ] = None,
+) -> None:
     """Check a run config and say in a few lines what it describes.
 
     Prints every problem it finds, each with its key, the value found and what to write, and exits with 2.
@@ -36,7 +40,11 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
     """
     try:
         run = load_config(config, overrides or ())
-        plan = _planned(run, source=config)
+        try:
+            plan = run.plan()
+        except UserError as error:
+            # It compares durations that only a plan can compare, steps with tokens.
+            raise UserError(f"{config}: {error}") from None
     except UserError as error:
         if not as_json:
             raise
@@ -48,21 +56,23 @@ def command(config: ConfigPath, overrides: Overrides = None, *, as_json: AsJson 
             output.write_text(resolved_json(run), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error}") from None
+    problem = problem_of(run.run_dir)
+    warnings = [] if problem is None else [unusable(run.run_dir, problem)]
     if as_json:
         totals = {"steps": plan.steps, "tokens": plan.tokens, "samples": plan.samples}
-        answer = {"ok": True, **totals, "digest": run.digest(), "config": run.model_dump(mode="json")}
+        answer = {
+            "ok": True,
+            "warnings": warnings,
+            **totals,
+            "digest": run.digest(),
+            "config": run.model_dump(mode="json"),
+        }
         typer.echo(json.dumps(answer, indent=2))
         return
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
     lines = [*summary(run), f"plan        {_totals(plan, list(run.possible_plans().values()))}"]
     typer.echo("\n".join([f"OK: {config}", *(f"  {line}" for line in lines)]))
-
-
-def _planned(run: RunConfig, *, source: Path) -> TrainingPlan:
-    """The run's plan: it compares the durations that only a plan can compare, steps with tokens."""
-    try:
-        return run.plan()
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
 def _totals(plan: TrainingPlan, plans: Sequence[TrainingPlan]) -> str:

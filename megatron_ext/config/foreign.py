@@ -19,21 +19,17 @@ _BY_KEY: Final[dict[str, str]] = {
     "model.num_layers": "n_layer num_hidden_layers",
     "model.hidden_size": "n_embd d_model",
     "model.num_attention_heads": "n_head",
-    "model.ffn_hidden_size": "n_inner intermediate_size",
+    "model.ffn_hidden_size": "intermediate_size",
     "model.vocab_size": "padded_vocab_size",
     "model.vocab_multiple": "make_vocab_size_divisible_by",
     "model.max_position_embeddings": "n_positions",
-    "model.activation": "activation_function",
     "model.hidden_dropout": "dropout resid_pdrop embd_pdrop",
     "model.attention_dropout": "attn_pdrop",
-    "model.layernorm_epsilon": "layer_norm_epsilon norm_epsilon",
     "model.init_std": "init_method_std initializer_range",
     "model.attention": "attention_backend attn_implementation use_flash_attn",
-    "model.tie_embeddings": "tie_word_embeddings",
     "training.seq_len": "seq_length block_size n_ctx",
     "training.batch_size": "global_batch_size train_batch_size",
     "training.duration": "train_tokens train_iters train_samples max_steps max_iters",
-    "training.stop_after": "exit_interval",
     "training.batch_size_warmup": "rampup_batch_size",
     "training.precision": "fp16 bf16 dtype",
     "curriculum": "curriculum_learning data_efficiency slw",
@@ -42,7 +38,6 @@ _BY_KEY: Final[dict[str, str]] = {
     "curriculum.end": "max_difficulty",
     "curriculum.multiple": "difficulty_step",
     "curriculum.duration": "total_curriculum_step",
-    "curriculum.degree": "root_degree",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.eps": "adam_eps adam_epsilon",
     "optimizer.clip_grad": "gradient_clipping grad_clip max_grad_norm",
@@ -60,7 +55,6 @@ _BY_KEY: Final[dict[str, str]] = {
         "micro_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps per_device_train_batch_size"
     ),
     "parallel.activation_checkpointing": "checkpoint_activations gradient_checkpointing recompute_granularity",
-    "parallel.timeout_minutes": "distributed_timeout_minutes",
     "data.sources": "data_path dataset",
     "data.train": "train_data_path",
     "data.valid": "valid_data_path",
@@ -71,18 +65,17 @@ _BY_KEY: Final[dict[str, str]] = {
     "checkpoint.keep_last": "save_total_limit",
     "checkpoint.resume": "load resume_from_checkpoint",
     "metrics.log_every": "log_interval logging_steps steps_per_print",
-    "metrics.tensorboard": "tensorboard_dir",
     "output_dir": "out_dir save",
-    "name": "run_name",
 }
 
 ALIASES: Final[dict[str, str]] = {alias: key for key, aliases in _BY_KEY.items() for alias in aliases.split()}
 """What another framework calls a key -> our dotted key."""
 
+# What a value looks like, where it has another form than the foreign one.
 _HINTS: Final[dict[str, str]] = {
-    **dict.fromkeys(("training.duration", "training.stop_after"), '{"steps": n} or {"tokens": n}'),
+    **dict.fromkeys(("training.duration", "curriculum.duration"), '{"steps": n} or {"tokens": n}'),
     **dict.fromkeys(("learning_rate.warmup", "learning_rate.decay_duration"), '{"steps": n} or {"tokens": n}'),
-    **dict.fromkeys(("validation.every", "checkpoint.every", "curriculum.duration"), '{"steps": n} or {"tokens": n}'),
+    **dict.fromkeys(("validation.every", "checkpoint.every"), '{"steps": n} or {"tokens": n}'),
     **dict.fromkeys(("data.sources", "data.train", "data.valid"), '[{"prefix": "PREFIX"}]'),
     "training.batch_size_warmup": '{"start": sequences, "increment": sequences, "duration": {"tokens": n}}',
     "training.precision": '"fp32", "bf16" or "fp16"',
@@ -94,7 +87,6 @@ _HINTS: Final[dict[str, str]] = {
     "parallel.activation_checkpointing": '"none" or "full"',
     "validation.samples": "full-length sequences",
 }
-"""What a value looks like, where it has another form than the foreign one."""
 
 # Keys of DeepSpeed whose value another section takes as it is.
 _SAME_VALUE: Final = {
@@ -111,14 +103,11 @@ _OFFLOAD: Final = {
 _ADVICE: Final = {
     "train_micro_batch_size_per_gpu": "write parallel.micro_batch_tokens, the tokens one rank may hold at once",
     "gradient_accumulation_steps": "micro-batches follow from parallel.micro_batch_tokens",
-    "managed_gradient_accumulation": "the accumulation boundary is the training step's own; remove it",
     "torch_autocast": 'write training.precision "bf16" or "fp16"',
     "activation_checkpointing": 'write parallel.activation_checkpointing "full"',
     "tensor_parallel": "write parallel.tensor",
     "checkpoint": "write checkpoint.every and checkpoint.keep_last",
     "pipeline": "pipeline parallelism is not supported; remove it",
-    "expert_parallel": "GPT-2 and GPT-3 have no experts; remove it",
-    "sequence_parallel_size": "sequence parallelism is not supported; remove it",
     "autotuning": "DeepSpeed would choose batch sizes that training.batch_size decides; remove it",
     "compile": "its graphs assume DeepSpeed's own gradient accumulation; remove it",
     "amp": 'DeepSpeed no longer has it; write training.precision "bf16"',
@@ -225,16 +214,17 @@ class Translation:
 
 def translate_legacy(block: Any) -> Translation:
     """The ``curriculum_learning`` block of DeepSpeed up to 0.19.7 as our section."""
-    try:
-        return _translate(_object(block, "curriculum_learning"))
-    except _UntranslatableError as reason:
-        return Translation(None, (f"it cannot be translated because {reason}", f'write "curriculum": {_FALLBACK}'))
+    return _attempt(_translate, block, "curriculum_learning")
 
 
 def translate_data_efficiency(block: Any) -> Translation:
     """The curriculum in a ``data_efficiency`` block as our section."""
+    return _attempt(_translate_metrics, block, "data_efficiency")
+
+
+def _attempt(translate: Callable[[dict[str, Any]], Translation], block: Any, name: str) -> Translation:
     try:
-        return _translate_metrics(_object(block, "data_efficiency"))
+        return translate(_object(block, name))
     except _UntranslatableError as reason:
         return Translation(None, (f"it cannot be translated because {reason}", f'write "curriculum": {_FALLBACK}'))
 

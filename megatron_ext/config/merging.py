@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 Tree = dict[str, Any]
@@ -38,10 +39,7 @@ def merge(base: Tree, later: Tree) -> Tree:
 
 def merge_all(trees: Iterable[Tree]) -> Tree:
     """All trees merged in order; the last one wins."""
-    merged: Tree = {}
-    for tree in trees:
-        merged = merge(merged, tree)
-    return merged
+    return reduce(merge, trees, {})
 
 
 def _replaces(old: Tree, new: Tree) -> bool:

@@ -15,11 +15,7 @@ def resolved_json(config: RunConfig) -> str:
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run config in ``path``; the loader is needed only for ``extends``, comments, overrides and mistakes.
-
-    Raises:
-        UserError: as ``load_config``.
-    """
+    """The config in ``path``; what is no resolved file takes the loader. Raises UserError as ``load_config``."""
     if not overrides:
         try:
             text = read_regular(path).decode()

@@ -25,8 +25,7 @@ from megatron_ext.curriculum.learning_rate import LearningRateConfig
 from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import ConstantPacing, CurriculumConfig
-from megatron_ext.curriculum.plan import TrainingPlan, plan_problems, possible_plans
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan, plan_problems, possible_plans
 
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What no file name takes, or what gives orders to a terminal."""

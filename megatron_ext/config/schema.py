@@ -51,11 +51,7 @@ exactly one of the two.
 
 
 def run_schema(*, partial: bool = False) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a config file, with the sections' docstrings as descriptions.
-
-    Args:
-        partial: leave out which keys are required: for files that extend others.
-    """
+    """JSON Schema (draft 2020-12) of a config file; ``partial``: of one that extends others and may lack keys."""
     schema = _adapt(RunConfig.model_json_schema(), partial=partial)
     schema["properties"] = {"$schema": {"type": "string"}, "extends": _EXTENDS, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

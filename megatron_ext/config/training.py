@@ -5,14 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_ext.base import (
-    Duration,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from megatron_ext.base import Duration, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_ext.curriculum.pacing import BatchSizeWarmup
 
 
@@ -85,6 +78,14 @@ class CheckpointConfig(Section):
     resume: bool = True
     """Continue from the newest complete checkpoint of the run directory, if there is one; false refuses to start where
     there is one."""
+
+    verify: bool = True
+    """Write the SHA-256 of every file into checkpoint.json and compare before anything is loaded, about 1 s per GB;
+    false does neither."""
+
+    fallback: bool = True
+    """Where the newest checkpoint is damaged, continue from the newest whole one and rename the damaged ones to
+    ``step_N.damaged``; false refuses to start."""
 
 
 class ProfileConfig(Section):

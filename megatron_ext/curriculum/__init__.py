@@ -5,9 +5,8 @@ samples. Nothing here knows a framework, a device or ranks.
 """
 
 from megatron_ext.base import Duration
-from megatron_ext.curriculum.guards import Guard, GuardsConfig, GuardStop, Incident, LossRatioGuard
+from megatron_ext.curriculum.guards import Guard, GuardsConfig, GuardStop, Incident, LossRatio, LossRatioGuard
 from megatron_ext.curriculum.learning_rate import LearningRateConfig
-from megatron_ext.curriculum.loss_ratio import LossRatio
 from megatron_ext.curriculum.opening import open_schedule
 from megatron_ext.curriculum.pacing import BatchSizeWarmup, Pacing, RunSpec
 from megatron_ext.curriculum.pacings import (
@@ -20,7 +19,7 @@ from megatron_ext.curriculum.pacings import (
     RootPacing,
     Stage,
 )
-from megatron_ext.curriculum.plan import PlanArrays, PlannedStep, TrainingPlan, is_due
+from megatron_ext.curriculum.plan import Decision, PlanArrays, PlannedStep, Schedule, TrainingPlan, is_due
 from megatron_ext.curriculum.sampler import (
     BatchSlices,
     SkippedSamples,
@@ -29,7 +28,6 @@ from megatron_ext.curriculum.sampler import (
     micro_batch_sizes,
     rank_block,
 )
-from megatron_ext.curriculum.schedule import Decision, Schedule
 from megatron_ext.errors import UserError
 
 __all__ = [

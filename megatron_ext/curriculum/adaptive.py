@@ -33,27 +33,21 @@ from typing import Any, Final
 
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import AdaptivePacing
-from megatron_ext.curriculum.plan import PlannedStep, TrainingPlan, bounding_plans
-from megatron_ext.curriculum.schedule import Action, Decision, Schedule
+from megatron_ext.curriculum.plan import Action, Decision, PlannedStep, Schedule, TrainingPlan, bounding_plans
 from megatron_ext.curriculum.segments import Level, Phase, phases_of, value_at
 from megatron_ext.errors import UserError
 
-_VARIANCES: Final = 32
-"""Measurements of which the running median of the variance is taken."""
-
-_FEWEST: Final = 8
-"""Measurements without which it is not: Adam's second moment needs some steps to fill."""
+_VARIANCES: Final = 32  # measurements of which the running median of the variance is taken
+_FEWEST: Final = 8  # measurements without which it is not: Adam's second moment needs some steps to fill
 
 
 @dataclass(frozen=True)
 class Instability:
     """The largest values since the last decision; None where there was nothing to take them of."""
 
-    loss_ratio: float | None
-    """Median of loss over lowest earlier loss; below 1 where losses only fell."""
-
+    loss_ratio: float | None  # median of loss over lowest earlier loss; below 1 where losses only fell
+    # Largest element of sqrt(Adam's second moment) over its running median before.
     variance_ratio: float | None
-    """Largest element of sqrt(Adam's second moment) over its running median before."""
 
 
 class InstabilityTracker:
@@ -93,11 +87,7 @@ class InstabilityTracker:
         self._variances = [*self._variances, variance][-_VARIANCES:]
 
     def next_interval(self, *, shorter: bool) -> None:
-        """Begin anew after a decision.
-
-        Args:
-            shorter: The length stepped back, and the steps that led to this shall not count again after it.
-        """
+        """Begin anew after a decision. Steps that led to a ``shorter`` length shall not count again after it."""
         self._loss_ratio = self._variance_ratio = None
         if shorter:
             self._losses = []
@@ -113,11 +103,7 @@ class InstabilityTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
-
-        Raises:
-            UserError: a key is missing.
-        """
+        """Go on from what ``state_dict`` returned. Raises UserError if a key is missing."""
         _check_complete(state, self.state_dict().keys())
         self._losses = [(int(seq_len), float(loss)) for seq_len, loss in state["losses"]]
         self._lowest = [(int(seq_len), float(loss)) for seq_len, loss in state["lowest"]]
@@ -198,11 +184,7 @@ class AdaptiveSchedule(Schedule):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
-
-        Raises:
-            UserError: a key is missing.
-        """
+        """Go on from what ``state_dict`` returned. Raises UserError if a key is missing."""
         _check_complete(state, self.state_dict().keys())
         batch_size = self._run.batch_size
         phases: list[Phase] = []

@@ -1,14 +1,93 @@
-"""Guards: what to do about a loss that rises or is no number, decided between a step's gradient and its update."""
+"""The loss ratio, the measure of instability of the SLW paper, and guards on it.
+
+The ratio is the training loss over the lowest training loss so far (Li, Zhang, He, "The Stability-Efficiency Dilemma",
+NeurIPS 2022, section 3). Guards decide between a step's gradient and its update what to do about a loss that rises or
+is no number.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_ext.base import Duration, PositiveInt, Section
-from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.base import Duration, NonNegativeInt, PositiveInt, Section
+from megatron_ext.errors import RunStopped, UserError
+
+THRESHOLDS = (1.1, 1.2, 1.5, 2.0)
+"""A step is counted once for every threshold that its ratio exceeds."""
+
+
+@dataclass(slots=True)
+class LossRatio:
+    """Tracks the ratio step by step, in constant memory; its fields are to be read, not set.
+
+    - The ratio of a step is its loss divided by the lowest finite loss of any *earlier* step; without one it is 1.0.
+      It is below 1 where the step sets a new lowest loss.
+    - A loss that is NaN or infinite has the ratio infinity, and never becomes the lowest loss.
+    - A lowest loss of 0 gives 1.0 for a loss of 0 and infinity for a greater one. Losses are cross-entropies: >= 0.
+    """
+
+    lowest: float = math.inf  # lowest finite loss; infinite before there is one
+    steps: int = 0  # steps seen, those with a non-finite loss included
+    non_finite: int = 0  # steps whose loss was NaN or infinite
+    largest: float = 1.0  # largest ratio: infinite as soon as one loss was not finite
+    # Threshold -> number of steps with a ratio above it.
+    above: dict[float, int] = field(default_factory=lambda: dict.fromkeys(THRESHOLDS, 0))
+
+    def update(self, loss: float) -> float:
+        """Count one step with this training loss (nats per token) and return its ratio."""
+        ratio = self._ratio(loss)
+        self.steps += 1
+        self.largest = max(self.largest, ratio)
+        for threshold in THRESHOLDS:
+            self.above[threshold] += ratio > threshold
+        if math.isfinite(loss):
+            self.lowest = min(self.lowest, loss)
+        else:
+            self.non_finite += 1
+        return ratio
+
+    def _ratio(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            return math.inf
+        if math.isinf(self.lowest):
+            return 1.0
+        if self.lowest == 0.0:
+            return 1.0 if loss == 0.0 else math.inf
+        return loss / self.lowest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on, as plain values."""
+        return {
+            "lowest": self.lowest,
+            "steps": self.steps,
+            "non_finite": self.non_finite,
+            "largest": self.largest,
+            "above": [[threshold, count] for threshold, count in self.above.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned. Raises UserError if that is no state of this version's."""
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise UserError(
+                f"the checkpoint's loss ratio state lacks {', '.join(missing)}: "
+                "it was written by another version; resume with that version"
+            )
+        above = {float(threshold): int(count) for threshold, count in state["above"]}
+        if tuple(above) != THRESHOLDS:
+            raise UserError(
+                f"the checkpoint's loss ratio state counts steps above {list(above)}, this version above "
+                f"{list(THRESHOLDS)}: resume with the version that wrote it"
+            )
+        self.lowest = float(state["lowest"])
+        self.steps = int(state["steps"])
+        self.non_finite = int(state["non_finite"])
+        self.largest = float(state["largest"])
+        self.above = above
+
 
 GuardAction = Literal["log", "stop", "skip", "rollback"]
 """Described at ``LossRatioGuard.action``."""
@@ -44,6 +123,14 @@ class GuardsConfig(Section):
 
     max_rollbacks: PositiveInt = 3
     """After this many rollbacks in the whole run it stops instead."""
+
+    max_non_finite: PositiveInt = 20
+    """An update with a gradient that is NaN or infinite is always left out; after this many in a row the run stops with
+    exit status 1 (with ``non_finite`` null or log; the other actions have limits of their own)."""
+
+    check_copies_every: NonNegativeInt = 0
+    """Steps between comparisons, bit for bit, of the weights that several ranks hold; a difference, which only faulty
+    hardware makes, ends the run with exit status 1. 0: never."""
 
     @property
     def are_on(self) -> bool:
@@ -82,7 +169,7 @@ class GuardsConfig(Section):
 Reason = Literal["loss", "gradient", "loss_ratio"]
 
 
-class GuardStop(Exception):  # noqa: N818 - nothing is wrong with the program
+class GuardStop(RunStopped):
     """A guard ended the run; the message says why and what is left. Exit status 1, without a traceback."""
 
 
@@ -91,21 +178,14 @@ class Incident:
     """What went wrong with a step and what is done about it: but for "log", its update is left out."""
 
     action: GuardAction
+    # loss, gradient: it is not finite. loss_ratio: it was above the threshold.
     reason: Reason
-    """loss, gradient: it is not finite. loss_ratio: it was above the threshold."""
-
-    value: float
-    """The loss, the gradient norm or the loss ratio of the step."""
-
-    steps: int
-    """Consecutive steps that make up the incident so far, this one included."""
-
-    limit: str | None = None
-    """Why the run stops although the action asked for is another one."""
-
+    value: float  # the loss, the gradient norm or the loss ratio of the step
+    steps: int  # consecutive steps that make up the incident so far, this one included
+    limit: str | None = None  # why the run stops although the action asked for is another one
+    # Whether a stop saves a checkpoint. Not where rollbacks were of no use: the newest checkpoint is then still one
+    # from before the incident.
     saves: bool = True
-    """Whether a stop saves a checkpoint. Not where rollbacks were of no use: the newest checkpoint is then still one
-    from before the incident."""
 
     @property
     def why(self) -> str:
@@ -132,18 +212,8 @@ class Guard:
         """Begin with no incident; ``loss_ratio`` is the run's."""
         self._config, self._loss_ratio = config, loss_ratio
         self._above = self._broken = self._skips = self._rollbacks = 0
-        self._incident: Incident | None = None
-        self._ratio = 1.0
-
-    @property
-    def incident(self) -> Incident | None:
-        """What is to be done about the last step, if anything."""
-        return self._incident
-
-    @property
-    def ratio(self) -> float:
-        """Loss ratio of the last step."""
-        return self._ratio
+        self.incident: Incident | None = None  # what is to be done about the last step, if anything
+        self.ratio = 1.0  # loss ratio of the last step
 
     def admits(self, *, loss: float, grad_norm: float | None) -> bool:
         """Whether the update of a step may be made; called once a step, in order. ``incident`` says what else to do.
@@ -152,9 +222,9 @@ class Guard:
             loss: Its loss in nats per token; the same on every rank.
             grad_norm: Norm of its gradient before clipping, likewise; None where it is not known.
         """
-        self._ratio = self._loss_ratio.update(loss)
-        self._incident = self._limit_skips(self._incident_of(loss, grad_norm))
-        return self._incident is None or self._incident.action == "log"
+        self.ratio = self._loss_ratio.update(loss)
+        self.incident = self._limit_skips(self._incident_of(loss, grad_norm))
+        return self.incident is None or self.incident.action == "log"
 
     def _limit_skips(self, incident: Incident | None) -> Incident | None:
         if incident is None or incident.action != "skip":
@@ -168,7 +238,7 @@ class Guard:
 
     def _incident_of(self, loss: float, grad_norm: float | None) -> Incident | None:
         threshold, non_finite = self._config.loss_ratio, self._config.non_finite
-        self._above = self._above + 1 if threshold is not None and self._ratio > threshold.above else 0
+        self._above = self._above + 1 if threshold is not None and self.ratio > threshold.above else 0
         broken_gradient = grad_norm is not None and not math.isfinite(grad_norm)
         self._broken = self._broken + 1 if broken_gradient or not math.isfinite(loss) else 0
         if self._broken and non_finite is not None:
@@ -176,7 +246,7 @@ class Guard:
                 return self._limited(Incident(non_finite, "loss", loss, self._broken), first=1)
             return self._limited(Incident(non_finite, "gradient", grad_norm or 0.0, self._broken), first=1)
         if threshold is not None and self._above >= threshold.steps:
-            incident = Incident(threshold.action, "loss_ratio", self._ratio, self._above)
+            incident = Incident(threshold.action, "loss_ratio", self.ratio, self._above)
             return self._limited(incident, first=threshold.steps)
         return None
 
@@ -192,7 +262,7 @@ class Guard:
         """Count a rollback, after which nothing seen before it counts; the loss ratio is taken back by its owner."""
         self._rollbacks += 1
         self._above = self._broken = self._skips = 0
-        self._incident = None
+        self.incident = None
 
     def state_dict(self) -> dict[str, int]:
         """Everything a resumed run needs beside the loss ratio, as plain values."""
@@ -202,4 +272,4 @@ class Guard:
         """Go on from what ``state_dict`` returned; an empty state is that of a run without guards."""
         self._above, self._broken = int(state.get("above", 0)), int(state.get("broken", 0))
         self._skips, self._rollbacks = int(state.get("skips", 0)), int(state.get("rollbacks", 0))
-        self._incident = None
+        self.incident = None

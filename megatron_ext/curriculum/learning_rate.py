@@ -109,16 +109,11 @@ class LearningRate:
 
     peak: float
     minimum: float
-    warmup: int
-    """W, in tokens if ``warmup_in_tokens``, otherwise in steps; 0 without a warmup."""
-
+    warmup: int  # W, in tokens if ``warmup_in_tokens``, otherwise in steps; 0 without a warmup
     warmup_in_tokens: bool
     shape: Literal["cosine", "linear", "constant"]
-    decay_from: int
-    """D0, in tokens."""
-
-    decay_until: int
-    """D1, in tokens; greater than ``decay_from``."""
+    decay_from: int  # D0, in tokens
+    decay_until: int  # D1, in tokens; greater than ``decay_from``
 
     def at(self, steps_done: Ints, tokens_consumed: Ints) -> Floats:
         """Learning rates after as many steps and tokens (arrays of one shape, each step's own included)."""

@@ -2,8 +2,7 @@
 
 from megatron_ext.curriculum.pacing import Pacing, RunSpec
 from megatron_ext.curriculum.pacings import AdaptivePacing
-from megatron_ext.curriculum.plan import TrainingPlan
-from megatron_ext.curriculum.schedule import Schedule
+from megatron_ext.curriculum.plan import Schedule, TrainingPlan
 
 
 def open_schedule(pacing: Pacing, run: RunSpec) -> Schedule:

@@ -15,16 +15,7 @@ from pydantic import ConfigDict, Field
 
 from megatron_ext.base import Duration, NonNegativeFloat, PositiveInt, Section
 from megatron_ext.curriculum.pacing import Pacing, Rising, RunSpec, no_multiple
-from megatron_ext.curriculum.segments import (
-    CycleSegments,
-    Levels,
-    Segment,
-    constant,
-    discrete,
-    rising,
-    too_long,
-    total,
-)
+from megatron_ext.curriculum.segments import CycleSegments, Levels, Segment, constant, discrete, rising, too_long, total
 
 
 class ConstantPacing(Pacing):

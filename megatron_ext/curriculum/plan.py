@@ -1,15 +1,15 @@
-"""TrainingPlan: everything a run will do, known before it starts.
+"""TrainingPlan: everything a run will do, known before it starts; Schedule: the plan as a training loop follows it.
 
 Batch size, sequence length and learning rate are functions of the step; consumed tokens are their cumulative sum; the
 decay and the end of the run are measured on that sum. A plan is a few segments (see segments.py) and a learning rate
 (see learning_rate.py), so it is built without a loop over steps and any step is found by a binary search. Nothing here
-depends on ranks.
+depends on ranks. Adaptive pacing decides a plan as the run goes (adaptive.py).
 """
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,22 +33,13 @@ from megatron_ext.errors import UserError
 class PlannedStep:
     """One optimizer step. ``consumed_*`` are the counts before it."""
 
-    step: int
-    """0-based."""
-
-    batch_size: int
-    """Sequences over all ranks."""
-
-    seq_len: int
-    """Tokens per sequence."""
-
+    step: int  # 0-based
+    batch_size: int  # sequences over all ranks
+    seq_len: int  # tokens per sequence
     lr: float
-    tokens: int
-    """Tokens of this step: ``batch_size * seq_len``."""
-
+    tokens: int  # tokens of this step: ``batch_size * seq_len``
     consumed_tokens: int
-    consumed_samples: int
-    """Dataset samples drawn, in whole or in part."""
+    consumed_samples: int  # dataset samples drawn, in whole or in part
 
     @property
     def end_step(self) -> int:
@@ -78,30 +69,21 @@ class PlanArrays:
 class TrainingPlan:
     """The run, step by step: ``plan[t]`` for t in [0, steps)."""
 
-    segments: Sequence[Segment]
-    """Phases of constant batch size and length, in order; at least one."""
-
+    segments: Sequence[Segment]  # phases of constant batch size and length, in order; at least one
     learning_rate: LearningRate
-    duration: Duration
-    """What the run was asked to last; ``steps`` and ``tokens`` are what it lasts."""
-
-    seq_len: int
-    """Full length in tokens: that of a dataset sample."""
-
-    tail: Tail
-    """What becomes of the rest of a sample when a step is shorter (see sampler.py)."""
-
+    duration: Duration  # what the run was asked to last; ``steps`` and ``tokens`` are what it lasts
+    seq_len: int  # full length in tokens: that of a dataset sample
+    tail: Tail  # what becomes of the rest of a sample when a step is shorter (see sampler.py)
+    # Dataset samples to provide for where the plan may still change; None: those that the segments draw.
     most_samples: int | None = None
-    """Dataset samples to provide for where the plan may still change; None: those that the segments draw."""
 
     @classmethod
     def build(cls, pacing: Pacing, run: RunSpec) -> "TrainingPlan":
         """The plan of a run; of adaptive pacing the one that holds the length wherever it may, its slowest.
 
-        Raises:
-            UserError: values contradict each other, a line for each; or, found only by planning, durations in different
-                units do: a warmup of length, batch size or learning rate that does not end within the run, a cooldown
-                that begins before the warmup ends.
+        Raises UserError if values contradict each other, a line for each; or, found only by planning, durations in
+        different units do: a warmup of length, batch size or learning rate that does not end within the run, a cooldown
+        that begins before the warmup ends.
         """
         if problems := plan_problems(pacing, run):
             raise UserError("\n".join(problems))
@@ -295,3 +277,76 @@ def _most_samples(bounds: Mapping[str, TrainingPlan], *, batch_size: int) -> int
     # The last step begins below the budget, on a whole number of tokens a stream, and is at most of full length.
     stream_tokens = (slowest.duration.tokens - 1) // batch_size + slowest.segments[-1].seq_len
     return int(samples_of_streams(batch_size, np.array([stream_tokens * batch_size]), slowest.seq_len)[0])
+
+
+Action = Literal["grow", "hold", "back"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to the length, and why. Made by one rank and followed by all."""
+
+    step: int  # finished steps; the first step that it concerns has this number
+    action: Action  # what the measurements ask for; the bounds may keep the length from following
+    seq_len: int  # length from here on, in tokens
+    previous: int  # length of the step before, in tokens
+    loss_ratio: float | None  # largest in the interval, as adaptive.py computes it
+    variance_ratio: float | None  # likewise; None where the variance was not measured
+    reason: str  # in words, for people
+
+    def details(self) -> dict[str, object]:
+        """What the event in the metrics says, beside step and tokens."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
+
+class Schedule:
+    """The plan of a run as it stands. This one is fixed: known from the beginning and never another.
+
+    A loop asks ``plan`` for the step, tells ``observe`` its outcome, and where ``due`` says so lets ``decide`` and
+    ``apply`` change the steps that are left.
+    """
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self._plan = plan
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The run as it stands; steps that are done never change in it."""
+        return self._plan
+
+    def observe(self, *, seq_len: int, loss: float, variance: float | None = None) -> None:
+        """Take the outcome of a step, every step once and in order, before a decision after it.
+
+        Args:
+            seq_len: Length of the step, in tokens.
+            loss: Mean loss in nats per token, also when it is not finite.
+            variance: Largest element of sqrt(Adam's second moment); None where it was not measured.
+        """
+
+    def due(self, after: PlannedStep) -> bool:  # noqa: ARG002
+        """Whether a decision is due after a step."""
+        return False
+
+    def decide(self, after: PlannedStep) -> Decision:
+        """The decision after a step, from what was observed up to it; changes nothing. Asked where one is due."""
+        raise AssertionError(f"no decision is due after step {after.step} of a fixed plan")
+
+    def apply(self, decision: Decision) -> None:
+        """Go on as decided. Steps before ``decision.step`` stay as they were."""
+        raise AssertionError(f"a fixed plan has no decisions to apply, such as {decision}")
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return self._plan.to_json()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside pacing, run and step, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned. Raises UserError if that is of another pacing or version."""
+        if state:
+            raise UserError(
+                f"the checkpoint holds a pacing state with {', '.join(sorted(state))}, and this version's pacing of "
+                "the run has none: resume with the version that wrote it"
+            )

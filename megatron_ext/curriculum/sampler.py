@@ -23,17 +23,11 @@ from megatron_ext.errors import UserError
 class BatchSlices:
     """The sequences of one step (or of one rank's part of it)."""
 
-    samples: Ints
-    """[B] dataset sample in which each sequence begins."""
-
-    offsets: Ints
-    """[B] position of the sequence's first token in that sample."""
-
+    samples: Ints  # [B] dataset sample in which each sequence begins
+    offsets: Ints  # [B] position of the sequence's first token in that sample
+    # [B] sample on whose first token the sequence goes on after the end of ``samples``; -1 where it does not.
     next_samples: Ints
-    """[B] sample on whose first token the sequence goes on after the end of ``samples``; -1 where it does not."""
-
-    seq_len: int
-    """Tokens of each sequence."""
+    seq_len: int  # tokens of each sequence
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -70,10 +64,7 @@ def batch_slices(step: PlannedStep, *, seq_len: int, tail: Tail) -> BatchSlices:
 
 
 def rank_block(batch: BatchSlices, rank: int, ranks: int) -> BatchSlices:
-    """The sequences of data-parallel rank ``rank`` of ``ranks``: the rank-th contiguous block of the global batch.
-
-    Raises UserError if the batch does not divide evenly over the ranks.
-    """
+    """The rank-th contiguous block of the global batch. Raises UserError if it does not divide over ``ranks``."""
     assert 0 <= rank < ranks, f"rank {rank} of {ranks}"
     size = _sequences_per_rank(len(batch), ranks)
     block = slice(rank * size, (rank + 1) * size)
@@ -82,10 +73,7 @@ def rank_block(batch: BatchSlices, rank: int, ranks: int) -> BatchSlices:
 
 
 def data_parallel_size(ranks: int, *, tensor: int) -> int:
-    """Ranks among which a batch is divided, where ``tensor`` ranks each hold a part of the model.
-
-    Raises UserError if the ranks do not form whole groups of ``tensor``.
-    """
+    """Ranks that share a batch, where ``tensor`` ranks hold one model. Raises UserError if that leaves ranks over."""
     if ranks % tensor:
         raise UserError(
             f"parallel.tensor is {tensor}, which does not divide the {ranks} rank(s): start a multiple of {tensor} "
@@ -138,11 +126,8 @@ class SkippedSamples:
     whole rows, of a sample for every stream, are skipped.
     """
 
-    total: int
-    """Samples in the dataset."""
-
-    ranges: tuple[tuple[int, int], ...] = ()
-    """(first, count) each, rising, neither touching nor overlapping."""
+    total: int  # samples in the dataset
+    ranges: tuple[tuple[int, int], ...] = ()  # (first, count) each, rising, neither touching nor overlapping
 
     @classmethod
     def none(cls, total: int, plan: TrainingPlan) -> "SkippedSamples":

@@ -36,17 +36,11 @@ Floats = npt.NDArray[np.float64]
 class Level:
     """One value of the sequence length or batch size, and where it begins."""
 
-    value: int
-    """Tokens per sequence, or sequences per batch."""
-
-    begins: int
-    """Steps done, or tokens consumed, before the first step that has this value."""
-
-    in_tokens: bool
-    """``begins`` counts tokens; otherwise steps."""
-
+    value: int  # tokens per sequence, or sequences per batch
+    begins: int  # steps done, or tokens consumed, before the first step that has this value
+    in_tokens: bool  # ``begins`` counts tokens; otherwise steps
+    # ``begins`` counts from the first step of the previous level; otherwise from the start of the run.
     from_previous: bool = False
-    """``begins`` counts from the first step of the previous level; otherwise from the start of the run."""
 
 
 Levels = tuple[Level, ...]
@@ -167,23 +161,12 @@ class _Position:
 class Segment:
     """Consecutive steps with the same batch size and sequence length."""
 
-    first_step: int
-    """0-based step that begins the segment."""
-
-    steps: int
-    """Steps in the segment, at least 1."""
-
-    batch_size: int
-    """Sequences per step over all ranks."""
-
-    seq_len: int
-    """Tokens per sequence."""
-
-    first_tokens: int
-    """Tokens consumed before the segment."""
-
-    first_samples: int
-    """Dataset samples drawn before the segment."""
+    first_step: int  # 0-based step that begins the segment
+    steps: int  # steps in the segment, at least 1
+    batch_size: int  # sequences per step over all ranks
+    seq_len: int  # tokens per sequence
+    first_tokens: int  # tokens consumed before the segment
+    first_samples: int  # dataset samples drawn before the segment
 
     @property
     def step_tokens(self) -> int:
@@ -202,10 +185,7 @@ class Segment:
 
 
 def cut(phases: Sequence[Phase], duration: Duration) -> tuple[Segment, ...]:
-    """The segments of a run that ends with the step that reaches ``duration``; phases after it are dropped.
-
-    ``first_samples`` counts one sample per sequence.
-    """
+    """The segments of a run that ends with the step that reaches ``duration``, with one sample for each sequence."""
     segments: list[Segment] = []
     samples = 0
     for index, phase in enumerate(phases):
@@ -254,17 +234,11 @@ class CycleSegments(Sequence[Segment]):
     cycle: a run of any number of steps costs no more memory than its cycle, and every step is found in O(log steps).
     """
 
-    cycle: tuple[int, ...]
-    """Lengths of one cycle's steps, in tokens."""
-
-    batch_size: int
-    """Sequences of every step."""
-
-    steps: int
-    """Steps of the run, at least 1."""
-
+    cycle: tuple[int, ...]  # lengths of one cycle's steps, in tokens
+    batch_size: int  # sequences of every step
+    steps: int  # steps of the run, at least 1
+    # Tokens of a sample where streams read samples end to end (tail "recycle"); None: a sample per sequence.
     stream_seq_len: int | None = None
-    """Tokens of a sample where streams read samples end to end (tail "recycle"); None: a sample per sequence."""
 
     def until(self, duration: Duration) -> "CycleSegments":
         """The same cycle up to the step that reaches ``duration``."""

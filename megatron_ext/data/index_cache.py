@@ -14,15 +14,12 @@ documents were measured. No other thread runs meanwhile, also not the one that g
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.errors import UserError
 from megatron_ext.runtime.files import publish_directory
 from megatron_ext.runtime.log import LOGGER
-from megatron_ext.runtime.run_lock import HeldError, file_lock
-from megatron_ext.runtime.signals import stop_signals_blocked
+from megatron_ext.runtime.run_lock import advisory_lock
 
 Arrays = dict[str, npt.NDArray[Any]]
 Build = Callable[[], Arrays]
@@ -61,7 +56,8 @@ class IndexCache:
     def get(self, key: Mapping[str, Any], build: Build, *, elements: int = 0) -> Arrays:
         """The entry of ``key`` (JSON values), memory-mapped and read-only; ``build`` makes it where it is missing.
 
-        A damaged entry, by the checksums in its manifest, is built again and replaced, which the log says.
+        Where the directory cannot be written (a full disk) the arrays are in memory, which the log says. A damaged
+        entry, by the checksums in its manifest, is built again and replaced, which the log says too.
 
         Args:
             key: what the entry follows from.
@@ -69,7 +65,7 @@ class IndexCache:
             elements: how many numbers it will hold, about.
 
         Raises:
-            UserError: the directory cannot be written, or the process that builds was killed.
+            UserError: there can be no such directory, or the process that builds was killed.
         """
         text = json.dumps(key, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -78,7 +74,12 @@ class IndexCache:
             if (arrays := _load(entry)) is not None:
                 return arrays
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(self.directory / f"{name}.lock", self.patience_seconds):
+            with advisory_lock(
+                self.directory / f"{name}.lock",
+                what=f"the index {name}",
+                say_after_seconds=min(self.patience_seconds, _SAY_AFTER_SECONDS),
+                patience_seconds=self.patience_seconds,
+            ):
                 if (arrays := _load(entry)) is not None:
                     return arrays
                 if entry.exists():
@@ -87,10 +88,9 @@ class IndexCache:
                 self._write(entry, text, build, large=elements >= _LARGE)
             arrays = _load(entry)
         except OSError as error:
-            raise UserError(
-                f"index cache {self.directory}: cannot be written ({error.strerror or error}); set data.index_cache to "
-                "a directory on a disk with space that this user may write"
-            ) from error
+            from megatron_ext.data.index_apart import build_in_memory
+
+            return build_in_memory(build, directory=self.directory, error=error, large=elements >= _LARGE)
         assert arrays is not None, f"{entry} was written and cannot be read"
         return arrays
 
@@ -98,7 +98,12 @@ class IndexCache:
         partial = self.directory / f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         partial.mkdir()
         try:
-            sizes = _save_apart(build, partial) if large else _save(build, partial)
+            if large:
+                from megatron_ext.data.index_apart import call_apart
+
+                sizes = call_apart(_save, build, partial, directory=self.directory)
+            else:
+                sizes = _save(build, partial)
             sums = {name: _checksum(np.load(partial / f"{name}.npy", mmap_mode="r")) for name in sizes}
             manifest = json.dumps({"key": json.loads(key), "bytes": sizes, "checksums": sums}, indent=2)
             (partial / _MANIFEST).write_text(manifest, encoding="utf-8")
@@ -122,20 +127,6 @@ def _save(build: Build, folder: Path) -> dict[str, int]:
             np.save(file, array, allow_pickle=False)
             sizes[name] = file.tell()
     return sizes
-
-
-def _save_apart(build: Build, folder: Path) -> dict[str, int]:
-    """``_save`` by another process, which a signal to stop the run does not reach: the run stops when it is done."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with stop_signals_blocked():  # inherited by the new process
-            saved = pool.submit(_save, build, folder)
-        try:
-            return saved.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"index cache {folder.parent}: the process that built an entry was killed; the usual cause is too "
-                "little memory on this host"
-            ) from error
 
 
 def _load(entry: Path) -> Arrays | None:
@@ -166,17 +157,3 @@ def _checksum(array: npt.NDArray[Any]) -> str:
     digest.update(folded.tobytes())
     digest.update(content[whole:].tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path, patience: float) -> Iterator[None]:
-    """Hold an entry's lock, or go on without it after ``patience`` seconds or where locks are not supported."""
-    first = min(patience, _SAY_AFTER_SECONDS)
-    with contextlib.ExitStack() as lock:
-        with contextlib.suppress(HeldError, OSError):
-            try:
-                lock.enter_context(file_lock(path, wait_seconds=first))
-            except HeldError as holder:
-                LOGGER.info("waiting for the index %s, which another job builds (%s)", path.stem, holder)
-                lock.enter_context(file_lock(path, wait_seconds=patience - first))
-        yield

@@ -55,6 +55,12 @@ def clips_outside_engine(settings: EngineSettings) -> bool:
     return settings.parallel.zero_stage == 0 and settings.precision == "fp32"
 
 
+def may_compile(settings: EngineSettings) -> bool:
+    """Whether DeepSpeed may need kernels of its own, which it compiles at first use."""
+    offloads = "cpu" in (settings.parallel.offload_optimizer, settings.parallel.offload_params)
+    return offloads or settings.optimizer.implementation.startswith("deepspeed_") or bool(settings.deepspeed)
+
+
 def _optimizer(settings: EngineSettings) -> dict[str, Any]:
     adam, implementation = settings.optimizer, settings.optimizer.implementation
     parameters: dict[str, Any] = {

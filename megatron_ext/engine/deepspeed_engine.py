@@ -1,21 +1,25 @@
 """The engine on DeepSpeed: ZeRO 0 to 3, mixed precision and offloading under one accumulation boundary of our own."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from megatron_ext.engine.deepspeed_config import EngineSettings, clips_outside_engine, deepspeed_config
+from megatron_ext.engine.deepspeed_config import EngineSettings, clips_outside_engine, deepspeed_config, may_compile
 from megatron_ext.engine.engine import MicroBatch, StepResult, UpdatePolicy
 from megatron_ext.engine.second_moments import SecondMoment, own_second_moments
-from megatron_ext.engine.update_gate import GradientNorm, UpdateGate, invalid_to_nan, weights_finite
+from megatron_ext.engine.update_gate import UpdateGate, invalid_to_nan, weights_finite
 from megatron_ext.errors import UserError
 from megatron_ext.model.parameters import parameter_groups
 from megatron_ext.parallel.groups import Layout, Mpu
 from megatron_ext.runtime.device import Device
+
+if TYPE_CHECKING:
+    from megatron_ext.engine.gradient_norm import GradientNorm
 
 
 class DeepSpeedEngine:
@@ -58,15 +62,24 @@ class DeepSpeedEngine:
         self._layout = layout
         self._device = device
         self._prefix = prefix
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model.named_parameters(), settings.optimizer.weight_decay),
-            mpu=Mpu(layout),
-            config=deepspeed_config(settings, data_size=layout.data_size),
-            dist_init_required=False,
-        )
+        with _build_locks(settings):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups(model.named_parameters(), settings.optimizer.weight_decay),
+                mpu=Mpu(layout),
+                config=deepspeed_config(settings, data_size=layout.data_size),
+                dist_init_required=False,
+            )
         self._norm = self._own_norm(settings.optimizer.clip_grad) if clips_outside_engine(settings) else None
-        self._gate = UpdateGate(self._engine.basic_optimizer, own_norm=self._norm, grad_norm=self._grad_norm)
+        fused = isinstance(self._engine.basic_optimizer, torch.optim.AdamW)
+        self._gate = UpdateGate(
+            self._engine.basic_optimizer,
+            own_norm=self._norm,
+            grad_norm=self._grad_norm,
+            # DeepSpeed's norm counts what tensor ranks hold as copies on the first of them.
+            copies=self._copies if self._norm is None and layout.tensor_size > 1 else None,
+            waits=not (device.is_gpu and fused),
+        )
         self._scales_loss = settings.precision == "fp16"
 
     @property
@@ -102,10 +115,11 @@ class DeepSpeedEngine:
         self._gate.open(policy, totals[0])
         self._engine.step()
         overflow = bool(getattr(self._engine.optimizer, "overflow", False))
+        skipped, grad_norm = self._gate.close(overflow=overflow, expected=self._scales_loss)
         return StepResult(
             loss=totals[0],
-            grad_norm=self._grad_norm(),
-            skipped=self._gate.close(overflow=overflow, expected=self._scales_loss),
+            grad_norm=grad_norm,
+            skipped=skipped,
             prefix_loss=totals[1] if self._prefix else None,
         )
 
@@ -135,11 +149,19 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path, tag: str) -> None:
         """Read what ``save`` wrote, on the same layout; see ``Engine.load``."""
+        from megatron_ext.engine.state_files import read_state
+
+        # DeepSpeed's own runs whatever a file says.
+        self._engine.checkpoint_engine.load = read_state
         path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise UserError(
                 f"{directory / tag} holds no checkpoint of this layout; continue with the one that wrote it"
             )
+        if hasattr(self._engine.basic_optimizer, "ds_opt_adam"):
+            from megatron_ext.engine.cpu_adam import restore_bias_corrections
+
+            restore_bias_corrections(self._engine.basic_optimizer)
 
     def weights_finite(self) -> bool:
         """Whether no weight on any rank is NaN or infinite; waits for the device."""
@@ -147,13 +169,26 @@ class DeepSpeedEngine:
             self.module.parameters(), data_rank=self._layout.data_rank, device=self._device.torch_device
         )
 
-    def _own_norm(self, clip: float) -> GradientNorm:
+    def checksums(self) -> dict[tuple[str, str], int]:
+        """(Parameter, which part of it) -> checksum of the bits of what this rank holds; waits for the device."""
+        from megatron_ext.engine.copies import checksums
+
+        return checksums(self.module.named_parameters(), self._layout)
+
+    def _own_norm(self, clip: float) -> "GradientNorm":
+        from megatron_ext.engine.gradient_norm import GradientNorm
+
         return GradientNorm(
             self.module.parameters(),
             clip=clip,
             tensor_rank=self._layout.tensor_rank,
             tensor_group=self._layout.tensor_group,
         )
+
+    def _copies(self) -> list[torch.Tensor]:
+        from megatron_ext.engine.copies import gradients_in_use
+
+        return gradients_in_use(self._engine.optimizer) if self._layout.tensor_rank else []
 
     def _grad_norm(self) -> torch.Tensor | float:
         # DeepSpeed's engine copies its optimizer's norm after the update; the gate needs it before.
@@ -172,6 +207,14 @@ class DeepSpeedEngine:
             yield
         finally:
             self._engine.train()
+
+
+def _build_locks(settings: EngineSettings) -> AbstractContextManager[None]:
+    if not may_compile(settings):
+        return nullcontext()
+    from megatron_ext.ops.building.extensions import own_build_locks
+
+    return own_build_locks()
 
 
 def _check_device(settings: EngineSettings, device: Device) -> None:

@@ -33,10 +33,11 @@ class StepResult:
     """Mean over all tokens of the global batch."""
 
     grad_norm: torch.Tensor | float
-    """Global gradient norm before clipping; inf where the step was skipped."""
+    """Global gradient norm before clipping; inf where the gradient is not finite on any rank."""
 
-    skipped: bool
-    """Whether the weights were left alone: the gradient was not finite, or the policy refused the update."""
+    skipped: torch.Tensor | bool
+    """Whether the weights were left alone: the gradient was not finite, or the policy refused the update. The same on
+    every rank."""
 
     prefix_loss: torch.Tensor | None = None
     """Mean over the first ``prefix`` tokens of every sequence of the global batch; None where it is not measured."""
@@ -96,6 +97,9 @@ class Engine(Protocol):
 
     def weights_finite(self) -> bool:
         """Whether no weight on any rank is NaN or infinite; waits for the device."""
+
+    def checksums(self) -> dict[tuple[str, str], int]:
+        """(Parameter, which part of it) -> checksum of the bits of what this rank holds: equal for equal copies."""
 
     def save(self, directory: Path, tag: str) -> None:
         """Write weights, optimizer state and loss scale of every rank to ``directory/tag``."""

@@ -2,69 +2,31 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ext.engine.engine import UpdatePolicy
 
-_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_: a zero gradient must not divide by zero
-
-
-class GradientNorm:
-    """Runs between the gradients' reduction and the optimizer's update.
-
-    norm = sqrt(sum over all parameters of |g|^2), each parameter counted once: parameters that tensor ranks hold in
-    parts are summed over the ranks, those that they hold as copies are counted on tensor rank 0. No host sync: norm and
-    clipping coefficient stay on the device.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        *,
-        clip: float,
-        tensor_rank: int,
-        tensor_group: dist.ProcessGroup,
-    ) -> None:
-        self._parameters = list(parameters)
-        self._counted = [
-            tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False) for parameter in self._parameters
-        ]
-        self._clip = clip
-        self._group = tensor_group
-        self.last: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Compute the norm of the reduced gradients and scale them down to ``clip`` where they exceed it."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        counted = [g for g, count in zip(gradients, self._counted, strict=True) if count and g is not None]
-        present = [g for g in gradients if g is not None]
-        assert present, "the optimizer stepped without a gradient"
-        squares = present[0].new_zeros((), dtype=torch.float32)
-        if counted:
-            squares = torch.stack(torch._foreach_norm(counted)).float().square().sum()
-        dist.all_reduce(squares, group=self._group)
-        self.last = squares.sqrt()
-        if self._clip > 0:
-            torch._foreach_mul_(present, (self._clip / (self.last + _EPSILON)).clamp(max=1.0))
-
 
 class UpdateGate:
     """Stands in for the ``step`` of the optimizer that DeepSpeed wraps.
 
-    DeepSpeed reduces, clips and clears gradients around that call, whatever the ZeRO stage. A refused update is a call
-    that does nothing, so weights, moments and the optimizer's step counters stay as they are bit for bit, and
-    everything else is as after any other step.
+    DeepSpeed reduces, clips and clears gradients around that call, whatever the ZeRO stage. An update that is left out
+    is a call that does nothing, so weights, moments and the optimizer's step counters stay as they are bit for bit, and
+    everything else is as after any other step. It is left out where a policy refuses it, and always where the gradient
+    is not finite on any rank, of which DeepSpeed itself sees a part.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        own_norm: GradientNorm | None,
+        own_norm: Callable[[], None] | None,
         grad_norm: Callable[[], torch.Tensor | float],
+        copies: Callable[[], list[torch.Tensor]] | None,
+        waits: bool,
     ) -> None:
         """Take the place of ``optimizer.step``.
 
@@ -72,48 +34,85 @@ class UpdateGate:
             optimizer: The innermost optimizer.
             own_norm: To be run before each update, where DeepSpeed neither computes the norm nor clips.
             grad_norm: Norm of the gradient that is about to be used.
+            copies: This rank's gradients in use that may not be in that norm; None: all of every rank are.
+            waits: Whether the host waits to hear that a gradient is not finite. If not, ``optimizer`` is one of torch's
+                fused ones, which leave an update out by a flag on the device; with a policy it waits all the same.
         """
+        self._optimizer: Any = optimizer
         self._update = optimizer.step
-        self._own_norm = own_norm
-        self._grad_norm = grad_norm
+        self._own_norm, self._grad_norm, self._copies, self._waits = own_norm, grad_norm, copies, waits
         self._policy: UpdatePolicy | None = None
         self._loss = torch.zeros(())
-        self._answer: bool | None = None
+        self._asked = self._refused = False
+        self._broken: torch.Tensor | bool = False
         optimizer.step = self  # type: ignore[method-assign, assignment]
 
     def open(self, policy: UpdatePolicy | None, loss: torch.Tensor) -> None:
-        """Begin a step with this loss (0-d, on the device); without a policy every update is admitted."""
-        self._policy, self._loss, self._answer = policy, loss, None
+        """Begin a step with this loss (0-d, on the device); without a policy every finite update is admitted."""
+        self._policy, self._loss = policy, loss
+        self._asked = self._refused = self._broken = False
 
     def __call__(self) -> None:
         """Update, or not. DeepSpeed may call this several times a step, for one group of parameters each."""
         if self._own_norm is not None:
             self._own_norm()
-        if self._policy is not None and self._answer is None:
-            self._answer = self._ask(self._policy, self._grad_norm())
-        if self._answer is not False:
+        if not self._asked:
+            self._asked = True
+            self._decide()
+        if not self._refused:
             self._update()
 
-    def close(self, *, overflow: bool, expected: bool) -> bool:
-        """End the step and return whether the weights were left alone.
+    def close(self, *, overflow: bool, expected: bool) -> tuple[bool | torch.Tensor, torch.Tensor | float]:
+        """End the step and return whether the weights were left alone, and the norm: inf where it is not finite.
 
         Args:
             overflow: DeepSpeed itself found the gradient not finite and made no update.
             expected: Such an overflow belongs to dynamic loss scaling.
         """
-        if overflow and self._policy is not None:
-            self._ask(self._policy, None if expected else math.inf)
-        return overflow or self._answer is False
+        norm = self._grad_norm()
+        if overflow:
+            if self._policy is not None:
+                self._ask(self._policy, self._reduced(math.inf), overflow=expected)
+            return True, norm
+        if isinstance(self._broken, torch.Tensor):
+            return self._broken, torch.where(self._broken, math.inf, torch.as_tensor(norm))
+        return self._refused, math.inf if self._broken else norm
 
-    def _ask(self, policy: UpdatePolicy, grad_norm: torch.Tensor | float | None) -> bool:
-        # The one wait for the device that a policy costs. All ranks see the largest values of any of them, so that they
-        # cannot come to different answers; what is not finite becomes inf, for a maximum over NaN is undefined.
-        known = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=self._loss.device)
-        values = torch.stack((self._loss.float(), invalid_to_nan(known.float())))
+    def _decide(self) -> None:
+        if not self._waits:
+            self._optimizer.found_inf = None
+        if self._policy is None and self._own_norm is None and self._copies is None:
+            return  # DeepSpeed has looked at every gradient of every rank
+        values = self._reduced(self._grad_norm(), [] if self._copies is None else self._copies())
+        if self._policy is not None:
+            self._refused = not self._ask(self._policy, values)
+        elif self._waits:
+            self._broken = self._refused = not bool(values[1].isfinite())
+        else:
+            self._broken = values[1].isinf()
+            self._optimizer.found_inf = self._broken.float()
+
+    def _reduced(self, grad_norm: torch.Tensor | float, copies: Iterable[torch.Tensor] = ()) -> torch.Tensor:
+        """Loss and norm, float32 [2]: the largest of any rank, so that ranks cannot come to different answers."""
+        known = torch.as_tensor(grad_norm, device=self._loss.device).float()
+        known = invalid_to_nan(known) + zero_or_nan(list(copies), known.device)
+        values = torch.stack((self._loss.float(), known))
+        # What is not finite becomes inf, for a maximum over NaN is undefined.
         values = torch.where(values.isfinite(), values, math.inf)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        loss, norm = values.tolist()
-        return policy.admits(loss=loss, grad_norm=None if grad_norm is None else norm)
+        return values
+
+    def _ask(self, policy: UpdatePolicy, values: torch.Tensor, *, overflow: bool = False) -> bool:
+        loss, norm = values.tolist()  # the one wait for the device that a policy costs
+        self._broken = not math.isfinite(norm)
+        return policy.admits(loss=loss, grad_norm=None if overflow else norm) and not self._broken
+
+
+def zero_or_nan(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """0 where all gradients are finite and NaN where one is not, 0-d: what may be added to a norm."""
+    if not gradients:
+        return torch.zeros((), device=device)
+    return (torch.stack(torch._foreach_norm(gradients)).float() * 0).sum().to(device)
 
 
 def invalid_to_nan(norm: torch.Tensor) -> torch.Tensor:

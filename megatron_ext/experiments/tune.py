@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.base import describe_differences
-from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_jobs import Runner
 from megatron_ext.experiments.tune_search import Candidate, Grid, Outcome, Point, Verdict, next_step, verdict_of
@@ -45,7 +44,7 @@ def read_results(folder: Path, identity: dict[str, Any]) -> dict[Candidate, Prob
     """The finished probes in ``folder``, in the order in which they were run; none where nothing was tuned yet.
 
     Raises:
-        UserError: the file is damaged, or its probes belong to another run or were judged by other settings.
+        UserError: the file is damaged, or its probes belong to another run or were probed by other settings.
     """
     path = folder / FILE_NAME
     try:
@@ -153,31 +152,31 @@ class Tuning:
         output = probes / f"{probe_name(candidate)}.out"
         last = min(self.tune_run.settings.steps, self.tune_run.plan(candidate).steps)
         status = 0
-        if not self._decided(config, candidate, last=last):
+        if not self._decided(config.run_dir, candidate, last=last):
             with closing(self.runner.start(config, output=output)) as job:
                 asked = False
                 while (polled := job.poll()) is None:
                     began = time.monotonic()
-                    if not asked and (stop.requested or not self._result(config, candidate).verdict.stable):
+                    if not asked and (stop.requested or not self._result(config.run_dir, candidate).verdict.stable):
                         asked = job.ask_to_stop()
                     # Reading a long file again and again must not take the time of the ranks.
                     time.sleep(max(_POLL_SECONDS, 10 * (time.monotonic() - began)))
                 status = polled
-        if self._decided(config, candidate, last=last):
+        if self._decided(config.run_dir, candidate, last=last):
             # A verdict is all that is wanted of a probe, and its checkpoints may be many times the size of the rest.
             shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
-            return self._result(config, candidate)
+            return self._result(config.run_dir, candidate)
         if stop.requested:
             return None
         raise _failure(candidate, status, output)
 
-    def _decided(self, config: RunConfig, candidate: Candidate, *, last: int) -> bool:
+    def _decided(self, run_dir: Path, candidate: Candidate, *, last: int) -> bool:
         """Whether the probe's metrics hold a fluctuation or its last validation."""
-        result = self._result(config, candidate)
+        result = self._result(run_dir, candidate)
         return not result.verdict.stable or bool(result.points and result.points[-1].step >= last)
 
-    def _result(self, config: RunConfig, candidate: Candidate) -> ProbeResult:
-        train, valid = _columns(config.run_dir)
+    def _result(self, run_dir: Path, candidate: Candidate) -> ProbeResult:
+        train, valid = _columns(run_dir)
         steps, perplexities = valid["step"].astype(int).tolist(), valid["perplexity"].tolist()
         points = tuple(map(Point, steps, perplexities))
         # A step that fp16's loss scale left out did no harm.
@@ -185,7 +184,7 @@ class Tuning:
         verdict = verdict_of(
             points,
             threshold=self.tune_run.settings.threshold,
-            initial=float(config.model.vocab_size),
+            initial=float(self.tune_run.config.model.vocab_size),
             tokens=int(train["tokens"][-1]) if len(train["tokens"]) else 0,
             broken_steps=train["step"][broken].astype(int).tolist(),
         )

@@ -87,7 +87,6 @@ class SlurmRunner:
 
 
 def _gpus(options: Iterable[str]) -> int:
-    """GPUs that options of sbatch ask for; 1 without any."""
     found = _GPUS.search(" ".join(options))
     return int(found["count"]) if found else 1
 
@@ -130,10 +129,8 @@ class SlurmJob:
             slurm.cancel(self.number)
 
     def _status(self) -> int | None:
-        """Exit status of the run, where it has ended."""
         (job,) = (job for job in slurm.jobs_of(self.run_dir) if job.job == self.number)
         return job.status if job.event == "ended" else None
 
     def _state(self) -> str:
-        """SLURM's word for it."""
         return slurm.queue([self.number])[self.number].state

@@ -9,11 +9,10 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from megatron_ext.analysis.figure import set_log_scale
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune import ProbeResult
 from megatron_ext.experiments.tune_search import Candidate
@@ -116,7 +115,6 @@ def _draw(findings: Findings, output: Path) -> None:
     rows = math.ceil(count / columns)
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25}):
         figure = Figure(figsize=(12, 1.0 + 2.8 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for index, axes in enumerate(panels.flat):
             if index >= count:
@@ -163,7 +161,4 @@ def _panel(axes: Axes, findings: Findings, result: ProbeResult) -> None:
     axes.set_title(
         f"s = {result.candidate.start}, T = {result.candidate.duration:,}\n{verdict_text(result)}", fontsize=9
     )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(base=10.0, subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    set_log_scale(axes)

@@ -12,7 +12,7 @@ below it is free of fluctuations too. If it is not, the answer is taken for chan
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -129,25 +129,12 @@ def next_step(grid: Grid, verdicts: Verdicts) -> Candidate | Outcome:
     return asked
 
 
-def search(
-    grid: Grid, probe: Callable[[Candidate], Verdict], *, known: Verdicts | None = None
-) -> tuple[Outcome, dict[Candidate, Verdict]]:
-    """Search to the end with ``probe``; returns the outcome and all verdicts, those in ``known`` included."""
-    verdicts = dict(known or {})
-    while isinstance(step := next_step(grid, verdicts), Candidate):
-        verdicts[step] = probe(step)
-    return step, verdicts
-
-
-def paths(grid: Grid) -> Iterator[Verdicts]:
-    """Every path that the search can take: its probes with the verdicts that lead it there.
+def paths(grid: Grid, verdicts: Verdicts | None = None) -> Iterator[Verdicts]:
+    """Every path that the search can take from ``verdicts`` on: its probes with the verdicts that lead it there.
 
     A verdict is one of three: no fluctuation, one at the very beginning (in step ``grid.beginning``), a later one.
     """
-    yield from _paths(grid, {})
-
-
-def _paths(grid: Grid, verdicts: dict[Candidate, Verdict]) -> Iterator[Verdicts]:
+    verdicts = verdicts or {}
     step = next_step(grid, verdicts)
     if isinstance(step, Outcome):
         yield verdicts
@@ -157,10 +144,7 @@ def _paths(grid: Grid, verdicts: dict[Candidate, Verdict]) -> Iterator[Verdicts]
         after.append(grid.beginning)
     for fluctuated_at in after:
         verdict = Verdict(fluctuated_at=fluctuated_at, worst_ratio=1.0, tokens=0)
-        yield from _paths(grid, {**verdicts, step: verdict})
-
-
-_Asking = Generator[Candidate, Verdict, int]
+        yield from paths(grid, {**verdicts, step: verdict})
 
 
 def _search_path(grid: Grid) -> Generator[Candidate, Verdict, Outcome]:
@@ -194,7 +178,7 @@ def _longest(
     return Outcome(best=Candidate(start, durations[found]), notes=tuple(notes))
 
 
-def _bisect(start: int, durations: tuple[int, ...], *, low: int, high: int) -> _Asking:
+def _bisect(start: int, durations: tuple[int, ...], *, low: int, high: int) -> Generator[Candidate, Verdict, int]:
     """Index of the last stable T before a fluctuating one; ``low`` counts as stable and ``high`` as fluctuating."""
     while high - low > 1:
         middle = (low + high) // 2

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_ext.base import Duration
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer, Tree
 from megatron_ext.config.run import RunConfig
+from megatron_ext.curriculum.pacing import Pacing
 from megatron_ext.curriculum.plan import TrainingPlan
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_search import Candidate, Grid
@@ -15,7 +17,7 @@ from megatron_ext.experiments.tune_search import Candidate, Grid
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a probe is run and judged: probes with other settings do not compare."""
+    """How a probe is run and decided: probes with other settings do not compare."""
 
     threshold: float
     """Perplexity above this times the best so far is a significant fluctuation."""
@@ -100,7 +102,7 @@ def probe_name(candidate: Candidate) -> str:
     return f"s{candidate.start}_T{candidate.duration}"
 
 
-def unit_of(config: RunConfig, *, start: int) -> int:
+def unit_of(warmup: Duration | None, *, start: int, batch_size: int) -> int:
     """Steps of the learning rate's warmup, the unit of T and of a probe's length.
 
     A warmup of X tokens is X / (s * batch) steps, as in the paper.
@@ -108,7 +110,6 @@ def unit_of(config: RunConfig, *, start: int) -> int:
     Raises:
         UserError: the run has no warmup.
     """
-    warmup = config.learning_rate.warmup
     if warmup is None:
         raise UserError(
             "learning_rate.warmup is not given, in whose steps T and the probes are measured: write one, or pass "
@@ -117,13 +118,12 @@ def unit_of(config: RunConfig, *, start: int) -> int:
     if warmup.steps is not None:
         return warmup.steps
     assert warmup.tokens is not None
-    return max(1, math.ceil(warmup.tokens / (start * config.training.batch_size)))
+    return max(1, math.ceil(warmup.tokens / (start * batch_size)))
 
 
-def default_starts(config: RunConfig, *, parameters: int) -> tuple[int, ...]:
+def default_starts(curriculum: Pacing, *, seq_len: int, parameters: int) -> tuple[int, ...]:
     """Start lengths worth probing: from 8, or from 64 for a billion parameters; multiples below the full length."""
-    curriculum = config.curriculum
-    multiple, full = curriculum.step_between_lengths, curriculum.last_length(config.training.seq_len)
+    multiple, full = curriculum.step_between_lengths, curriculum.last_length(seq_len)
     wanted = (64, 80, 96, 128, 256) if parameters >= 10**9 else (8, 16, 32, 64, 128)
     found = tuple(start for start in wanted if start % multiple == 0 and start < full)
     if not found:
@@ -172,7 +172,7 @@ def grid_of(tune_run: TuneRun, starts: Sequence[int], spacing: DurationSpacing, 
 
 
 def _durations_of(tune_run: TuneRun, start: int, spacing: DurationSpacing, *, first: int) -> tuple[int, ...]:
-    # The first T has to fit: what is wrong with the start or the run is told here.
+    # The first T has to fit: what is wrong with the start or the run is said here.
     tune_run.plan(Candidate(start, first))
     if spacing.given is not None:
         return tuple(steps for steps in spacing.given if steps <= first or _fits(tune_run, Candidate(start, steps)))

@@ -33,15 +33,10 @@ _HOSTS_OWN = (
 
 
 def check_agreement(rendezvous: Rendezvous, values: Mapping[str, Any], environment: Sequence[str]) -> None:
-    """Compare config, versions and environment of all ranks.
+    """Compare config (``values``, as JSON), versions and environment of all ranks.
 
-    Args:
-        rendezvous: of the ranks.
-        values: this rank's config, as JSON values.
-        environment: names and globs of variables that are compared, beside those that always travel.
-
-    Raises:
-        UserError: on every rank, the first difference: the key, the two values, and whose they are.
+    ``environment`` holds names and globs of variables that are compared beside those that always travel. Raises
+    UserError on every rank with the first difference: the key, the two values, and whose they are.
     """
     mine = statement_of(values, environment)
     digests = rendezvous.gather("digest", hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest())

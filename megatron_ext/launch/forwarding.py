@@ -15,9 +15,9 @@ from megatron_ext.config.cluster import ALWAYS_FORWARDED
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|(^|_)(API_?)?KEY(_|$|S$)", re.IGNORECASE)
 _QUOTED_BY_DEEPSPEED = re.compile(r"[^\w@%+=:,./-]")
+# What this program says to its own processes is never taken from the caller's environment; where kernels are kept is
+# the user's word.
 _OWN = re.compile(r"MEGATRON_EXT_(?!KERNEL_)")
-"""What this program says to its own processes is never taken from the caller's environment; where kernels are kept is
-the user's word."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,10 @@ class Forwarded:
 
 
 def choose_variables(environment: Mapping[str, str], allowed: Iterable[str]) -> Forwarded:
-    """Pick the variables of ``environment`` that travel.
+    """Pick the variables of the caller's ``environment`` that travel: those that always do, and those ``allowed``.
 
-    Args:
-        environment: the caller's.
-        allowed: names and globs of the config, on top of those that always travel.
-
-    Returns:
-        The variables; those that look like secrets, and values that no line can hold, in the private file.
+    ``allowed`` holds names and globs. What looks like a secret, and values that no line can hold, go in the private
+    file.
     """
     patterns = (*ALWAYS_FORWARDED, *allowed)
     chosen = {

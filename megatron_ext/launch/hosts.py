@@ -52,11 +52,7 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Hosts with all of their slots, in the order of the file.
-
-    Raises:
-        UserError: the file cannot be read, a line is wrong, a host is named twice, or there is none.
-    """
+    """Hosts with all of their slots, in the order of the file. Raises UserError if it cannot be read or used."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -80,13 +76,8 @@ def read_hostfile(path: Path) -> list[Host]:
 def choose_hosts(hosts: Iterable[Host], *, include: str = "", exclude: str = "") -> list[Host]:
     """The hosts and slots that ``--include`` or ``--exclude`` leaves, in the order of ``hosts``.
 
-    Args:
-        hosts: what the hostfile offers.
-        include: ``NAME[:SLOT[,SLOT...]][@NAME...]``, as DeepSpeed writes it: these and no others.
-        exclude: the same form: all but these.
-
-    Raises:
-        UserError: both are given, a part is malformed or names what is not there, or nothing is left.
+    Both have DeepSpeed's form, ``NAME[:SLOT[,SLOT...]][@NAME...]``: these and no others, or all but these. Raises
+    UserError if both are given, a part is malformed or names what is not there, or nothing is left.
     """
     hosts = list(hosts)
     if include and exclude:
@@ -128,20 +119,12 @@ def _parse_choice(option: str, text: str, known: dict[str, Host]) -> dict[str, s
 class HostReport:
     """What a host says about itself before a run starts there."""
 
-    addresses: dict[str, list[str]]
-    """IPv4 addresses of each interface."""
-
+    addresses: dict[str, list[str]]  # IPv4 addresses of each interface
+    # A port that nobody listens on: the one asked for, or any; None where the one asked for is taken.
     port: int | None
-    """A port that nobody listens on: the one asked for, or any; None where the one asked for is taken."""
-
-    cores: int
-    """CPU cores that a process may use."""
-
-    gpus: int
-    """NVIDIA GPUs, as device files."""
-
-    missing: list[str]
-    """Paths, of those asked for, that do not exist here."""
+    cores: int  # CPU cores that a process may use
+    gpus: int  # NVIDIA GPUs, as device files
+    missing: list[str]  # paths, of those asked for, that do not exist here
 
     @property
     def reachable(self) -> list[str]:
@@ -150,12 +133,7 @@ class HostReport:
 
 
 def report(paths: list[str], port: int | None) -> HostReport:
-    """This machine's report.
-
-    Args:
-        paths: what has to exist.
-        port: one that has to be free; None: any.
-    """
+    """This machine's report: on ``paths`` that have to exist, and a ``port`` that has to be free (None: any)."""
     return HostReport(
         addresses=host_addresses(),
         port=free_port(port),
@@ -222,16 +200,9 @@ class Answer:
 
 
 def ask_hosts(hosts: list[str], question: str, arguments: list[object], *, seconds: float) -> list[Answer]:
-    """Ask every host at once, over ssh and with this interpreter's path.
+    """Ask every host at once, over ssh and with this interpreter's path; an answer for each, in the order of ``hosts``.
 
-    Args:
-        hosts: names that ssh knows.
-        question: "report" or "signal".
-        arguments: JSON values.
-        seconds: for all of it.
-
-    Returns:
-        An answer for each host, in the order of ``hosts``.
+    The question is "report" or "signal", its arguments are JSON values, and ``seconds`` is for all of it.
     """
     words = ["env", f"PYTHONPATH={PACKAGE_ROOT}", sys.executable, "-m", "megatron_ext.launch.hosts"]
     command = shlex.join([*words, question, json.dumps(arguments)])

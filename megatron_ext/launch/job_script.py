@@ -16,10 +16,10 @@ from megatron_ext.errors import UserError
 Containers = Literal["pyxis", "apptainer"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Bytes; sbatch reads an argument of an #SBATCH line into a buffer of 1 KiB in some releases.
 _LONGEST_DIRECTIVE = 1000
-"""Bytes; sbatch reads an argument of an #SBATCH line into a buffer of 1 KiB in some releases."""
-
 _EXTRA = re.compile(r"[a-z][a-z0-9-]*")
+# Options of sbatch that are not free -> what decides them.
 _DECIDED: Final = {
     "array": "--array",
     "dependency": "--dependency",
@@ -41,21 +41,13 @@ _DECIDED: Final = {
     "parsable": "this command",
     "test-only": "this command",
 }
-"""Options of sbatch that are not free -> what decides them."""
-
-_LEAD_SECONDS = 300
-"""Between the signal and the time limit, where the limit is long enough."""
-_GRID_SECONDS = 60
-"""SLURM may send the signal this much earlier."""
+_LEAD_SECONDS = 300  # between the signal and the time limit, where the limit is long enough
+_GRID_SECONDS = 60  # SLURM may send the signal this much earlier
 _MOST_LEAD = 65535 - _GRID_SECONDS
 
 
 def word(text: str) -> str:
-    """``text`` as one word of bash that stands for exactly it, on one line.
-
-    Raises:
-        UserError: it holds a null character, which no argument can.
-    """
+    """``text`` as one word of bash that stands for exactly it, on one line. Raises UserError for a null character."""
     if "\0" in text:
         raise UserError(f"{text!r} holds a null character, which no file name or argument can; remove it")
     if not _CONTROL.search(text):
@@ -79,10 +71,8 @@ def directive(option: str, value: str | None = None) -> str:
     """The #SBATCH line of ``--option``, or ``--option=value``, from which sbatch reads exactly the value.
 
     sbatch takes a backslash before the next character as that character, also in quotes, and ends an unquoted value at
-    white space or "#".
-
-    Raises:
-        UserError: the value holds a line break or another control character, or is too long for sbatch.
+    white space or "#". Raises UserError if the value holds a line break or another control character, or is too long
+    for sbatch.
     """
     if value is None:
         return f"#SBATCH --{option}"
@@ -101,21 +91,16 @@ class Resources:
     """What a job occupies."""
 
     nodes: int = 1
-    tasks_per_node: int = 1
-    """Ranks on each node."""
-
+    tasks_per_node: int = 1  # ranks on each node
     gpus_per_node: int | None = None
     cpus_per_task: int | None = None
     partition: str | None = None
     account: str | None = None
+    # Limit in a form that sbatch takes: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS...
     time: str | None = None
-    """Limit in a form that sbatch takes: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS..."""
-
+    # The run is stopped this long before the limit; None: five minutes, of a short limit a tenth.
     signal_seconds: int | None = None
-    """The run is stopped this long before the limit; None: five minutes, of a short limit a tenth."""
-
-    extra: tuple[str, ...] = ()
-    """Further options of sbatch, ``key=value`` or ``key``."""
+    extra: tuple[str, ...] = ()  # further options of sbatch, ``key=value`` or ``key``
 
     @property
     def ranks(self) -> int:
@@ -129,8 +114,7 @@ class Container:
 
     image: str
     runtime: Containers = "pyxis"
-    mounts: tuple[str, ...] = ()
-    """Paths that are the same inside."""
+    mounts: tuple[str, ...] = ()  # paths that are the same inside
 
     def srun_options(self) -> tuple[str, ...]:
         """What srun is given."""
@@ -158,39 +142,21 @@ class TrainingJob:
     """One job, or one array of jobs that each train another run."""
 
     name: str
+    # Absolute; more than one are an array. Each holds ``slurm/config.json`` when the job begins.
     run_dirs: tuple[Path, ...]
-    """Absolute; more than one are an array. Each holds ``slurm/config.json`` when the job begins."""
-
-    work_dir: Path
-    """Where relative paths of the configs start; absolute."""
-
-    output: Path
-    """Absolute directory of what the batch script prints."""
-
-    python: str
-    """The interpreter that the ranks start; in a container the container's."""
-
+    work_dir: Path  # where relative paths of the configs start; absolute
+    output: Path  # absolute directory of what the batch script prints
+    python: str  # the interpreter that the ranks start; in a container the container's
     resources: Resources = Resources()
     container: Container | None = None
-    task_ids: tuple[int, ...] = ()
-    """Number of each run's task in the array; empty: one run without an array."""
-
-    at_once: int | None = None
-    """Most tasks of the array that run at a time."""
-
+    task_ids: tuple[int, ...] = ()  # number of each run's task in the array; empty: one run without an array
+    at_once: int | None = None  # most tasks of the array that run at a time
     dependency: str | None = None
-    attempts: int = 1
-    """Of a run that fails, each from its newest checkpoint."""
-
-    requeue: bool = True
-    """Whether a run that a signal stopped asks for another turn."""
+    attempts: int = 1  # of a run that fails, each from its newest checkpoint
+    requeue: bool = True  # whether a run that a signal stopped asks for another turn
 
     def script(self) -> str:
-        """The batch script.
-
-        Raises:
-            UserError: an option that SLURM cannot be given.
-        """
+        """The batch script. Raises UserError if an option is none that SLURM can be given."""
         return self._filled(
             "train.sh",
             DIRECTIVES="\n".join(self._directives()),
@@ -201,11 +167,7 @@ class TrainingJob:
         )
 
     def command_script(self, arguments: Sequence[str], *, name: str, dependency: str) -> str:
-        """The script of a small job that calls this program with ``arguments`` where the ranks of this one would run.
-
-        Raises:
-            UserError: an option that SLURM cannot be given.
-        """
+        """The script of a small job that calls this program with ``arguments`` where its ranks would run."""
         own = {"nodes": "1", "ntasks": "1", "time": "30", "dependency": dependency, "output": self._output("%j.out")}
         asked = {"job-name": _label(name), "partition": self.resources.partition, "account": self.resources.account}
         lines = [directive(option, value) for option, value in (asked | own).items() if value is not None]
@@ -274,11 +236,7 @@ def _label(name: str) -> str:
 
 
 def lead_seconds(asked: Resources) -> int:
-    """How long before its time limit a job is signaled.
-
-    Raises:
-        UserError: the limit is not in a form that SLURM takes, or the job would be signaled at once.
-    """
+    """How long before its limit a job is signaled. Raises UserError if SLURM takes no such limit, or it is at once."""
     limit = None if asked.time is None else limit_seconds(asked.time)
     lead = asked.signal_seconds
     if lead is None:
@@ -293,11 +251,7 @@ def lead_seconds(asked: Resources) -> int:
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of a time limit as sbatch reads it; None without a limit.
-
-    Raises:
-        UserError: it is in no form that sbatch takes.
-    """
+    """Seconds of a time limit as sbatch reads it; None without a limit. Raises UserError if it would not take it."""
     if text.upper() in {"UNLIMITED", "INFINITE", "-1", "0"}:
         return None
     days, dash, rest = text.rpartition("-")
@@ -322,8 +276,7 @@ def _extra(option: str) -> str:
 def parse_array(text: str) -> tuple[tuple[int, ...], int | None]:
     """Task numbers of an array as sbatch writes them (``0-7``, ``1,3,9-20:2``, ``0-7%4``), and how many run at once.
 
-    Raises:
-        UserError: it is in no form that sbatch takes.
+    Raises UserError if it is in no form that sbatch takes.
     """
     tasks, percent, limit = text.partition("%")
     numbers: list[int] = []

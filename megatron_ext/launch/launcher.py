@@ -45,14 +45,15 @@ from megatron_ext.launch.hosts import (
     signal_job_on,
 )
 from megatron_ext.launch.supervisor import Orders
-from megatron_ext.runtime.environment import PRIVATE_VARIABLES, current_environment, find_program
+from megatron_ext.runtime.environment import PRIVATE_VARIABLES, SECRET, current_environment, find_program
 from megatron_ext.runtime.network import is_local
+from megatron_ext.runtime.places import check_place, unwritable
 from megatron_ext.runtime.signals import StopRequest
 
 _ASK_SECONDS = 30.0
 _POLL_SECONDS = 0.2
+# Beginnings of names that its launcher puts on the command line by itself, with no escape.
 _EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""Beginnings of names that its launcher puts on the command line by itself, with no escape."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,8 @@ class Target:
     """Where ranks are started: one for each slot of each host."""
 
     hosts: tuple[Host, ...]
-    over_ssh: bool = True
-    """False: the one host is this machine."""
-
-    master_port: int | None = None
-    """Port of the rendezvous; None takes a free one."""
+    over_ssh: bool = True  # false: the one host is this machine
+    master_port: int | None = None  # port of the rendezvous; None takes a free one
 
     @property
     def ranks(self) -> int:
@@ -83,14 +81,8 @@ def launch(
 ) -> int:
     """Train the run on ``target`` and return its exit status.
 
-    Args:
-        target: where.
-        config: the run.
-        worker_options: further options of the worker.
-        stop: is told of the signals that arrive meanwhile, for a caller that has something to do after this run.
-
-    Raises:
-        UserError: the data is wrong, the ranks cannot share every batch, or as ``start_ranks``.
+    ``stop`` is told of the signals that arrive meanwhile, for a caller that has something to do after this run. Raises
+    UserError if the data is wrong or the ranks cannot share every batch, and as ``start_ranks``.
     """
     # Said here, at once; starting ranks takes many seconds.
     check_run(config, target.ranks)
@@ -100,7 +92,8 @@ def launch(
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
-    """Raise UserError where ``ranks`` cannot share every batch that the run may have."""
+    """Raise UserError where ``ranks`` cannot share every batch, or nothing can be written into the run's directory."""
+    check_place(config.run_dir)
     data_size = data_parallel_size(ranks, tensor=config.parallel.tensor)
     for plan in config.possible_plans().values():
         check_batches_divide(plan, data_size)
@@ -195,16 +188,10 @@ def _nothing() -> Iterator[None]:
 def start_ranks(
     target: Target, config: RunConfig, *, worker_options: Sequence[str] = (), output: Path | None = None
 ) -> Ranks:
-    """Start a worker on each slot of ``target``, from the resolved ``config``.
+    """Start a worker on each slot of ``target``, from the resolved ``config``, whose directory all hosts share.
 
-    Args:
-        target: where.
-        config: the run; its directory is on a file system that all hosts share.
-        worker_options: further options of the worker.
-        output: file to which everything that the ranks print is appended; None: where this process prints.
-
-    Raises:
-        UserError: pdsh or the launcher is not installed, or a host is not fit; every unfit host is named.
+    What the ranks print is appended to the file ``output``; without one it goes where this process prints. Raises
+    UserError if pdsh or the launcher is not installed, or a host is not fit; every unfit host is named.
     """
     deepspeed = find_program("deepspeed")
     if deepspeed is None:
@@ -216,7 +203,7 @@ def start_ranks(
     try:
         file = folder.write("config.json", resolved_json(config))
         reports = _examine(target, config.cluster, [str(Path.cwd()), str(file)])
-        variables = _variables(target, reports) | {JOB: job}
+        variables = _variables(target, reports) | {JOB: job, SECRET: secrets.token_hex(32)}
         if target.over_ssh:
             environment = _prepare_hosts(variables, config.cluster, folder)
             where = _on_hosts(target, config.cluster, reports, folder)
@@ -249,14 +236,17 @@ class _Folder:
         self._made = None if run_dir.exists() else run_dir
         try:
             self.path.mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise UserError(f"{run_dir} cannot be written: {error}; see output_dir") from error
+        except (OSError, ValueError) as error:
+            raise unwritable(run_dir, error) from error
 
     def write(self, name: str, text: str) -> Path:
         """Write a file that no other user can read; its path."""
         path = self.path / name
-        path.touch(mode=0o600, exist_ok=False)
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise unwritable(self.path.parent, error) from error
         return path
 
     def remove(self) -> None:
@@ -268,11 +258,7 @@ class _Folder:
 
 
 def _examine(target: Target, cluster: ClusterConfig, paths: list[str]) -> list[HostReport]:
-    """Ask every host at once whether the run can start there.
-
-    Raises:
-        UserError: of what each unfit host lacks.
-    """
+    """Ask every host at once whether the run can start there. Raises UserError with what each unfit host lacks."""
     names = [host.name for host in target.hosts]
     found: list[HostReport | str]
     if target.over_ssh:
@@ -336,9 +322,8 @@ def _prepare_hosts(variables: dict[str, str], cluster: ClusterConfig, folder: _F
     """Write down what travels to the hosts, and return the environment of deepspeed's launcher."""
     forwarded = choose_variables(variables, cluster.environment)
     lines = {**forwarded.on_command_line, "PYTHONPATH": variables["PYTHONPATH"], JOB: variables[JOB]}
-    if forwarded.in_private_file:
-        private = folder.write("environment.json", json.dumps(forwarded.in_private_file))
-        lines[PRIVATE_VARIABLES] = str(private)
+    private = json.dumps({**forwarded.in_private_file, SECRET: variables[SECRET]})
+    lines[PRIVATE_VARIABLES] = str(folder.write("environment.json", private))
     file = folder.write("deepspeed_env", environment_file(lines))
     kept = {name: value for name, value in variables.items() if not name.startswith(_EXPORTED_BY_DEEPSPEED)}
     return kept | {

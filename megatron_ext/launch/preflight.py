@@ -25,9 +25,8 @@ from megatron_ext.runtime.device import Device, device_title
 from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.rendezvous import Member, Rendezvous
 
+# How long a file may take to show up on another host: network file systems keep a folder's list for a while.
 _SHOWS_UP_SECONDS = 5.0
-"""How long a file may take to show up on another host: network file systems keep a folder's list for a while."""
-
 _CONNECT_SECONDS = 5.0
 _MATMUL_SECONDS = 0.2
 _REPEATS = 3
@@ -41,22 +40,16 @@ class RankReport:
 
     device: str
     free_gib: float
-    seconds: float
-    """Its clock, right after all ranks have answered a question."""
-
-    problem: str = ""
-    """What it found wrong by itself."""
+    seconds: float  # its clock, right after all ranks have answered a question
+    problem: str = ""  # what it found wrong by itself
 
 
 @dataclass(frozen=True)
 class Rates:
     """What was measured."""
 
-    tflops: list[float]
-    """Matrix multiplication rate of each rank, 10^12 operations per second."""
-
-    bandwidth: float
-    """Bus bandwidth of an all-reduce over all ranks, 10^9 bytes per second; 0 for one rank."""
+    tflops: list[float]  # matrix multiplication rate of each rank, 10^12 operations per second
+    bandwidth: float  # bus bandwidth of an all-reduce over all ranks, 10^9 bytes per second; 0 for one rank
 
 
 class Preflight:
@@ -65,11 +58,7 @@ class Preflight:
     def __init__(
         self, rendezvous: Rendezvous, limits: PreflightConfig, run_dir: Path, *, device: Device, precision: str
     ) -> None:
-        """Ask all ranks what can be known before they are a process group.
-
-        Raises:
-            UserError: on every rank, the hosts that are not fit, and why.
-        """
+        """Ask all ranks what can be known before they are a group. Raises UserError, on all, with the unfit hosts."""
         self._rendezvous, self._limits, self._run_dir = rendezvous, limits, run_dir
         self._device, self._precision = device, precision
         self._started = time.perf_counter()
@@ -79,11 +68,7 @@ class Preflight:
             raise UserError("preflight: " + "; ".join(dict.fromkeys(problems)))
 
     def measure(self, processes: Processes) -> list[str]:
-        """Measure with all ranks at once, and return the report: a line for each host, and one for all of them.
-
-        Raises:
-            UserError: on every rank, the rank that is too slow, or the slowest link of a network that is.
-        """
+        """Measure; a line for each host, and one for all. Raises UserError, on all ranks, for a slow rank or link."""
         rates: list[float] = [0.0] * processes.info.world_size
         dist.all_gather_object(rates, self._matmul_tflops(), group=processes.host_group)
         self._check_matmul(rates)

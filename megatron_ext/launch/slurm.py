@@ -49,23 +49,12 @@ _SEPARATOR = "\x1f"
 class QueuedJob:
     """A job as squeue shows it."""
 
-    job: str
-    """Number, of an array's task NUMBER_TASK."""
-
-    state: str
-    """SLURM's word: PENDING, RUNNING, COMPLETING..."""
-
-    reason: str = ""
-    """Why it waits; "None" where it does not."""
-
-    nodes: str = ""
-    """Nodes it runs on, in SLURM's short form."""
-
-    start: str = ""
-    """When it began or is expected to; "N/A" where the controller does not know."""
-
-    time_left: str = ""
-    """Until its time limit."""
+    job: str  # number, of an array's task NUMBER_TASK
+    state: str  # SLURM's word: PENDING, RUNNING, COMPLETING
+    reason: str = ""  # why it waits; "None" where it does not
+    nodes: str = ""  # nodes it runs on, in SLURM's short form
+    start: str = ""  # when it began or is expected to; "N/A" where the controller does not know
+    time_left: str = ""  # until its time limit
 
     @property
     def is_over(self) -> bool:
@@ -90,13 +79,8 @@ def has_slurm() -> bool:
 def submit(script: str, options: Sequence[str] = (), *, remedy: str) -> str:
     """Submit a batch script and return its job number.
 
-    Args:
-        script: text of the script.
-        options: options of sbatch beside the script's own.
-        remedy: what a user can change when sbatch refuses.
-
-    Raises:
-        UserError: sbatch refused the job; the message is SLURM's.
+    ``options`` are those of sbatch beside the script's own. Raises UserError if sbatch refuses the job, with SLURM's
+    message and ``remedy``, what a user can change.
     """
     done = _call(["sbatch", "--parsable", *options], script)
     number = done.stdout.strip().split(";")[0]
@@ -152,21 +136,12 @@ def _call(command: list[str], text: str = "") -> "subprocess.CompletedProcess[st
 class JobRecord:
     """The last job of a run, and the last that is known of it."""
 
-    job: str
-    """Number, of an array's task NUMBER_TASK."""
-
-    event: str
-    """submitted, started, failed, requeued or ended."""
-
-    status: int | None = None
-    """Exit status, of a job that ended or an attempt that failed."""
-
-    restart: int = 0
-    """How often SLURM has started it again."""
-
+    job: str  # number, of an array's task NUMBER_TASK
+    event: str  # submitted, started, failed, requeued or ended
+    status: int | None = None  # exit status, of a job that ended or an attempt that failed
+    restart: int = 0  # how often SLURM has started it again
     nodes: str = ""
-    time: str = ""
-    """UTC, ISO 8601."""
+    time: str = ""  # UTC, ISO 8601
 
     @property
     def failed(self) -> bool:
@@ -236,16 +211,11 @@ def training_job(
 def submit_job(
     job: TrainingJob, configs: Sequence[RunConfig], *, options: Sequence[str] = (), follows: bool = False
 ) -> str:
-    """Write what the job needs into the run directories, submit it, and return its number.
+    """Write what the job of ``configs`` needs into their run directories, submit it, and return its number.
 
-    Args:
-        job: The job.
-        configs: What it trains, in the order of its run directories.
-        options: Options of sbatch beside those of the script.
-        follows: It waits for another job of the same runs, which therefore may be in the queue.
-
-    Raises:
-        UserError: there is no SLURM here, a run is in the queue already, or sbatch refused the job.
+    ``options`` are those of sbatch beside the script's own. A job that ``follows`` waits for another one of the same
+    runs, which therefore may be in the queue. Raises UserError if there is no SLURM here, a run is in the queue
+    already, or sbatch refuses the job.
     """
     require_slurm("a SLURM job")
     if not follows:

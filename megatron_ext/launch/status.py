@@ -25,38 +25,17 @@ _RECENT_STEPS = 50
 class Progress:
     """What a run's directory says of its training."""
 
-    step: int
-    """Finished steps, of those that metrics.jsonl holds."""
-
-    steps: int
-    """Steps with which the run ends: of the plan, or where ``training.stop_after`` ends it."""
-
-    tokens: int
-    """Tokens consumed."""
-
-    total_tokens: int
-    """Tokens at the end."""
-
-    loss: float | None
-    """Of the last step, in nats per token."""
-
-    valid_loss: float | None
-    """The last validation loss."""
-
-    largest_ratio: float | None
-    """The largest loss ratio; infinite after a loss that was not finite."""
-
-    seconds: float
-    """Time spent in steps."""
-
-    tokens_per_s: float | None
-    """Over the last 50 steps."""
-
-    checkpoint: Path | None
-    """The newest complete one."""
-
-    finished: bool
-    """Whether a checkpoint or a validation stands at the end."""
+    step: int  # finished steps, of those that metrics.jsonl holds
+    steps: int  # steps with which the run ends: of the plan, or where ``training.stop_after`` ends it
+    tokens: int  # tokens consumed
+    total_tokens: int  # tokens at the end
+    loss: float | None  # of the last step, in nats per token
+    valid_loss: float | None  # the last validation loss
+    largest_ratio: float | None  # the largest loss ratio; infinite after a loss that was not finite
+    seconds: float  # time spent in steps
+    tokens_per_s: float | None  # over the last 50 steps
+    checkpoint: Path | None  # the newest complete one
+    finished: bool  # whether a checkpoint or a validation stands at the end
 
     @property
     def eta_seconds(self) -> float | None:
@@ -71,22 +50,13 @@ class Situation:
     """What becomes of a run."""
 
     state: State
-    note: str = ""
-    """Why it failed."""
-
-    record: JobRecord | None = None
-    """Its last job, of those that its directory remembers."""
-
-    queued: QueuedJob | None = None
-    """That job in the queue, if it is there."""
+    note: str = ""  # why it failed
+    record: JobRecord | None = None  # its last job, of those that its directory remembers
+    queued: QueuedJob | None = None  # that job in the queue, if it is there
 
 
 def read_progress(config: RunConfig, plan: TrainingPlan) -> Progress:
-    """How far the run is.
-
-    Raises:
-        UserError: a file in its directory cannot be read.
-    """
+    """How far the run is. Raises UserError if a file in its directory cannot be read."""
     from megatron_ext.checkpoint.store import newest_checkpoint
     from megatron_ext.metrics.reading import read_columns
     from megatron_ext.metrics.records import FILE_NAME
@@ -125,7 +95,7 @@ def _is_finished(
     config: RunConfig, checkpoint: Path | None, evaluations: "Mapping[str, npt.NDArray[np.float64]]"
 ) -> bool:
     """Whether a checkpoint or a validation stands at the end of the run, or where ``training.stop_after`` ends it."""
-    from megatron_ext.checkpoint.store import read_manifest
+    from megatron_ext.checkpoint.verify import read_manifest
 
     reached: list[tuple[float, float]] = []
     if checkpoint is not None:

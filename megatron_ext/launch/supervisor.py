@@ -25,24 +25,19 @@ import psutil
 from megatron_ext.launch.hosts import NO_WAY, signal_job_on
 
 _POLL_SECONDS = 0.2
+# How long the other hosts may take to end by themselves after one of them has failed.
 _ENDED_GRACE_SECONDS = 8.0
-"""How long the other hosts may take to end by themselves after one of them has failed."""
-
 _ASK_AGAIN_SECONDS = 3.0
 
-_LAST_SECONDS = 20.0
-"""How long the launcher may take to notice that everything it started is gone."""
-
+_LAST_SECONDS = 20.0  # how long the launcher may take to notice that everything it started is gone
 _LAST_WORDS_SECONDS = 2.0
 
 # The launcher's own log on each host, whose level cannot be set from here, and torch's of hosts without reverse names.
 _NOISE = re.compile(r"\[launch\.py:\d+:|The hostname of the client socket cannot be retrieved")
 _HOST_ENDED = re.compile(r"pdsh@[^:]*: (?P<host>[^:]+): ssh exited with exit code (?P<status>\d+)")
+# Exit statuses after a rank that SIGTERM ended: deepspeed's launcher exits with the negative number of the signal.
 _BY_SIGTERM = (256 - signal.SIGTERM, 128 + signal.SIGTERM)
-"""Exit statuses after a rank that SIGTERM ended: deepspeed's launcher exits with the negative number of the signal."""
-
-_KEPT = (0, 2, os.EX_TEMPFAIL)
-"""Exit statuses of the worker that say more than that it failed."""
+_KEPT = (0, 2, os.EX_TEMPFAIL)  # exit statuses of the worker that say more than that it failed
 
 
 @dataclass(frozen=True)
@@ -50,15 +45,11 @@ class Orders:
     """What to start, and where it will run."""
 
     job: str
+    # Names that ssh knows; none: the ranks run on this machine, and print where this process does.
     hosts: list[str]
-    """Names that ssh knows; none: the ranks run on this machine, and print where this process does."""
-
     command: list[str]
-    folder: str
-    """What the launch has written, and nobody needs when it is over."""
-
-    silence_seconds: float
-    """After which the ranks give up one that they do not hear from."""
+    folder: str  # what the launch has written, and nobody needs when it is over
+    silence_seconds: float  # after which the ranks give up one that they do not hear from
 
 
 class Supervisor:

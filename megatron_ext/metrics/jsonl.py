@@ -1,104 +1,108 @@
 """metrics.jsonl: appended line by line, rewound at resume.
 
 A line is written with one write() to a file opened for appending and not buffered by the process: a process killed
-at any moment leaves at most one partial line, at the end. The next writer drops such a line, readers ignore it.
+at any moment leaves at most one partial line, at the end. The next writer drops such a line, readers ignore it. What
+cannot be written waits in memory (``metrics/waiting.py``).
 """
 
-import json
 import os
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_ext.metrics.records import (
-    EvalRecord,
-    Record,
-    TrainRecord,
-    encode,
-)
-from megatron_ext.runtime.files import replacing
+from megatron_ext.errors import UserError
+from megatron_ext.metrics.records import Record, encode
+
+if TYPE_CHECKING:
+    from megatron_ext.metrics.waiting import WaitingLines
 
 ROLLED_BACK_NAME = "rolled_back.jsonl"
 """Name of the file beside it that keeps the records of steps over which the run rolled back."""
 
 
 class JsonlSink:
-    """Appends records to a metrics file (created with its folder where missing)."""
+    """Appends records to a metrics file (created with its folder where missing).
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting: WaitingLines | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
-        _repair_end(path)
+        if path.exists() and path.stat().st_size:
+            from megatron_ext.metrics.rewinding import repair_end  # a new run has nothing to repair
+
+            repair_end(path)
         self._file = path.open("ab", buffering=0)
 
     def rewind(self, step: int) -> None:
         """Drop the train and eval records after `step` finished steps: the run goes on from there.
 
-        Events stay, they did happen. The file is replaced in one go: whoever reads it sees the old or the new one.
+        Events stay, they did happen.
 
         Raises:
             UserError: a line of the file is no record.
+            OSError: the file cannot be replaced.
         """
         if not self._path.stat().st_size:
             return
-        from megatron_ext.metrics.reading import read_records  # a new run has nothing to read
+        from megatron_ext.metrics.rewinding import drop_after
 
-        if not any(_is_after(record, step) for _, record in read_records(self._path)):
-            return
-        with replacing(self._path) as out:
-            for line, record in read_records(self._path):
-                if not _is_after(record, step):
-                    out.write(line + b"\n")
-        self._file.close()
-        self._file = self._path.open("ab", buffering=0)
+        if drop_after(self._path, step):
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
 
     def roll_back(self, *, step: int, tokens: int) -> None:
-        """As ``rewind``, but what is dropped goes to the end of ``rolled_back.jsonl``: these steps did happen."""
-        from megatron_ext.metrics.reading import read_records
+        """As ``rewind``, but what is dropped goes to the end of ``rolled_back.jsonl``: these steps did happen.
 
+        Raises:
+            UserError: a line of the file is no record, or the files cannot be written.
+        """
         del tokens
-        dropped = [line for line, record in read_records(self._path) if _is_after(record, step)]
-        with self._path.with_name(ROLLED_BACK_NAME).open("ab") as out:
-            out.writelines(line + b"\n" for line in dropped)
-            out.flush()
-            os.fsync(out.fileno())
-        self.rewind(step)
+        from megatron_ext.metrics.rewinding import copy_after
+
+        try:
+            if self._waiting is not None:
+                self._waiting.write_to(self._file)
+            copy_after(self._path, step, to=self._path.with_name(ROLLED_BACK_NAME))
+            self.rewind(step)
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be rolled back to step {step} ({error.strerror or error}); make room and start "
+                "again: the run goes on from there"
+            ) from error
 
     def _append(self, record: Record) -> None:
-        """Write a line."""
-        data = (encode(record) + "\n").encode()
-        written = self._file.write(data)
-        # A raw write may be short (a full disk, a network file system): the rest follows, or raises the reason.
-        while written < len(data):
-            data = data[written:]
-            written = self._file.write(data)
+        """Write a line, after those that wait; keep it where that fails."""
+        rest = (encode(record) + "\n").encode()
+        try:
+            if self._waiting is not None:
+                self._waiting.write_to(self._file)
+            # A raw write may be short (a full disk, a network file system): the rest follows, or raises the reason.
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if self._waiting is None:
+                from megatron_ext.metrics.waiting import WaitingLines
+
+                self._waiting = WaitingLines(self._path)
+            self._waiting.add(rest, error)
 
     train = evaluation = event = _append
 
-    def close(self) -> None:
-        """Close the file, its content on disk."""
+    def close(self) -> str | None:
+        """Close the file, its content on disk; what it lacks, in words, or None."""
         if self._file.closed:
-            return
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def _is_after(record: Record | None, step: int) -> bool:
-    return isinstance(record, TrainRecord | EvalRecord) and record.step > step
-
-
-def _repair_end(path: Path) -> None:
-    """End the file with a whole line: a partial last line is cut off, a whole one without its newline gets it."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb+") as file:
-        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            start = content.rfind(b"\n") + 1
-            line = content[start:]
+            return None
         try:
-            json.loads(line)
-        except ValueError:
-            # An empty line too: then nothing is cut off.
-            file.truncate(start)
-        else:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
+            if self._waiting is not None:
+                self._waiting.write_to(self._file)
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            lacks = None if self._waiting is None else self._waiting.missing(error)
+            return (
+                lacks or f"{self._path} could not be forced to disk ({error.strerror or error}): lines may be missing"
+            )
+        return None if self._waiting is None else self._waiting.missing(None)

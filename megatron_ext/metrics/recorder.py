@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
-from megatron_ext.metrics.console import LogLines, ProgressBar
+from megatron_ext.metrics.console import LogLines
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import FILE_NAME, EvalRecord, EventRecord, TrainRecord
 from megatron_ext.runtime.log import file_only
@@ -29,8 +29,8 @@ class Sink(Protocol):
     def roll_back(self, *, step: int, tokens: int) -> None:
         """Take back the steps and validations after ``step`` finished steps and ``tokens``: others will follow."""
 
-    def close(self) -> None:
-        """Write out everything; nothing comes after."""
+    def close(self) -> str | None:
+        """Write out everything, nothing comes after; what could not be written and matters, in words."""
 
 
 class Recorder:
@@ -60,10 +60,9 @@ class Recorder:
         for sink in self._sinks:
             sink.roll_back(step=step, tokens=tokens)
 
-    def close(self) -> None:
-        """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+    def close(self) -> str | None:
+        """Close all sinks; what of the metrics could not be written, in words, or None."""
+        return "; ".join(lacks for sink in self._sinks if (lacks := sink.close())) or None
 
 
 def open_sinks(
@@ -82,6 +81,7 @@ def open_sinks(
 
     Raises:
         UserError: metrics.jsonl of the directory is broken, or TensorBoard is wanted and not installed.
+        OSError: one of the files cannot be opened.
     """
     jsonl = JsonlSink(run_dir / FILE_NAME)
     jsonl.rewind(step)
@@ -92,6 +92,8 @@ def open_sinks(
         sinks.append(TensorBoardSink(run_dir / "tensorboard", step=step, tokens=tokens))
     logger = logging.getLogger(__name__)
     if console.is_terminal:
+        from megatron_ext.metrics.progress_bar import ProgressBar
+
         sinks.append(ProgressBar(console, total_tokens=total_tokens, tokens=tokens))
     lines = file_only(logger) if console.is_terminal else logger
     return [*sinks, LogLines(lines, log_every=config.log_every, total_tokens=total_tokens)]

@@ -30,9 +30,6 @@ class FinishedStep:
 
     start: Mark
     end: Mark
-    skipped: bool = False
-    """Whether the weights were left alone."""
-
     loss_ratio: float | None = None
     """Its loss ratio, where a guard has asked for the loss already."""
 
@@ -56,12 +53,16 @@ class FetchedStep:
     """Mean loss over the first positions of every sequence; None where it was not measured."""
     adam_variance: tuple[float, ...] | None = None
     """What ``AdamVariance.measure`` returned; None where it was not measured."""
+    skipped: bool = False
+    """Whether the weights were left alone."""
 
 
 class PendingSteps:
     """Collects finished steps in order, without waiting for the device, until they are drained."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, left_out: int = 0) -> None:
+        """``left_out``: steps in a row, up to the last one fetched, that had no update because of a broken gradient."""
+        self.left_out = left_out
         self._infos: list[FinishedStep] = []
         self._scalars: list[Values] = []
         self._vectors: list[torch.Tensor | None] = []
@@ -75,7 +76,8 @@ class PendingSteps:
         ``adam_variance`` [n] is what ``AdamVariance.measure`` returned after the step, and is kept as it is.
         """
         self._infos.append(info)
-        self._scalars += [_copied(result.loss), _copied(result.grad_norm), _copied(result.prefix_loss)]
+        values = (result.loss, result.grad_norm, result.prefix_loss, result.skipped)
+        self._scalars += [_copied(value) for value in values]
         self._vectors.append(adam_variance)
 
     def drain(self) -> list[FetchedStep]:
@@ -89,9 +91,9 @@ class PendingSteps:
         vectors = [None if vector is None else tuple(islice(on_host, vector.numel())) for vector in self._vectors]
         steps = []
         for index, info in enumerate(self._infos):
-            loss, grad_norm, prefix_loss = scalars[3 * index : 3 * index + 3]
+            loss, grad_norm, prefix_loss, skipped = scalars[4 * index : 4 * index + 4]
             assert loss is not None, "a step is added with a loss"
-            steps.append(FetchedStep(info, loss, grad_norm, prefix_loss, vectors[index]))
+            steps.append(FetchedStep(info, loss, grad_norm, prefix_loss, vectors[index], bool(skipped)))
         self._infos, self._scalars, self._vectors = [], [], []
         return steps
 
@@ -135,7 +137,7 @@ def train_record(
         step_time_s=seconds,
         tokens_per_s=planned.tokens / seconds,
         mfu=None if rates is None else rates.flops(planned) / (seconds * rates.peak_flops),
-        skipped=info.skipped,
+        skipped=step.skipped,
         prefix_loss=step.prefix_loss,
         peak_memory_bytes=info.peak_memory_bytes,
         sample_ids=None if info.batch is None else _tuple(info.batch.samples),

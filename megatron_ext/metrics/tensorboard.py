@@ -2,13 +2,21 @@
 
 With Sequence Length Warmup a step is no fixed amount of data: curves of runs with and without it are comparable
 against tokens, so both axes are kept, as two TensorBoard runs of one directory.
+
+The files are written here and not by a SummaryWriter, whose thread dies of a full disk, and the run with it. What
+cannot be written waits in memory.
 """
 
+import os
+import socket
+import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.metrics.records import EvalRecord, EventRecord, TrainRecord
+from megatron_ext.runtime.log import LOGGER
 
 _TAGS = {
     "loss": "train/loss",
@@ -26,9 +34,55 @@ _TAGS = {
 }
 """Field of a train record -> name of its curve."""
 
+_FLUSH_SECONDS = 30.0
+_MOST_BYTES = 1 << 26
+"""Of points that wait for a disk that is full: those of about 100,000 steps; later ones are left out."""
+
+
+class _EventFile:
+    """A file of events in ``folder``; points of this run at or after ``purge_step`` in older files become void."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest:09d}"
+        self._file = (folder / name).open("xb", buffering=0)
+        self._waiting = bytearray()
+        self._frame = RecordWriter(self)
+        self._add(file_version="brain.Event:2")
+        self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def points(self, values: dict[str, float | None], place: int) -> None:
+        """Add a point to each curve of which the value is known."""
+        known = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
+        if len(self._waiting) < _MOST_BYTES:
+            self._add(step=place, summary=self._summary(value=known))
+
+    def write(self, data: bytes) -> None:
+        """Take the bytes of an event; called by ``RecordWriter``."""
+        self._waiting += data
+
+    def flush(self) -> None:
+        """Write what waits; OSError where that fails, and the rest goes on waiting."""
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._frame.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
 
 class TensorBoardSink:
-    """Writes `directory`/by_step and `directory`/by_tokens.
+    """Writes `directory`/by_step and `directory`/by_tokens; a failure to write costs curves, not the run.
 
     Args:
         directory: the run's tensorboard folder.
@@ -37,19 +91,19 @@ class TensorBoardSink:
 
     Raises:
         UserError: the tensorboard package is not installed.
+        OSError: the files cannot be made.
     """
 
     def __init__(self, directory: Path, *, step: int, tokens: int) -> None:
+        self._directory = directory
+        self._failed = False
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            self._open(step, tokens)
         except ImportError as error:
             raise UserError(
                 f"metrics.tensorboard is true but TensorBoard cannot be imported ({error}): "
                 "pip install tensorboard, or set metrics.tensorboard to false"
             ) from None
-        self._make = SummaryWriter
-        self._directory = directory
-        self._open(step, tokens)
 
     def train(self, record: TrainRecord) -> None:
         """Write a point of every curve that the step has a value for."""
@@ -67,8 +121,7 @@ class TensorBoardSink:
     def event(self, record: EventRecord) -> None:
         """Write out what is waiting: events are rare, and the run may end after one."""
         del record
-        self._by_step.flush()
-        self._by_tokens.flush()
+        self._flush()
 
     def roll_back(self, *, step: int, tokens: int) -> None:
         """Go on in new files, which purge what was written after ``step`` and ``tokens``."""
@@ -77,15 +130,30 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Write out everything and close both files."""
-        self._by_step.close()
-        self._by_tokens.close()
+        self._flush()
+        for file in self._files:
+            file.close()
 
     def _open(self, step: int, tokens: int) -> None:
-        self._by_step = self._make(str(self._directory / "by_step"), purge_step=step + 1)
-        self._by_tokens = self._make(str(self._directory / "by_tokens"), purge_step=tokens + 1)
+        self._files = (
+            _EventFile(self._directory / "by_step", purge_step=step + 1),
+            _EventFile(self._directory / "by_tokens", purge_step=tokens + 1),
+        )
+        self._flush()
 
     def _write(self, values: dict[str, float | None], *, step: int, tokens: int) -> None:
-        for tag, value in values.items():
-            if value is not None:
-                self._by_step.add_scalar(tag, value, step)
-                self._by_tokens.add_scalar(tag, value, tokens)
+        for file, place in zip(self._files, (step, tokens), strict=True):
+            file.points(values, place)
+        if time.monotonic() >= self._flush_at:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._flush_at = time.monotonic() + _FLUSH_SECONDS
+        try:
+            for file in self._files:
+                file.flush()
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                reason = error.strerror or error
+                LOGGER.warning("%s cannot be written (%s): the run goes on without it", self._directory, reason)

@@ -17,8 +17,9 @@ State = Mapping[str, torch.Tensor]
 _WORDS, _POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 _OUTPUT, _HF_OUTPUT = "output_layer.weight", "lm_head.weight"
 _NORMS = {"input_layernorm": "ln_1", "pre_mlp_layernorm": "ln_2"}
-_QKV = ("self_attention.linear_qkv", "attn.c_attn")
+_QKV = "self_attention.linear_qkv"
 _LINEARS = {
+    _QKV: "attn.c_attn",
     "self_attention.linear_proj": "attn.c_proj",
     "mlp.linear_fc1": "mlp.c_fc",
     "mlp.linear_fc2": "mlp.c_proj",
@@ -38,9 +39,8 @@ def gpt2_state_to_hf(state: State, model: ModelConfig) -> dict[str, torch.Tensor
             for mine, name in _NORMS.items():
                 result[f"{theirs}.{name}.{part}"] = state[f"{ours}.{mine}.{part}"]
             for mine, name in _LINEARS.items():
-                result[f"{theirs}.{name}.{part}"] = state[f"{ours}.{mine}.{part}"].t()
-            qkv = _swap_leading(state[f"{ours}.{_QKV[0]}.{part}"], heads, 3)
-            result[f"{theirs}.{_QKV[1]}.{part}"] = qkv.t()
+                tensor = state[f"{ours}.{mine}.{part}"]
+                result[f"{theirs}.{name}.{part}"] = (_swap_leading(tensor, heads, 3) if mine == _QKV else tensor).t()
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in result.items()}
 
 
@@ -52,54 +52,47 @@ def gpt2_state_from_hf(state: State, model: ModelConfig) -> dict[str, torch.Tens
     Raises:
         UserError: a tensor is missing or has another shape than ``model`` says.
     """
-    source = _Source(state)
+    source = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     heads, width, ffn = model.num_attention_heads, model.hidden_size, model.ffn_size
     result = {
-        _WORDS: _pad(source.take("wte.weight", (model.vocab_size, width)), model.padded_vocab_size),
-        _POSITIONS: source.take("wpe.weight", (None, width)),
+        _WORDS: _pad(_take(source, "wte.weight", (model.vocab_size, width)), model.padded_vocab_size),
+        _POSITIONS: _take(source, "wpe.weight", (None, width)),
     }
     if not model.tie_embeddings:
-        result[_OUTPUT] = _pad(source.take(_HF_OUTPUT, (model.vocab_size, width)), model.padded_vocab_size)
+        result[_OUTPUT] = _pad(_take(source, _HF_OUTPUT, (model.vocab_size, width)), model.padded_vocab_size)
     sizes = {
+        _QKV: (width, 3 * width),
         "self_attention.linear_proj": (width, width),
         "mlp.linear_fc1": (width, ffn),
         "mlp.linear_fc2": (ffn, width),
     }
     for part in ("weight", "bias"):
-        result[f"decoder.final_layernorm.{part}"] = source.take(f"ln_f.{part}", (width,))
+        result[f"decoder.final_layernorm.{part}"] = _take(source, f"ln_f.{part}", (width,))
         for layer in range(model.num_layers):
             ours, theirs = f"decoder.layers.{layer}", f"h.{layer}"
             for mine, name in _NORMS.items():
-                result[f"{ours}.{mine}.{part}"] = source.take(f"{theirs}.{name}.{part}", (width,))
+                result[f"{ours}.{mine}.{part}"] = _take(source, f"{theirs}.{name}.{part}", (width,))
             for mine, name in _LINEARS.items():
                 shape = sizes[mine] if part == "weight" else sizes[mine][1:]
-                result[f"{ours}.{mine}.{part}"] = source.take(f"{theirs}.{name}.{part}", shape).t()
-            shape = (width, 3 * width) if part == "weight" else (3 * width,)
-            qkv = source.take(f"{theirs}.{_QKV[1]}.{part}", shape).t()
-            result[f"{ours}.{_QKV[0]}.{part}"] = _swap_leading(qkv, 3, heads)
+                tensor = _take(source, f"{theirs}.{name}.{part}", shape).t()
+                result[f"{ours}.{mine}.{part}"] = _swap_leading(tensor, 3, heads) if mine == _QKV else tensor
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in result.items()}
 
 
-class _Source:
-    """A Hugging Face state dict whose tensors are asked for by name, with or without ``transformer.`` in front."""
-
-    def __init__(self, state: State) -> None:
-        self._state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-
-    def take(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-        tensor = self._state.get(name)
-        if tensor is None:
-            raise UserError(
-                f"the weights have no tensor {name}; they are not a GPT-2's or have fewer layers than the config"
-            )
-        fits = tensor.dim() == len(shape) and all(
-            want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+def _take(source: State, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+    """The tensor of that name and shape (None: any size)."""
+    tensor = source.get(name)
+    if tensor is None:
+        raise UserError(
+            f"the weights have no tensor {name}; they are not a GPT-2's or have fewer layers than the config"
         )
-        if not fits:
-            wanted = "x".join("any" if size is None else str(size) for size in shape)
-            found = "x".join(str(size) for size in tensor.shape)
-            raise UserError(f"tensor {name} is {found}, the model section asks for {wanted}; change the model section")
-        return tensor
+    if len(shape) != tensor.dim() or any(
+        want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    ):
+        wanted = "x".join("any" if size is None else str(size) for size in shape)
+        found = "x".join(map(str, tensor.shape))
+        raise UserError(f"tensor {name} is {found}, the model section asks for {wanted}; change the model section")
+    return tensor
 
 
 def _swap_leading(tensor: torch.Tensor, outer: int, inner: int) -> torch.Tensor:

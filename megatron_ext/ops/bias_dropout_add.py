@@ -66,14 +66,11 @@ class _Fused(torch.autograd.Function):
         return dx if ctx.dropout > 0 else dy, None if bias is None else dbias, dy, None, None
 
 
-def register() -> None:
-    """Tell torch the results' shapes; the library with the schemas is loaded."""
-    torch.library.register_fake("megatron_ext::bias_dropout_add_forward", lambda x, *_rest: torch.empty_like(x))
-    torch.library.register_fake("megatron_ext::bias_dropout_add_backward", _fake_backward)
-
-
 def _fake_backward(
     dy: torch.Tensor, bias: torch.Tensor | None, dropout: float, _seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(dy) if dropout > 0 else dy.new_empty(0)
     return dx, dy.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+FAKES = {"bias_dropout_add_forward": lambda x, *_rest: torch.empty_like(x), "bias_dropout_add_backward": _fake_backward}

@@ -15,10 +15,8 @@ Wanted = Literal["auto", "fused", "reference"]
 def choose_kernels(wanted: Wanted, *, device: Device, processes: Processes) -> Kernels:
     """What ``model.kernels`` comes to here; called by all ranks, which all get the same.
 
-    The first use on a machine may compile, which takes a minute; the other processes wait for it.
-
-    Raises:
-        UserError: "fused" was asked for, and a rank cannot have it.
+    The first use on a machine may compile, which takes a minute; the other processes wait for it. Raises UserError if
+    "fused" was asked for, and a rank cannot have it.
     """
     if wanted == "reference":
         LOGGER.info("kernels: reference (PyTorch's own operations), as model.kernels says")

@@ -18,28 +18,19 @@ from megatron_ext.ops.kernels import Kernels, is_fused
 class Statistics:
     """What is known of each row's logits, all float32 [rows]."""
 
-    maximum: torch.Tensor
-    """Largest logit; -inf without any."""
-
-    total: torch.Tensor
-    """Sum of exp(logit - maximum)."""
-
-    target: torch.Tensor
-    """The label's logit; 0 where the slice does not hold the label."""
+    maximum: torch.Tensor  # largest logit; -inf without any
+    total: torch.Tensor  # sum of exp(logit - maximum)
+    target: torch.Tensor  # the label's logit; 0 where the slice does not hold the label
 
 
 @dataclass(frozen=True)
 class VocabSlice:
     """Which ids the columns of the logits are, and how to get from the slice to the whole vocabulary."""
 
-    first: int
-    """Id of the first column."""
-
-    real: int
-    """Columns that are ids; what follows is padding, which has no probability and no gradient."""
-
+    first: int  # id of the first column
+    real: int  # columns that are ids; what follows is padding, which has no probability and no gradient
+    # The whole vocabulary's statistics from the slice's, over the ranks that hold the others; None: it is all here.
     combine: Callable[[Statistics], Statistics] | None = None
-    """The whole vocabulary's statistics from the slice's, over the ranks that hold the others; None: it is all here."""
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, vocab: VocabSlice, *, kernels: Kernels) -> torch.Tensor:
@@ -97,12 +88,9 @@ class _Fused(torch.autograd.Function):
         return logits, None, None
 
 
-def register() -> None:
-    """Tell torch the results' shapes; the library with the schemas is loaded."""
-    torch.library.register_fake("megatron_ext::cross_entropy_forward", _fake_forward)
-    torch.library.register_fake("megatron_ext::cross_entropy_backward_", lambda *_arguments: None)
-
-
 def _fake_forward(logits: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
     rows = logits.numel() // logits.shape[-1]
     return tuple(logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+
+
+FAKES = {"cross_entropy_forward": _fake_forward, "cross_entropy_backward_": lambda *_arguments: None}

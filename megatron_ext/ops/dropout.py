@@ -13,8 +13,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LOW = 0xFFFFFFFF
+# Blocks of four elements whose words exist at the same time on a CPU: so few that they stay in its cache.
 _TOGETHER = 2**14
-"""Blocks of four elements whose words exist at the same time on a CPU: so few that they stay in its cache."""
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:

@@ -53,12 +53,6 @@ class _Fused(torch.autograd.Function):
         return *torch.ops.megatron_ext.layer_norm_backward.default(dy, *ctx.saved_tensors), None
 
 
-def register() -> None:
-    """Tell torch the results' shapes; the library with the schemas is loaded."""
-    torch.library.register_fake("megatron_ext::layer_norm_forward", _fake_forward)
-    torch.library.register_fake("megatron_ext::layer_norm_backward", _fake_backward)
-
-
 def _fake_forward(x: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
     rows = x.numel() // x.shape[-1]
     return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
@@ -68,3 +62,6 @@ def _fake_backward(
     dy: torch.Tensor, _x: torch.Tensor, weight: torch.Tensor, *_rest: object
 ) -> tuple[torch.Tensor, ...]:
     return torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
+
+
+FAKES = {"layer_norm_forward": _fake_forward, "layer_norm_backward": _fake_backward}

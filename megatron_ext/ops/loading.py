@@ -20,18 +20,14 @@ from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 from megatron_ext.runtime.device import compute_capabilities
 from megatron_ext.runtime.environment import kernel_environment
 
+# Each has FAKES: functions that tell torch the shapes of an operator's results.
 _OPERATIONS = (layer_norm, add_layer_norm, softmax, bias_gelu, bias_dropout_add, cross_entropy, adam_variance)
 
 
 def find_library(backend: Backend, *, build: bool = True) -> Library | None:
     """The library of ``backend``: compiled by the installation, in the cache, or built into it now.
 
-    Args:
-        backend: Which one.
-        build: Whether to build it where it is nowhere; otherwise None is returned then.
-
-    Raises:
-        KernelsUnavailableError: it is nowhere and cannot be built.
+    Without ``build``, None where it is nowhere. Raises KernelsUnavailableError if it is nowhere and cannot be built.
     """
     environment, devices = kernel_environment(), compute_capabilities() if backend == "cuda" else []
     ahead = prebuilt_library(backend, devices)
@@ -55,10 +51,8 @@ def find_library(backend: Backend, *, build: bool = True) -> Library | None:
 def load_operators(backend: Backend) -> Library:
     """Load the operators for a kind of device into this process, building them where they are not built.
 
-    The operators' schemas are in the CPU library, which is loaded on every machine.
-
-    Raises:
-        KernelsUnavailableError: there is no library and none can be built, or it does not load.
+    The operators' schemas are in the CPU library, which is loaded on every machine. Raises KernelsUnavailableError if
+    there is no library and none can be built, or it does not load.
     """
     if backend != "cpu":
         load_operators("cpu")
@@ -73,7 +67,8 @@ def load_operators(backend: Backend) -> Library:
         ) from error
     if backend == "cpu":
         for operation in _OPERATIONS:
-            operation.register()
+            for name, fake in operation.FAKES.items():
+                torch.library.register_fake(f"megatron_ext::{name}", fake)
     return library
 
 

@@ -58,12 +58,9 @@ class _Fused(torch.autograd.Function):
         return dscores, None, None, None
 
 
-def register() -> None:
-    """Tell torch the results' shapes; the library with the schemas is loaded."""
-    torch.library.register_fake("megatron_ext::causal_softmax_forward", _fake_forward)
-    torch.library.register_fake("megatron_ext::causal_softmax_backward", lambda dy, *_rest: torch.empty_like(dy))
-
-
 def _fake_forward(scores: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     dropout = rest[-2]
     return torch.empty_like(scores), torch.empty_like(scores) if dropout > 0 else scores.new_empty(0)
+
+
+FAKES = {"causal_softmax_forward": _fake_forward, "causal_softmax_backward": lambda dy, *_rest: torch.empty_like(dy)}

@@ -25,10 +25,8 @@ class Layout:
 def initialize_parallel(tensor: int, timeout_minutes: float) -> Layout:
     """Make the groups of a run with ``tensor`` tensor-parallel ranks; collective, once per process.
 
-    ``timeout_minutes`` is given to the new groups: the timeout of the default group does not reach them.
-
-    Raises:
-        UserError: the number of ranks is not divisible by ``tensor``.
+    ``timeout_minutes`` is given to the new groups: the timeout of the default group does not reach them. Raises
+    UserError if the number of ranks is not divisible by ``tensor``.
     """
     assert dist.is_initialized(), "torch.distributed must be initialized first"
     world_size = dist.get_world_size()
@@ -84,15 +82,12 @@ class Mpu:
         self._pipeline_group: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This rank among those that share its copy of the model."""
         return self._layout.tensor_rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """Ranks that share one copy of the model."""
         return self._layout.tensor_size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that share this rank's copy of the model."""
         return self._layout.tensor_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
@@ -100,19 +95,15 @@ class Mpu:
         return dist.get_global_rank(self._layout.tensor_group, 0)
 
     def get_data_parallel_rank(self) -> int:
-        """This rank among those that hold the same part of the model."""
         return self._layout.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Copies of the model."""
         return self._layout.data_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same part of the model."""
         return self._layout.data_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their global ranks."""
         return dist.get_process_group_ranks(self._layout.data_group)
 
     def get_data_parallel_src_rank(self) -> int:
@@ -120,15 +111,12 @@ class Mpu:
         return dist.get_global_rank(self._layout.data_group, 0)
 
     def get_pipeline_model_parallel_rank(self) -> int:
-        """Always 0: one pipeline stage."""
         return 0
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        """Always 1: one pipeline stage."""
         return 1
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        """A group of this rank alone."""
         return self._pipeline_group
 
     get_model_parallel_rank = get_tensor_model_parallel_rank

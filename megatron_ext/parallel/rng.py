@@ -97,11 +97,7 @@ class RngStreams:
         }
 
     def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Continue from what ``rng_state`` returned.
-
-        Raises:
-            UserError: the state is that of another kind of device, whose generator works otherwise.
-        """
+        """Continue from what ``rng_state`` returned. Raises UserError if it is that of another kind of device."""
         if state["replicated"].shape != self._generator.get_state().shape:
             raise UserError(
                 f"the random state saved is not one of a {self._generator.device.type} generator; "

@@ -35,6 +35,11 @@ class RankInfo:
         """Whether this is the rank that writes logs and metrics."""
         return self.rank == 0
 
+    @property
+    def on_one_host(self) -> bool:
+        """Whether all ranks are on this host."""
+        return self.local_world_size == self.world_size
+
 
 def rank_info() -> RankInfo:
     """Read the launcher's variables: the deepspeed launcher's, torchrun's, srun's or mpirun's.
@@ -193,9 +198,20 @@ def asks_to_requeue() -> bool:
     return os.environ.get(REQUEUE) == "1"
 
 
-def use_interface(name: str) -> None:
-    """Make gloo and NCCL talk over a network interface, unless the user's environment says over which."""
+SECRET = "MEGATRON_EXT_SECRET"
+"""Variable with what the ranks of a run know and nobody else (runtime/secret.py)."""
+
+
+def launcher_secret() -> str | None:
+    """The secret that a launcher has given to the ranks, or None."""
+    return os.environ.get(SECRET) or None
+
+
+def use_interface(name: str, *, nccl: bool = True) -> None:
+    """Make gloo, and NCCL, talk over a network interface, unless the user's environment says over which."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if not nccl:
+        return
     # Without "=" NCCL takes every interface whose name begins like this.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 

@@ -13,8 +13,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from megatron_ext.curriculum.guards import GuardStop
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunStopped, UserError
 from megatron_ext.runtime.log import LOGGER, file_only
 from megatron_ext.runtime.rendezvous import Member, Rendezvous
 from megatron_ext.runtime.run_lock import FAILURE_RECORD
@@ -22,7 +21,7 @@ from megatron_ext.runtime.run_lock import FAILURE_RECORD
 # How gloo and NCCL say that another rank is gone.
 _OF_OTHERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 _MAX_TRACE = 30_000
-"""Characters of a traceback that travel to rank 0: what a socket takes without waiting."""
+"""Characters of a traceback or a message that travel to rank 0: what a socket takes without waiting."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,21 @@ class Failure:
     trace: str = ""
     """Traceback, of an error or an echo."""
 
+    def __post_init__(self) -> None:
+        if self.status not in (1, 2):
+            raise ValueError(f"a failure has the exit status 1 or 2, not {self.status!r}")
+
 
 def failure_of(error: BaseException, rank: int) -> Failure:
     """Describe an exception of a rank."""
     if isinstance(error, UserError):
-        return Failure(rank, str(error), 2, "input")
-    if isinstance(error, GuardStop):
+        return Failure(rank, str(error)[:_MAX_TRACE], 2, "input")
+    if isinstance(error, RunStopped):
         return Failure(rank, str(error), 1, "input")  # all ranks come to it
     if isinstance(error, SystemExit):
-        return Failure(rank, "ended because of another rank", int(error.code or 0), "echo")
+        return Failure(rank, "ended because of another rank", 2 if error.code == 2 else 1, "echo")
     trace = "".join(traceback.format_exception(error))[-_MAX_TRACE:]
-    text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    text = f"{type(error).__name__}: {error}".strip().removesuffix(":")[:_MAX_TRACE]
     return Failure(rank, text, 1, "echo" if _is_echo(error) else "error", trace)
 
 
@@ -76,11 +79,12 @@ def print_failure(failure: Failure, rendezvous: Rendezvous, *, everywhere: bool 
         everywhere: all ranks said the same, so that no rank is named.
     """
     title = rendezvous.members[failure.rank].title
-    if failure.trace:
-        print(failure.trace, file=sys.stderr, flush=True)  # noqa: T201 - a bug keeps its traceback
     separator = " " if failure.kind in ("lost", "silent") else ": "
     text = failure.text if everywhere else f"{title}{separator}{failure.text}"
-    print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the one message
+    with suppress(OSError, ValueError):  # nobody reads any more
+        if failure.trace:
+            print(failure.trace, file=sys.stderr, flush=True)  # noqa: T201 - a bug keeps its traceback
+        print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the one message
     file_only(LOGGER).error(text)
 
 

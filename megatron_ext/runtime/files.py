@@ -37,6 +37,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say of which file
+        raise
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)

@@ -40,20 +40,43 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt: a full disk costs lines of it, not the run."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging calls it so
+        """Say it once, on the console; what is still buffered is written when there is room."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            LOGGER.warning("%s cannot be written (%s): lines are lost until it can be", self.baseFilename, error)
+
+
 def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
     """Set up this process's log; call before torch.distributed, DeepSpeed and megatron-core are imported.
 
     Args:
         rank: Global rank; 0 logs from INFO on, the others from WARNING on with their rank in the line.
         log_file: File that rank 0 appends to as well; its directory is made.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     level = logging.INFO if rank == 0 else logging.WARNING
     origin = "" if rank == 0 else f"[rank {rank}] "
     formatter = logging.Formatter(f"%(asctime)s {origin}%(levelname)s %(message)s", datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = [_CurrentStderr()]
     if log_file is not None and rank == 0:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(_LogFile(log_file))
+        except OSError as error:
+            from megatron_ext.runtime.places import unwritable
+
+            raise unwritable(log_file, error) from None
     LOGGER.setLevel(level)
     LOGGER.propagate = False
     LOGGER.handlers = handlers

@@ -4,6 +4,8 @@ import socket
 
 import psutil
 
+LOOPBACK = "127.0.0.1"
+
 
 def is_local(address: str) -> bool:
     """Whether an IPv4 or IPv6 address leads nowhere but to the machine itself, or to its own network segment."""
@@ -19,6 +21,21 @@ def host_addresses(*, families: tuple[socket.AddressFamily, ...] = (socket.AF_IN
         if name in up
     }
     return {name: addresses for name, addresses in found.items() if addresses}
+
+
+def listen(address: str, port: int = 0) -> socket.socket:
+    """A socket that listens where ``address`` (a name or a number) leads on this machine, and nowhere else.
+
+    Raises:
+        OSError: it leads elsewhere, or the port is taken.
+    """
+    refused = OSError(f"{address} has no address")
+    for family, _, _, _, place in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
+        try:
+            return socket.create_server(place, family=family, backlog=socket.SOMAXCONN)
+        except OSError as error:
+            refused = error
+    raise refused
 
 
 def free_port(wanted: int | None = None) -> int | None:

@@ -33,6 +33,10 @@ class StepProfiler:
             return
         self._running = False
         self._profile.stop()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._file))
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(self._file))
+        except OSError as error:
+            LOGGER.warning("trace %s cannot be written (%s); the run goes on without it", self._file, error)
+            return
         LOGGER.info("trace of steps %d to %d: %s", self._first + 1, self._end, self._file)

@@ -9,11 +9,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from megatron_ext.errors import UserError
+from megatron_ext.runtime.log import LOGGER
 
 _FILE = ".lock"
 _POLL_SECONDS = 0.1
@@ -38,18 +39,23 @@ def run_lock(run_dir: Path, *, wait_seconds: float = 1.0) -> Iterator[None]:
             that the cluster starts again may find ranks of its first life that are still being killed.
 
     Raises:
-        UserError: another live process holds it.
+        UserError: another live process holds it, or it cannot be made.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(run_dir / _FILE, wait_seconds=wait_seconds):
-            with suppress(OSError):
-                (run_dir / FAILURE_RECORD).unlink(missing_ok=True)
-            yield
-    except HeldError as holder:
-        raise UserError(
-            f"{run_dir} is in use by another job ({holder}); wait for it, stop it, or give this run another name"
-        ) from None
+    with ExitStack() as lock:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(file_lock(run_dir / _FILE, wait_seconds=wait_seconds))
+        except HeldError as holder:
+            raise UserError(
+                f"{run_dir} is in use by another job ({holder}); wait for it, stop it, or give this run another name"
+            ) from None
+        except (OSError, ValueError) as error:
+            from megatron_ext.runtime.places import unwritable
+
+            raise unwritable(run_dir, error) from None
+        with suppress(OSError):
+            (run_dir / FAILURE_RECORD).unlink(missing_ok=True)
+        yield
 
 
 @contextmanager
@@ -69,6 +75,30 @@ def file_lock(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        yield
+
+
+@contextmanager
+def advisory_lock(path: Path, *, what: str, say_after_seconds: float, patience_seconds: float) -> Iterator[None]:
+    """Hold a lock that only saves work, or go on without it: after a time, or where the file system has no locks.
+
+    Args:
+        path: Its file.
+        what: What its holder makes, for the log, which says after ``say_after_seconds`` for whom this process waits.
+        say_after_seconds: See above.
+        patience_seconds: How long a holder is waited for.
+    """
+    with ExitStack() as held:
+        try:
+            try:
+                held.enter_context(file_lock(path, wait_seconds=say_after_seconds))
+            except HeldError as holder:
+                LOGGER.info("waiting for %s, which another process makes (%s; lock %s)", what, holder, path)
+                held.enter_context(file_lock(path, wait_seconds=patience_seconds))
+        except HeldError as holder:
+            LOGGER.warning("%s was held for %.0f s (%s); going on without it", path, patience_seconds, holder)
+        except OSError as error:
+            LOGGER.warning("%s cannot be locked (%s); going on without it", path, error)
         yield
 
 

@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class StoppedEarlyError(Exception):
+    """This process was asked to stop before it had joined the other ranks: there is nothing to save."""
+
+
 class StopRequest:
     """Remembers the first signal that asked this process to stop."""
 

@@ -9,14 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.analysis.run_data import read_run, sampled, smooth, thin
-from megatron_ext.errors import UserError
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord, EventRecord
 from tests.metrics.test_records import train_record
 
 values = st.lists(st.floats(-1e6, 1e6) | st.just(np.nan) | st.just(np.inf) | st.just(1.0), max_size=300)
-
-
 losses = st.lists(st.floats(0.0, 20.0) | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=80)
 
 
@@ -64,11 +61,6 @@ def test_thinning_keeps_points_of_the_curve_and_each_columns_extremes(y: list[fl
         assert near.size == 0 or value <= near.max() or value in kept_y
 
 
-def test_a_constant_curve_is_two_points() -> None:
-    x, y = thin(np.arange(1000.0), np.full(1000, 7.0), 50)
-    assert (x.tolist(), y.tolist()) == ([0.0, 999.0], [7.0, 7.0])
-
-
 def test_a_staircase_keeps_both_ends_of_each_step() -> None:
     x, y = thin(np.arange(400.0), np.repeat([0.0, 8.0, 16.0, 24.0], 100), 50)
     assert x.tolist() == [0, 99, 100, 199, 200, 299, 300, 399]
@@ -99,9 +91,3 @@ def test_validations_and_resumes_stand_at_their_step(tmp_path: Path) -> None:
     assert run.valid["seconds"].tolist() == [0.0, 1.0]
     assert run.valid["loss"].tolist() == [9.0, 4.0]
     assert run.resume_tokens.tolist() == [64.0]
-
-
-def test_a_run_without_steps_is_named(tmp_path: Path) -> None:
-    JsonlSink(tmp_path / "metrics.jsonl").close()
-    with pytest.raises(UserError, match="no train record yet"):
-        read_run(tmp_path, label="x")

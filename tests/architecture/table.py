@@ -20,14 +20,15 @@ LAYERS: Mapping[str, int] = {
     "checkpoint": 7,
     "evaluate": 8,
     "build": 9,
-    "trainer": 10,
-    "dry_run": 10,
-    "launch": 11,
-    "analysis": 11,
-    "worker": 12,
-    "experiments": 12,
-    "cli": 13,
-    "__main__": 14,
+    "incidents": 10,
+    "trainer": 11,
+    "dry_run": 11,
+    "launch": 12,
+    "analysis": 12,
+    "worker": 13,
+    "experiments": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 
 # What is behind a door, and the parts that may open it. The longest prefix that fits decides.

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
-from megatron_ext.checkpoint.store import read_manifest
+from megatron_ext.checkpoint.verify import read_manifest
+from megatron_ext.config.training import CheckpointConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.rng import RngStreams
 from megatron_ext.runtime.environment import RankInfo
@@ -17,6 +18,21 @@ from megatron_ext.runtime.process_group import Processes
 IDENTITY = RunIdentity(
     config={"name": "run"}, determining={"seed": 1}, layout={"world_size": 1, "tensor": 1, "zero_stage": 0}
 )
+
+
+PLANTED: list[str] = []
+
+
+def plant(*text: str) -> None:
+    """Called by nobody, where files are only read."""
+    PLANTED.extend(text)
+
+
+class Planted:
+    """A pickle of it calls ``plant`` when it is executed."""
+
+    def __reduce__(self) -> Any:
+        return plant, ("executed",)
 
 
 @dataclass
@@ -46,6 +62,9 @@ class OneProcess(Processes):
     def agree_from_main(self, value: object) -> object:
         return value
 
+    def gather(self, value: object) -> list[object]:
+        return [value]
+
     def barrier(self) -> None:
         pass
 
@@ -60,7 +79,9 @@ def checkpointer(tmp_path: Path, engine: FileEngine) -> Checkpointer:
     return _checkpointer(tmp_path, engine)
 
 
-def _checkpointer(folder: Path, engine: FileEngine, **changes: Any) -> Checkpointer:
+def _checkpointer(
+    folder: Path, engine: FileEngine, *, verify: bool = True, fallback: bool = True, **changes: Any
+) -> Checkpointer:
     streams = RngStreams(torch.default_generator, torch.Generator().get_state())
     return Checkpointer(
         folder / "checkpoints",
@@ -68,7 +89,7 @@ def _checkpointer(folder: Path, engine: FileEngine, **changes: Any) -> Checkpoin
         streams=streams,
         processes=OneProcess(),
         identity=replace(IDENTITY, **changes),
-        keep_last=3,
+        config=CheckpointConfig(keep_last=3, verify=verify, fallback=fallback),
     )
 
 
@@ -135,15 +156,122 @@ def test_another_run_is_refused_before_anything_is_loaded(
     assert engine.value == 99
 
 
-@pytest.mark.parametrize("content", [None, b"", b"nothing of torch"])
-def test_damaged_random_numbers_are_named(
-    checkpointer: Checkpointer, engine: FileEngine, tmp_path: Path, content: bytes | None
+def _damaged(folder: Path, name: str, content: object) -> Path:
+    """Put something in the place of a file of step_2."""
+    path = folder / "checkpoints" / "step_2" / name
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nothing of torch", [1], {}, {"replicated": 3}, Planted()])
+@pytest.mark.parametrize("sums", [True, False])
+def test_damaged_random_numbers_are_named(tmp_path: Path, engine: FileEngine, content: object, sums: bool) -> None:
+    checkpointer = _checkpointer(tmp_path, engine, verify=sums)
+    _save(checkpointer, engine, 2)
+    assert checkpointer.resume() is not None
+    path = _damaged(tmp_path, "rng_rank_0.pt", content)
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=rf"{path} .*; no other checkpoint in .* can be used: remove it to begin"):
+        checkpointer.resume()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert engine.value == 2
+    assert not PLANTED
+
+
+def test_the_next_older_whole_one_is_used(checkpointer: Checkpointer, engine: FileEngine, tmp_path: Path) -> None:
+    _save(checkpointer, engine, 2, 4, 6)
+    directory = tmp_path / "checkpoints"
+    (directory / "step_6" / "engine").write_text("7")
+    (directory / "step_9").mkdir()
+    (directory / "step_4" / "checkpoint.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step_9 is no checkpoint.*; move .*step_9 away .*checkpoint\.fallback"):
+        _checkpointer(tmp_path, engine, fallback=False).resume()
+    assert sorted(path.name for path in directory.glob("step*")) == ["step_2", "step_4", "step_6", "step_9"]
+    manifest = checkpointer.resume()
+    assert manifest is not None
+    assert (manifest.step, engine.value) == (2, 2)
+    left = ["step_2", "step_4.damaged", "step_6.damaged", "step_9.damaged"]
+    assert sorted(path.name for path in directory.glob("step*")) == left, "set aside, not deleted"
+    assert (directory / "step_6.damaged" / "engine").read_text() == "7"
+    _save(checkpointer, engine, 4, 6, 8)
+    (directory / "step_8" / "engine").unlink()
+    (directory / "step_6" / "engine").write_text("7")
+    assert checkpointer.newest_whole(not_after=6) == directory / "step_4", "step_8 is not asked for"
+    assert {"step_6.damaged", "step_6.damaged2", "step_8"} <= {path.name for path in directory.iterdir()}
+
+
+def test_nothing_is_renamed_where_none_is_whole(checkpointer: Checkpointer, engine: FileEngine, tmp_path: Path) -> None:
+    _save(checkpointer, engine, 2, 4)
+    for name in ("step_2", "step_4"):
+        (tmp_path / "checkpoints" / name / "engine").unlink()
+    with pytest.raises(UserError, match=r"step_4/engine is missing; no other checkpoint in .* can be used"):
+        checkpointer.resume()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_2", "step_4", "latest"}
+
+
+def test_another_runs_checkpoint_is_passed_over(checkpointer: Checkpointer, engine: FileEngine, tmp_path: Path) -> None:
+    _save(checkpointer, engine, 2)
+    other = _checkpointer(tmp_path / "other", engine, determining={"seed": 2})
+    _save(other, engine, 5)
+    (tmp_path / "other" / "checkpoints" / "step_5").rename(tmp_path / "checkpoints" / "step_5")
+    manifest = checkpointer.resume()
+    assert manifest is not None
+    assert manifest.step == 2
+
+
+@pytest.mark.parametrize(("sums", "found"), [(True, False), (False, True)])
+def test_sums_are_compared_where_they_are_wanted(tmp_path: Path, engine: FileEngine, sums: bool, found: bool) -> None:
+    _save(_checkpointer(tmp_path, engine), engine, 2)
+    (tmp_path / "checkpoints" / "step_2" / "engine").write_text("3")
+    checkpointer = _checkpointer(tmp_path, engine, verify=sums)
+    if not found:
+        with pytest.raises(UserError, match=r"step_2/engine is damaged: its SHA-256 is not the one in"):
+            checkpointer.resume()
+        return
+    assert checkpointer.resume() is not None
+    assert engine.value == 3
+
+
+@pytest.mark.parametrize("place", ["step_4", "step_6", "step_4.partial", "step_6.partial", "step_2.partial"])
+@pytest.mark.parametrize("kind", ["file", "link", "nowhere"])
+def test_what_lies_in_the_way_blocks_no_save(
+    checkpointer: Checkpointer, engine: FileEngine, tmp_path: Path, place: str, kind: str
 ) -> None:
     _save(checkpointer, engine, 2)
-    path = tmp_path / "checkpoints" / "step_2" / "rng_rank_0.pt"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=r"step_2 cannot be loaded .*; move it away to continue from the checkpoint"):
-        checkpointer.resume()
+    path, elsewhere = tmp_path / "checkpoints" / place, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    if kind == "link" and "partial" not in place:
+        pytest.skip("a link to a directory is a checkpoint")
+    if kind == "file":
+        path.write_text("stray")
+    else:
+        path.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
+    _save(checkpointer, engine, 4, 6, 8, 10)
+    assert checkpointer.resume() is not None
+    assert engine.value == 10
+    assert (elsewhere / "kept").exists()
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_checkpoint_on_another_disk_is_one(checkpointer: Checkpointer, engine: FileEngine, tmp_path: Path) -> None:
+    _save(checkpointer, engine, 2, 4)
+    moved = tmp_path / "other disk"
+    moved.mkdir()
+    for name in ("step_2", "step_4"):
+        path = tmp_path / "checkpoints" / name
+        path.rename(moved / name)
+        path.symlink_to(moved / name)
+    manifest = checkpointer.resume()
+    assert manifest is not None
+    assert manifest.step == 4
+    _save(checkpointer, engine, 6, 8, 10)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_6", "step_8", "step_10", "latest"}
+    assert (moved / "step_2" / "engine").exists(), "a link is removed, not what lies on another disk"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.checkpoint.store import read_manifest
+from megatron_ext.checkpoint.verify import read_manifest
 from megatron_ext.config.run import RunConfig
 from megatron_ext.parallel.groups import destroy_parallel
 from tests.checkpoint.test_resume import checkpointer_of, with_dropout

@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint.checkpointer import Checkpointer, RunIdentity
-from megatron_ext.checkpoint.weights import load_model
+from megatron_ext.checkpoint.store import write_manifest
+from megatron_ext.checkpoint.verify import read_manifest
+from megatron_ext.checkpoint.weights import load_model, open_checkpoint
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import destroy_parallel
 from megatron_ext.runtime.environment import rank_info
 from megatron_ext.runtime.process_group import Processes
+from tests.checkpoint.test_verify import EXECUTED, Reduced
 from tests.engine.test_position_loss import Rows, position_losses
 from tests.engine.training import CPU, SEQ_LEN, Curve, Setup, run_steps, set_up, small_config
 from tests.ranks import run_ranks
@@ -40,7 +43,7 @@ def checkpointer_of(setup: Setup) -> Checkpointer:
             determining=config.determining_values(),
             layout=layout | {"world_size": processes.info.world_size},
         ),
-        keep_last=config.checkpoint.keep_last,
+        config=config.checkpoint,
     )
 
 
@@ -144,8 +147,48 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     damaged = next(checkpoint.glob("*optim_states.pt"))
     damaged.write_bytes(damaged.read_bytes()[:1000])
     message = run_ranks(refusal, 1, config)[0]
-    assert str(checkpoint) in message
-    assert "move it away" in message
+    assert f"{damaged} is damaged: it has 1,000 bytes" in message
+    assert "remove it to begin anew" in message
+
+
+def planted(_rank: int, _world_size: int, config: str) -> list[str]:
+    """Code in each file of the newest checkpoint in turn, with sums and as of an earlier version; who was refused."""
+    setup = set_up(RunConfig.model_validate_json(config))
+    try:
+        checkpointer, refused = checkpointer_of(setup), []
+        checkpointer.save(step=1, tokens=1, loss_ratio={})
+        older = checkpointer.newest()
+        assert older is not None
+        for name in sorted(path.name for path in older.glob("*.pt")):
+            for listed in (True, False):
+                newest = checkpointer.save(step=2, tokens=2, loss_ratio={})
+                torch.save({"module": Reduced()}, newest / name)
+                if not listed:
+                    write_manifest(newest, replace(read_manifest(newest), files={}))
+                try:
+                    open_checkpoint(newest).weights()
+                except UserError as error:
+                    refused.append(str(error))
+                manifest = checkpointer.resume()
+                assert manifest is not None
+                assert manifest.step == 1
+                # DeepSpeed's own reader, if it came to that.
+                if not name.startswith("rng"):
+                    with pytest.raises(UserError, match=name):
+                        setup.engine.load(newest.parent, sorted(newest.parent.glob("*.damaged*"))[-1].name)
+        assert not EXECUTED
+        return refused
+    finally:
+        destroy_parallel()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_no_file_of_a_checkpoint_is_executed(tmp_path: Path, zero: int) -> None:
+    config = with_dropout(tmp_path, parallel={"micro_batch_tokens": 64, "zero_stage": zero})
+    refused = run_ranks(planted, 1, config)[0]
+    # A model without its run reads the optimizer's state of ZeRO 3 alone.
+    assert sum("model_states" in message for message in refused) == 2
+    assert sum("optim_states" in message for message in refused) == (0 if zero == 1 else 2)
 
 
 def full_disk(_rank: int, _world_size: int, config: str) -> tuple[str, str, list[str]]:

@@ -1,6 +1,5 @@
 """The checkpoints directory: what is complete stays whole and is found, whenever a process is killed."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,28 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ext.checkpoint.recovery import drop_after
 from megatron_ext.checkpoint.store import (
     Manifest,
     begin,
-    check_resumable,
     complete_checkpoints,
-    drop_after,
     newest_checkpoint,
     prune,
     publish,
-    read_manifest,
     step_of,
     write_manifest,
 )
-from megatron_ext.errors import UserError
+from megatron_ext.checkpoint.verify import read_manifest
 from megatron_ext.runtime import files
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-OBJECT = st.dictionaries(st.text(max_size=5), JSON, max_size=4)
 
 
 def manifest_of(step: int = 3, **fields: Any) -> Manifest:
@@ -58,80 +48,6 @@ def steps(directory: Path) -> list[int]:
     return [step_of(path) for path in found]
 
 
-@settings(max_examples=30)
-@given(
-    step=st.integers(0),
-    config=OBJECT,
-    state=OBJECT,
-    skipped=st.lists(st.lists(st.integers(0), min_size=2, max_size=2), max_size=3),
-)
-def test_manifest_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, step: int, config: Any, state: Any, skipped: Any
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    manifest = manifest_of(step, config=config, determining=config, loss_ratio=state, skipped_samples=skipped)
-    write_manifest(folder, manifest)
-    assert read_manifest(folder) == manifest
-
-
-def test_manifest_is_the_file_that_it_was(tmp_path: Path) -> None:
-    """Checkpoints of earlier versions are read, also those from before guards and adaptive pacing."""
-    write_manifest(tmp_path, manifest_of())
-    written = json.loads((tmp_path / "checkpoint.json").read_text())
-    old = {"step", "tokens", "config", "determining", "layout", "loss_ratio", "format"}
-    assert written.keys() == old | {"curriculum", "guard", "skipped_samples"}
-    assert written["format"] == 1
-    (tmp_path / "checkpoint.json").write_text(json.dumps({key: written[key] for key in old}))
-    assert read_manifest(tmp_path) == manifest_of()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"is no checkpoint: it has no checkpoint\.json; give a directory"),
-        (b'{"step": 3', r"checkpoint\.json cannot be read .*older checkpoint"),
-        (b"\xff\xfe", r"checkpoint\.json cannot be read"),
-        (b"[1]", "has format None, this version reads format 1"),
-        (b'{"format": 2}', "has format 2, this version reads format 1"),
-        (b'{"format": 1, "step": 3}', r"other keys than format 1 .*missing"),
-        (b'{"format": 1, "hue": 3}', r"other keys than format 1 .*hue"),
-    ],
-)
-def test_damaged_manifest_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "checkpoint.json").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_manifest(tmp_path)
-
-
-@given(values=OBJECT, guards=JSON)
-def test_the_same_run_may_go_on_with_other_guards_and_keys_that_are_new(values: dict[str, Any], guards: Any) -> None:
-    manifest = manifest_of(determining=values | {"guards": None})
-    determining = json.loads(json.dumps(values)) | {"guards": guards, "added later": None}
-    check_resumable(manifest, determining=determining, layout=dict(manifest.layout), where=Path("step_3"))
-
-
-@pytest.mark.parametrize(
-    ("determining", "layout", "message"),
-    [
-        ({"a": {"b": 2, "c": None}}, {}, r"step_3 belongs to another run: a\.b is 1 there and 2 here\. .*another name"),
-        ({"a": 5}, {}, r'a is \{"b": 1, "c": null\} there and 5 here'),
-        ({"a": {"b": 2, "c": 3}}, {}, r"a\.b is 1 there and 2 here; a\.c is null there and 3 here"),
-        (None, {"tensor": 2}, r"another layout: tensor is 1 there and 2 here\. To continue it, start the layout"),
-        (None, {"world_size": 4, "zero_stage": 3}, r"world_size is 2 there and 4 here; zero_stage is 1 there and 3"),
-    ],
-)
-def test_another_run_or_layout_is_refused(determining: Any, layout: dict[str, int], message: str) -> None:
-    manifest = manifest_of(determining={"a": {"b": 1, "c": None}})
-    with pytest.raises(UserError, match=message):
-        check_resumable(
-            manifest,
-            determining=determining or manifest.determining,
-            layout=manifest.layout | layout,
-            where=Path("step_3"),
-        )
-
-
 def test_a_checkpoint_is_seen_when_it_is_published(tmp_path: Path) -> None:
     directory = tmp_path / "run" / "checkpoints"
     assert complete_checkpoints(directory) == []
@@ -149,7 +65,7 @@ def test_a_checkpoint_is_seen_when_it_is_published(tmp_path: Path) -> None:
 def test_only_complete_checkpoints_are_found_in_the_order_of_steps(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         save(tmp_path, step)
-    for name in ("step_7.partial", "step_x", "step_3_old", "other"):
+    for name in ("step_7.partial", "step_x", "step_3_old", "step_8.damaged", "step_031", "step_\u0663", "other"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_4").write_text("a file")
     assert steps(tmp_path) == [9, 20, 100]

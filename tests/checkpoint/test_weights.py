@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from megatron_ext.checkpoint.store import write_manifest
 from megatron_ext.checkpoint.weights import find_checkpoint, open_checkpoint
@@ -56,7 +57,9 @@ def _write(folder: Path, *, tensor: int, data: int, zero: int) -> Path:
     for rank in range(tensor):
         part = _slice(_weights(), rank, tensor)
         if zero < 3:
-            torch.save({"module": part, "others": object}, checkpoint / f"mp_rank_{rank:02d}_model_states.pt")
+            torch.save(
+                {"module": part, "others": ZeroStageEnum.weights}, checkpoint / f"mp_rank_{rank:02d}_model_states.pt"
+            )
             continue
         # Every data rank holds an equal run of each flat parameter, the last ones padded.
         flats = [torch.nn.functional.pad(w.flatten(), (0, -w.numel() % data)).chunk(data) for w in part.values()]

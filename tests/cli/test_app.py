@@ -44,7 +44,7 @@ def test_what_needs_no_torch_is_fast_and_imports_none(arguments: list[str]) -> N
 def test_help_lists_every_command_and_shows_an_example(command_line: CommandLine) -> None:
     text = command_line("--help").out
     assert "Example: megatron-ext" in text
-    for name in app.command_names():
+    for name in app.COMMANDS:
         assert f"\n  {name} " in text
 
 
@@ -56,7 +56,7 @@ def test_an_example_is_on_one_line_of_a_narrow_terminal(command: str, command_li
     assert lines[place + 1] == ""
 
 
-@pytest.mark.parametrize("name", app.command_names())
+@pytest.mark.parametrize("name", app.COMMANDS)
 def test_a_commands_help_shows_an_example(name: str, command_line: CommandLine) -> None:
     text = " ".join(command_line(name, "--help").out.split())
     assert f"megatron-ext {name}" in text.replace(f"Usage: megatron-ext {name}", "", 1)

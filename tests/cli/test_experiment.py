@@ -2,31 +2,26 @@
 
 import json
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import typer
 
-from megatron_ext.checkpoint.store import Manifest, write_manifest
-from megatron_ext.cli import app
-from megatron_ext.cli.experiment_runs import statuses, train_all
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.config import Experiment, load_experiment
+from megatron_ext.experiments.runs import statuses, train_all
 from megatron_ext.launch import launcher
 from megatron_ext.launch.launcher import Target
-from megatron_ext.metrics.jsonl import JsonlSink
-from megatron_ext.metrics.records import EvalRecord
 from megatron_ext.runtime.signals import StopRequest
+from tests.cli.conftest import CommandLine, leave_traces
 from tests.experiments.test_config import load
 from tests.metrics.test_records import train_record
 from tests.train.small_run import cli, records, started, wait_for_step, write_config, write_corpus
 
-Command = Callable[..., tuple[object, str, str]]
 VARIANTS: dict[str, Any] = {
     "base": {},
     "root": {"curriculum": {"pacing": "root", "start": 8, "duration": {"steps": 9}}},
@@ -37,42 +32,6 @@ VARIANTS: dict[str, Any] = {
 def study(tmp_path: Path) -> Experiment:
     """Two variants with two seeds of 100 steps, nothing trained."""
     return load(tmp_path, output_dir=str(tmp_path / "out"), seeds=[1, 2], nproc=3, variants=VARIANTS)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["megatron-ext", *arguments])
-        with pytest.raises(SystemExit) as exited:
-            app.main()
-        return (exited.value.code or 0, *capsys.readouterr())
-
-    return run
-
-
-def leave_traces(config: RunConfig, *, step: int, checkpoint: bool = True, loss: float = 3.0) -> None:
-    """What a run that was trained to ``step`` leaves behind."""
-    tokens = step * config.training.batch_size * config.training.seq_len
-    sink = JsonlSink(config.run_dir / "metrics.jsonl")
-    for number in range(1, step + 1):
-        sink.train(train_record(step=number, tokens=tokens * number // step, loss_ratio=1.25, step_time_s=0.5))
-    sink.evaluation(EvalRecord.from_loss(step=step, tokens=tokens, loss=loss))
-    sink.close()
-    if not checkpoint:
-        return
-    folder = config.run_dir / "checkpoints" / f"step_{step}"
-    folder.mkdir(parents=True)
-    manifest = Manifest(
-        step=step,
-        tokens=tokens,
-        config=config.model_dump(mode="json"),
-        determining=config.determining_values(),
-        layout={"world_size": 1, "tensor": 1, "zero_stage": 0},
-        loss_ratio={},
-    )
-    write_manifest(folder, manifest)
 
 
 def states(study: Experiment) -> dict[str, str]:
@@ -108,11 +67,10 @@ def fake_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_runs_go_on_after_a_failure_stop_on_a_signal_and_are_not_repeated(
-    study: Experiment, command: Command, fake_start: list[str]
+    study: Experiment, command_line: CommandLine, fake_start: list[str]
 ) -> None:
     file = str(study.source)
-    code, out, err = command("experiment", "run", file)
-    assert code == 1
+    out, err = command_line("experiment", "run", file, code=1)
     assert fake_start == ["base-seed1", "base-seed2", "root-seed1"]
     assert "error: no such corpus" in err
     assert "base-seed2 failed: no such corpus" in err
@@ -125,56 +83,43 @@ def test_runs_go_on_after_a_failure_stop_on_a_signal_and_are_not_repeated(
     }
     fake_start.clear()
     (study.runs[2].config.run_dir / "metrics.jsonl").unlink()
-    code, out, err = command("experiment", "run", file)
-    assert code == 1
+    out, err = command_line("experiment", "run", file, code=1)
     assert fake_start == ["base-seed2", "base-seed2", "root-seed1", "root-seed2"]
     assert "base-seed1: finished before, skipped" in out
     assert "base-seed2 failed (exit status 7" in err
     assert "once more from its newest checkpoint" in err
     assert "base-seed2 failed: exit status 7" in err
     assert "1 failed, 3 finished" in out
-
-
-def test_each_run_is_started_with_its_own_resolved_config(
-    study: Experiment, command: Command, fake_start: list[str]
-) -> None:
-    command("experiment", "run", str(study.source))
-    for name in fake_start:
-        [run] = [run for run in study.runs if run.config.name == name]
-        written = Path(study.config.output_dir) / "configs" / f"{name}.json"
+    for run in study.runs:
+        written = Path(study.config.output_dir) / "configs" / f"{run.config.name}.json"
         assert RunConfig.model_validate_json(written.read_text()) == run.config
 
 
-def test_a_run_is_finished_by_its_checkpoint_or_its_last_validation(study: Experiment) -> None:
+def test_a_run_is_finished_by_its_checkpoint_or_its_last_validation(study: Experiment, tmp_path: Path) -> None:
     leave_traces(study.runs[0].config, step=100)
     leave_traces(study.runs[1].config, step=100, checkpoint=False)
     leave_traces(study.runs[2].config, step=99)
     assert list(states(study).values()) == ["finished", "finished", "interrupted", "waiting"]
-
-
-def test_a_run_that_is_to_stop_earlier_is_finished_there(tmp_path: Path) -> None:
-    variants = {"short": {"training": {"stop_after": {"steps": 30}}}}
-    study = load(tmp_path, output_dir=str(tmp_path / "out"), variants=variants)
-    leave_traces(study.runs[0].config, step=30)
-    assert list(states(study).values()) == ["finished"]
+    short = {"short": {"training": {"stop_after": {"steps": 30}}}}
+    stopping = load(tmp_path, output_dir=str(tmp_path / "stopping"), variants=short)
+    leave_traces(stopping.runs[0].config, step=30)
+    assert list(states(stopping).values()) == ["finished"]
 
 
 def test_a_directory_of_another_run_stops_everything_before_it_starts(
-    study: Experiment, command: Command, fake_start: list[str]
+    study: Experiment, command_line: CommandLine, fake_start: list[str]
 ) -> None:
     other = study.runs[3].config
     leave_traces(other.model_copy(update={"seed": 99}), step=40)
-    code, _, err = command("experiment", "run", str(study.source))
-    assert code == 2
+    err = command_line("experiment", "run", study.source, code=2).err
     assert "root-seed2" in err
     assert "seed is 99 there and 2 here" in err
     assert fake_start == []
 
 
-def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: Command) -> None:
+def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command_line: CommandLine) -> None:
     leave_traces(study.runs[0].config, step=40, loss=2.5)
-    code, out, _ = command("experiment", "status", str(study.source), "--json")
-    assert code == 0
+    out = command_line("experiment", "status", study.source, "--json").out
     first, second, *_ = json.loads(out)
     left = study.runs[0].config.plan().tokens - 40 * 4 * 64
     assert first.pop("eta_s") == pytest.approx(left / train_record().tokens_per_s)
@@ -195,15 +140,16 @@ def test_status_counts_steps_tokens_losses_and_time(study: Experiment, command: 
         "note": "",
     }
     assert (second["state"], second["step"], second["valid_loss"]) == ("waiting", 0, None)
-    code, out, _ = command("experiment", "status", str(study.source))
+    out = command_line("experiment", "status", study.source).out
     assert "40/100" in out
     assert "1 interrupted" in out
     assert "3 waiting" in out
 
 
-def test_a_dry_run_lists_plans_and_makes_nothing(study: Experiment, command: Command, fake_start: list[str]) -> None:
-    code, out, _ = command("experiment", "run", str(study.source), "--dry-run")
-    assert code == 0
+def test_a_dry_run_lists_plans_and_makes_nothing(
+    study: Experiment, command_line: CommandLine, fake_start: list[str]
+) -> None:
+    out = command_line("experiment", "run", study.source, "--dry-run").out
     assert "4 runs, 400 steps" in out
     assert "root-seed2" in out
     assert fake_start == []
@@ -211,25 +157,22 @@ def test_a_dry_run_lists_plans_and_makes_nothing(study: Experiment, command: Com
 
 
 def test_a_variant_whose_plan_contradicts_itself_is_named_before_anything_starts(
-    tmp_path: Path, command: Command, fake_start: list[str]
+    tmp_path: Path, command_line: CommandLine, fake_start: list[str]
 ) -> None:
     late = {"curriculum": {"duration": {"tokens": 10**9}}}
     study = load(tmp_path, output_dir=str(tmp_path / "out"), nproc=3, variants={"base": {}, "late": late})
-    code, _, err = command("experiment", "run", str(study.source))
-    assert code == 2
-    assert "variant late" in err
+    assert "variant late" in command_line("experiment", "run", study.source, code=2).err
     assert fake_start == []
 
 
-def test_the_report_has_a_row_for_each_variant_and_goes_to_both_places(study: Experiment, command: Command) -> None:
+def test_the_report_has_a_row_for_each_variant_and_goes_to_both_places(
+    study: Experiment, command_line: CommandLine
+) -> None:
     file = str(study.source)
-    code, _, err = command("experiment", "report", file)
-    assert code == 2
-    assert "no run of it has trained a step yet" in err
+    assert "no run of it has trained a step yet" in command_line("experiment", "report", file, code=2).err
     for run, loss in zip(study.runs[:3], (2.0, 3.0, 2.2), strict=True):
         leave_traces(run.config, step=100, loss=loss)
-    code, out, err = command("experiment", "report", file)
-    assert code == 0
+    out, err = command_line("experiment", "report", file)
     rows = [line for line in out.splitlines() if line.startswith("|")]
     assert rows[2].startswith("| base (2 seeds) | 100 | 25.6K | 50.0 s | 2.5000 ± 0.7071 |")
     assert rows[3].startswith("| root | 100 |")
@@ -238,8 +181,7 @@ def test_the_report_has_a_row_for_each_variant_and_goes_to_both_places(study: Ex
     assert str(page) in err
     assert "not everything is there yet: 1 waiting, 3 finished" in err
     assert "base (2 seeds)" in page.read_text()
-    code, _, err = command("experiment", "report", file, "--output", "x.png")
-    assert (code, "ends in .html" in err) == (2, True)
+    assert "ends in .html" in command_line("experiment", "report", file, "--output", "x.png", code=2).err
 
 
 def test_a_real_run_stops_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
@@ -255,7 +197,7 @@ def test_a_real_run_stops_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
         wait_for_step(first, 12, process)
         assert [status.state for status in statuses(study)] == ["running", "waiting"]
         with pytest.raises(UserError, match="another process is training this experiment"):
-            train_all(study)
+            train_all(study, say=typer.echo)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
         assert process.returncode == 0

@@ -15,6 +15,7 @@ from megatron_ext.ops.building import recipe
 from tests.ops.building.small_library import small_recipe
 
 RUN = CliRunner()
+QUICK = ["bench", "--sizes", "small", "--no-compile", "--rounds", "1", "--seconds", "0"]
 
 
 @pytest.fixture
@@ -54,8 +55,7 @@ def test_what_was_asked_for_and_cannot_be_is_an_error_and_the_rest_is_told(
 def test_bench_measures_every_operation() -> None:
     from megatron_ext.ops.bench.figures import OPERATIONS
 
-    options = ["bench", "--sizes", "small", "--no-compile", "--rounds", "1", "--seconds", "0", "--json"]
-    answer = json.loads(RUN.invoke(kernels_app, options, catch_exceptions=False).stdout)
+    answer = json.loads(RUN.invoke(kernels_app, [*QUICK, "--json"], catch_exceptions=False).stdout)
     assert answer["device"]
     assert answer["copy_gigabytes_per_second"] > 0
     figures = answer["figures"]
@@ -67,8 +67,7 @@ def test_bench_measures_every_operation() -> None:
 
 @pytest.mark.usefixtures("fused")
 def test_bench_of_one_operation_as_a_table() -> None:
-    options = ["bench", "--sizes", "small", "--no-compile", "--rounds", "1", "--seconds", "0", "--op", "bias_gelu"]
-    lines = RUN.invoke(kernels_app, options, catch_exceptions=False).stdout.splitlines()
+    lines = RUN.invoke(kernels_app, [*QUICK, "--op", "bias_gelu"], catch_exceptions=False).stdout.splitlines()
     assert lines[1].split() == ["operation", "direction", "us", "GB/s", "of", "copy", "/", "torch"]
     assert [line.split()[:4] for line in lines[2:]] == [
         ["bias_gelu", "64x256", "float32", "forward"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.cli.plan import Machine, key_steps, plan_report, summarized
+from megatron_ext.cli.plan import PlanReport, key_steps, summarized
 from megatron_ext.config.loading import load_config
 from tests.cli.conftest import CommandLine
 
@@ -56,9 +56,6 @@ def test_json_is_the_plan_and_its_price(command_line: CommandLine, config: Path)
     assert answer["flops"]["causal"] < answer["flops"]["total"] < answer["flops"]["full_length"]
     assert answer["data_parallel"] == 64
     assert answer["memory_per_rank"]["device"] > 4 * 1_557_686_400
-
-
-def test_a_full_length_run_saves_nothing(command_line: CommandLine, config: Path) -> None:
     answer = json.loads(command_line("plan", config, "--json", "--set", 'curriculum={"pacing": "constant"}').out)
     assert answer["flops"]["saving"] == 0
     assert answer["flops"]["total"] == answer["flops"]["full_length"]
@@ -148,8 +145,7 @@ def test_key_steps_have_the_peak_and_the_end(config: Path) -> None:
 def test_more_ranks_take_less_memory_each_and_less_time(config: Path) -> None:
     run = load_config(config)
     plan = run.plan()
-    machines = [Machine(ranks=ranks, tensor=1, device_tflops=100.0, mfu=0.4) for ranks in (1, 16)]
-    one, many = (plan_report(run, plan, machine) for machine in machines)
+    one, many = (PlanReport(run, plan, ranks, device_tflops=100.0) for ranks in (1, 16))
     assert many.memory.device < one.memory.device
     assert one.seconds is not None
     assert many.seconds == pytest.approx(one.seconds / 16)

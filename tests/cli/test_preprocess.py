@@ -79,11 +79,15 @@ def test_place_that_cannot_be_written_is_told(
     assert len(message.splitlines()) == 1
 
 
-def test_empty_corpus_trains_no_tokenizer(tmp_path: Path, command_line: CommandLine) -> None:
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text('{"text": ""}\n')
-    assert "empty corpus" in command_line(*TRAIN, "300", empty, "--output", tmp_path / "tok.json", code=2).err
-    assert not (tmp_path / "tok.json").exists()
+def test_empty_corpus_trains_no_tokenizer_and_a_small_one_fewer_tokens(
+    tmp_path: Path, command_line: CommandLine
+) -> None:
+    corpus, output = tmp_path / "small.jsonl", tmp_path / "tok.json"
+    corpus.write_text('{"text": ""}\n')
+    assert "empty corpus" in command_line(*TRAIN, "300", corpus, "--output", output, code=2).err
+    assert not output.exists()
+    corpus.write_text('{"text": "ab"}\n')
+    assert "too few repeated pairs" in command_line(*TRAIN, "270", corpus, "--output", output).err
 
 
 def test_existing_tokenizer_is_kept_unless_overwritten(tmp_path: Path, text: Path, command_line: CommandLine) -> None:
@@ -95,9 +99,3 @@ def test_existing_tokenizer_is_kept_unless_overwritten(tmp_path: Path, text: Pat
     assert output.read_text() == "mine"
     command_line(*TRAIN, "264", text, "--output", output, "--overwrite")
     assert load_tokenizer(str(output)).vocab_size == 264
-
-
-def test_smaller_vocabulary_than_asked_for_is_said(tmp_path: Path, text: Path, command_line: CommandLine) -> None:
-    text.write_text("ab")
-    done = command_line(*TRAIN, "270", text, "--output", tmp_path / "tok.json")
-    assert "too few repeated pairs" in done.err

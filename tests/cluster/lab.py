@@ -42,14 +42,9 @@ class LabOptions:
 
     hosts: int = 2
     slurm: bool = False
-    cpus: int = 2
-    """CPUs that SLURM gives out on each host, whatever the machine has."""
-
-    gpus: int = 0
-    """Devices of each host that SLURM takes for GPUs; they compute nothing."""
-
-    slurm_lines: str = ""
-    """Further lines of slurm.conf, which replace the lab's own of the same key."""
+    cpus: int = 2  # CPUs that SLURM gives out on each host, whatever the machine has
+    gpus: int = 0  # devices of each host that SLURM takes for GPUs; they compute nothing
+    slurm_lines: str = ""  # further lines of slurm.conf, which replace the lab's own of the same key
 
 
 def why_not(*, slurm: bool = False) -> str | None:
@@ -68,8 +63,6 @@ def why_not(*, slurm: bool = False) -> str | None:
 
 
 class LabProcess:
-    """A command that runs in the lab."""
-
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
 
@@ -195,11 +188,9 @@ class Lab:
         )
 
     def cut(self, host: str) -> None:
-        """Take the host off the network."""
         self._ip("link", "set", f"to-{host}", "down")
 
     def join(self, host: str) -> None:
-        """Put the host on the network again."""
         self._ip("link", "set", f"to-{host}", "up")
 
     def power_off(self, host: str) -> None:
@@ -208,7 +199,6 @@ class Lab:
         self._ask(f"off {host}")
 
     def boot(self, host: str) -> None:
-        """Start a host that was powered off."""
         self._ask(f"boot {host}")
 
     def processes(self, host: str | None, word: str = "python") -> list[str]:

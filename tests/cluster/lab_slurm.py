@@ -55,8 +55,7 @@ class SlurmOptions:
     hosts: int
     cpus: int
     gpus: int
-    further: str
-    """Lines of slurm.conf that come last; a key given again replaces the lab's own."""
+    further: str  # lines of slurm.conf that come last; a key given again replaces the lab's own
 
 
 def write_configuration(folder: Path, options: SlurmOptions, *, login: str, network: str) -> None:

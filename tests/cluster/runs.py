@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.lab import Lab, LabProcess
-from tests.train.small_run import VOCABULARY, train_records, write_config
+from tests.train.small_run import VOCABULARY, corpus_data, train_records, write_config
 
 # Long enough for any start on a busy machine; a limit on a fault is each test's own.
 START_SECONDS = 240.0
@@ -33,14 +33,9 @@ def write_run(folder: Path, corpus: Path, **sections: Any) -> Path:
         "attention_dropout": 0.0,
         "kernels": "reference",
     }
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-    }
     base: dict[str, Any] = {
         "model": model,
-        "data": data,
+        "data": corpus_data(corpus),
         "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": STEPS}},
         "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 20}},
         "learning_rate": {"peak": 3e-4, "warmup": {"steps": 5}},
@@ -63,14 +58,12 @@ def endless(**cluster: Any) -> dict[str, Any]:
 
 
 def write_hostfile(folder: Path, **slots: int) -> Path:
-    """Hostfile with these hosts and slots; its path."""
     path = folder / "hosts"
     path.write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
     return path
 
 
 def command(*arguments: object) -> list[str]:
-    """The command line's words."""
     return [sys.executable, "-m", "megatron_ext", *map(str, arguments)]
 
 
@@ -87,17 +80,14 @@ def started(lab: Lab, *arguments: object, env: Mapping[str, str] | None = None) 
 
 
 def output_of(config: Path) -> str:
-    """What the command line of ``started`` has printed."""
     return (config.parent / "output").read_text(errors="replace")
 
 
 def errors_of(config: Path) -> list[str]:
-    """The messages that the command line has printed."""
     return [line for line in output_of(config).splitlines() if "error: " in line]
 
 
 def wait_for_step(config: Path, step: int, process: LabProcess) -> None:
-    """Return when the run has finished ``step`` steps."""
     run = config.parent / "small"
 
     def there() -> bool:
@@ -117,7 +107,6 @@ def wait_until(condition: Callable[[], bool], seconds: float, describe: Callable
 
 
 def rank_pid(lab: Lab, host: str) -> int:
-    """Process id, on its host, of the one rank that runs there."""
     lines = lab.processes(host, "-m megatron_ext.worker")
     (rank,) = (line for line in lines if "deepspeed" not in line)
     return int(rank.split()[1])
@@ -139,12 +128,11 @@ def nothing_left(lab: Lab, *hosts: str, seconds: float = 15.0) -> None:
     wait_until(none, seconds, lambda: json.dumps(left, indent=1))
 
 
-def environment_of(lab: Lab, host: str, pid: int) -> dict[str, str]:
-    """Environment with which a process of a host was started."""
+def environment_of(lab: Lab, host: str | None, pid: int) -> dict[str, str]:
+    """Environment with which a process of a host, or of the login node, was started."""
     text = lab.run(["cat", f"/proc/{pid}/environ"], host=host).stdout
     return dict(item.split("=", maxsplit=1) for item in text.split("\0") if "=" in item)
 
 
 def losses(config: Path) -> list[float]:
-    """Training loss of each step."""
     return [float(record["loss"]) for record in train_records(config.parent / "small")]

@@ -2,7 +2,7 @@
 
 import json
 import signal
-import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from tests.cluster.lab import Lab
 from tests.cluster.runs import (
     command,
     endless,
+    environment_of,
     errors_of,
+    losses,
     nothing_left,
     output_of,
     rank_pid,
@@ -22,21 +24,12 @@ from tests.cluster.runs import (
     write_hostfile,
     write_run,
 )
-from tests.train.small_run import write_corpus
 
 LIMIT = 60.0
 """Seconds from a fault to the end of the command."""
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
 def send(lab: Lab, host: str, number: signal.Signals) -> None:
-    """Send a signal to the rank of a host."""
     assert lab.run(["kill", f"-{number.value}", str(rank_pid(lab, host))], host=host).returncode == 0
 
 
@@ -110,6 +103,54 @@ def test_a_full_disk_on_one_host(lab: Lab, corpus: Path, tmp_path: Path) -> None
     assert "Traceback" not in output_of(config)
 
 
+_STRANGER = """
+import json, socket, sys
+host, ports = sys.argv[1], json.loads(sys.argv[2])
+forged = json.dumps({"rank": 1, "failure": {"rank": 1, "text": "FORGED", "status": 0, "kind": "error"}}).encode()
+lines = (b"[]\\n", forged + b"\\n", b"0" * 64 + forged + b"\\n", b"\\xff" * 5000)
+for port in ports:
+    for text in (b"GET / HTTP/1.0\\r\\n\\r\\n", *lines):
+        with socket.create_connection((host, port), timeout=10) as stranger:
+            stranger.sendall(text)
+crowd = [socket.create_connection((host, port), timeout=10) for port in ports for _ in range(100)]
+"""
+
+
+def test_strangers_from_another_host(lab: Lab, corpus: Path, tmp_path: Path) -> None:
+    config = write_run(tmp_path, corpus, **endless())
+    hosts = write_hostfile(tmp_path, n1=1, n2=1)
+    with started(lab, "train", config, "--hostfile", hosts) as process:
+        wait_for_step(config, 2, process)
+        for host in ("n1", "n2"):
+            pid = rank_pid(lab, host)
+            listed = lab.run(["ss", "-Hltnp"], host=host).stdout.splitlines()
+            places = [line.split()[3].rpartition(":") for line in listed if f"pid={pid}," in line]
+            assert places, listed
+            (address,) = {place[0] for place in places}
+            assert address not in ("0.0.0.0", "*", "[::]"), "open to all networks"
+            ports = json.dumps([int(place[2]) for place in places])
+            done = lab.run([sys.executable, "-c", _STRANGER, address, ports], host="n3")
+            assert done.returncode == 0, done.stderr
+        secret = secret_of(tmp_path)
+        for each in (*lab.hosts, None):
+            assert not lab.processes(each, secret), "on a command line, for everybody to read"
+        before = len(losses(config))
+        time.sleep(7.5)  # longer than the heartbeat needs to miss a rank
+        assert len(losses(config)) > before
+        process.signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0, output_of(config)
+        nothing_left(lab)
+    assert errors_of(config) == []
+
+
+def secret_of(folder: Path) -> str:
+    """The secret of the run that goes on in ``folder``, from the file that travels to its hosts."""
+    (file,) = folder.glob("small/.launch-*/environment.json")
+    assert file.stat().st_mode & 0o077 == 0
+    secret: str = json.loads(file.read_text())["MEGATRON_EXT_SECRET"]
+    return secret
+
+
 @pytest.mark.slow
 def test_a_link_that_preflight_refuses(lab: Lab, corpus: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path, corpus)
@@ -143,16 +184,10 @@ def test_two_ranks_of_one_host(lab: Lab, corpus: Path, tmp_path: Path) -> None:
     with started(lab, "train", config, "--nproc", "2") as process:
         wait_for_step(config, 2, process)
         ranks = [line for line in lab.processes(None, "-m megatron_ext.worker") if "deepspeed" not in line]
-        victim = next(
-            line.split()[1] for line in ranks if "LOCAL_RANK=1" in environment(lab, line.split()[1]).split("\0")
-        )
-        lab.run(["kill", "-STOP", victim])
+        pids = [int(line.split()[1]) for line in ranks]
+        victim = next(pid for pid in pids if environment_of(lab, None, pid)["LOCAL_RANK"] == "1")
+        lab.run(["kill", "-STOP", str(victim)])
         wait_until(lambda: process.process.poll() is not None, LIMIT, lambda: output_of(config))
         assert process.process.returncode == 1
         nothing_left(lab)
     assert errors_of(config)[0].startswith("error: rank 1 on host login has given no sign of life")
-
-
-def environment(lab: Lab, pid: str) -> str:
-    done: subprocess.CompletedProcess[str] = lab.run(["cat", f"/proc/{pid}/environ"])
-    return done.stdout

@@ -24,7 +24,6 @@ from tests.cluster.runs import (
     write_hostfile,
     write_run,
 )
-from tests.train.small_run import write_corpus
 
 UNTIL = ("--set", f"training.stop_after.steps={COMPARED}")
 
@@ -39,13 +38,6 @@ ODD = {
     "ODD_EMPTY": "",
     "ODD_API_KEY": "sk-do-not-show",
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The deepspeed section, tried with the example blocks of DeepSpeed's own documentation."""
+"""The deepspeed section, tried with the example blocks of DeepSpeed's own documentation; other frameworks' names."""
 
 import json
 import re
@@ -8,11 +8,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.foreign import translate_data_efficiency, translate_legacy
+from megatron_ext.config.foreign import ALIASES, hint_for, key_for, translate_data_efficiency, translate_legacy
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Layer
-from megatron_ext.config.messages import ConfigError
+from megatron_ext.config.merging import Layer, dotted
+from megatron_ext.config.messages import ConfigError, all_keys
+from megatron_ext.config.run import RunConfig
 from tests.config.builders import small_config, small_tree
+
+
+def test_every_alias_leads_to_a_key_and_is_none_itself() -> None:
+    keys = {dotted(path) for path in all_keys(RunConfig)}
+    for alias, key in ALIASES.items():
+        assert key in keys, f"{alias} -> {key}"
+        assert alias not in keys
+        assert alias == alias.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "hint"),
+    [
+        ("--global-batch-size", "training.batch_size", ""),
+        ("Max_LR", "learning_rate.peak", ""),
+        ("train_iters", "training.duration", ' ({"steps": n} or {"tokens": n})'),
+    ],
+)
+def test_a_flag_is_understood_and_hints_at_a_value_of_another_form(name: str, key: str, hint: str) -> None:
+    assert (key_for(name), hint_for(key)) == (key, hint)
+    assert key_for("something_else") is None
+
 
 # The configuration file of DeepSpeed's curriculum learning tutorial, section 1.
 TUTORIAL = {

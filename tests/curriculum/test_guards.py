@@ -1,4 +1,4 @@
-"""The decisions of the guards, step by step."""
+"""The loss ratio against a naive loop over all earlier losses, and the decisions of the guards, step by step."""
 
 import json
 import math
@@ -8,8 +8,60 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.curriculum.guards import Guard, GuardsConfig, Incident
-from megatron_ext.curriculum.loss_ratio import LossRatio
+from megatron_ext.curriculum.guards import THRESHOLDS, Guard, GuardsConfig, Incident, LossRatio
+from megatron_ext.errors import UserError
+
+finite = st.floats(min_value=1e-3, max_value=50.0)
+losses_strategy = st.lists(st.one_of(finite, st.sampled_from([math.nan, math.inf, -math.inf])), max_size=60)
+
+
+def naive(losses: list[float]) -> list[float]:
+    ratios = []
+    for step, loss in enumerate(losses):
+        earlier = [value for value in losses[:step] if math.isfinite(value)]
+        if not math.isfinite(loss):
+            ratios.append(math.inf)
+        else:
+            ratios.append(loss / min(earlier) if earlier else 1.0)
+    return ratios
+
+
+@given(losses_strategy)
+def test_equals_the_naive_definition(losses: list[float]) -> None:
+    tracker = LossRatio()
+    ratios = [tracker.update(loss) for loss in losses]
+    expected = naive(losses)
+    assert ratios == expected
+    assert tracker.steps == len(losses)
+    assert tracker.non_finite == sum(not math.isfinite(loss) for loss in losses)
+    assert tracker.largest == max([1.0, *expected])
+    assert tracker.above == {limit: sum(ratio > limit for ratio in expected) for limit in THRESHOLDS}
+
+
+@given(losses_strategy, losses_strategy)
+def test_resuming_changes_nothing(before: list[float], after: list[float]) -> None:
+    whole, first, second = LossRatio(), LossRatio(), LossRatio()
+    for loss in before:
+        whole.update(loss)
+        first.update(loss)
+    second.load_state_dict(first.state_dict())
+    assert [whole.update(loss) for loss in after] == [second.update(loss) for loss in after]
+    assert whole == second
+
+
+def test_zero_loss_divides_nothing() -> None:
+    tracker = LossRatio()
+    assert [tracker.update(loss) for loss in (0.0, 0.0, 1.0)] == [1.0, 1.0, math.inf]
+
+
+def test_state_of_another_version_is_refused() -> None:
+    state = LossRatio().state_dict()
+    with pytest.raises(UserError, match="above \\[1\\.3\\]"):
+        LossRatio().load_state_dict({**state, "above": [[1.3, 0]]})
+    del state["lowest"]
+    with pytest.raises(UserError, match="lacks lowest"):
+        LossRatio().load_state_dict(state)
+
 
 ACTIONS = ("log", "stop", "skip", "rollback")
 

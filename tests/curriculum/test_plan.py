@@ -119,20 +119,6 @@ def test_the_learning_rate_is_continuous_and_ends_at_its_minimum(case: Case) -> 
         assert after[-1] or rates.decay_duration is not None
 
 
-def test_the_paper_s_float_formula_gives_the_same_lengths_away_from_boundaries() -> None:
-    start, end, total = 64, 1024, 45_000
-    curriculum = {"pacing": "linear", "start": start, "duration": {"steps": total}}
-    plan = run_config(seq_len=end, batch_size=4, duration={"steps": total + 10}, curriculum=curriculum).plan()
-    lengths = plan.arrays().seq_len
-    for step in range(plan.steps):
-        exact = start + (end - start) * min(step / total, 1.0)
-        distance = abs(exact / 8 - round(exact / 8))
-        if distance > 1e-9:
-            assert lengths[step] == math.floor(exact / 8) * 8, step
-    assert lengths[total - 1] == end - 8
-    assert lengths[total] == end
-
-
 def test_the_1_5b_recipe_matches_its_published_arithmetic() -> None:
     config = run_config(
         seq_len=1024,
@@ -200,6 +186,11 @@ def test_outside_the_plan_is_an_index_error() -> None:
 
 
 SLW = {"pacing": "linear", "start": 8, "duration": {"steps": 100}}
+WARMUP = {"start": 1, "increment": 1, "duration": {"tokens": 10_000}}
+
+
+def rated(duration: dict[str, int], **rate: object) -> dict[str, object]:
+    return {"duration": duration, "learning_rate": {"peak": 1.0, **rate}}
 
 
 @pytest.mark.parametrize(
@@ -210,43 +201,26 @@ SLW = {"pacing": "linear", "start": 8, "duration": {"steps": 100}}
             ["curriculum", "64", "step 100", "training.duration", "1,000 tokens", "steps (1,0"],
         ),
         (
-            {
-                "duration": {"steps": 3},
-                "training": {
-                    "batch_size_warmup": {"start": 1, "increment": 1, "duration": {"tokens": 10_000}},
-                },
-            },
+            {"duration": {"steps": 3}, "training": {"batch_size_warmup": WARMUP}},
             ["training.batch_size_warmup", "batch_size 2", "10,048 tokens", "training.duration 3 steps"],
         ),
         (
-            {"duration": {"tokens": 1000}, "learning_rate": {"peak": 1.0, "warmup": {"steps": 9}}},
+            rated({"tokens": 1000}, warmup={"steps": 9}),
             ["learning_rate.warmup", "9 steps", "training.duration 1,000 tokens", "8 steps"],
         ),
         (
-            {
-                "duration": {"steps": 10},
-                "learning_rate": {"peak": 1.0, "warmup": {"steps": 5}, "decay_duration": {"tokens": 600}},
-            },
+            rated({"steps": 10}, warmup={"steps": 5}, decay_duration={"tokens": 600}),
             ["learning_rate.warmup", "5 steps", "640 tokens", "600 tokens", "learning_rate.decay_duration"],
         ),
         (
-            {"duration": {"tokens": 1200}, "learning_rate": {"peak": 1.0, "warmup": {"steps": 10}}},
+            rated({"tokens": 1200}, warmup={"steps": 10}),
             ["learning_rate.warmup", "1,280 tokens", "training.duration 1,200 tokens"],
         ),
         (
-            {
-                "duration": {"steps": 10},
-                "learning_rate": {"peak": 1.0, "warmup": {"steps": 5}, "decay": "wsd", "cooldown": {"tokens": 641}},
-            },
+            rated({"steps": 10}, warmup={"steps": 5}, decay="wsd", cooldown={"tokens": 641}),
             ["learning_rate.cooldown", "641 tokens", "639 tokens", "1,280 tokens", "640 tokens"],
         ),
-        (
-            {
-                "duration": {"tokens": 1280},
-                "learning_rate": {"peak": 1.0, "decay": "wsd", "cooldown": {"steps": 11}},
-            },
-            ["learning_rate.cooldown", "11 steps"],
-        ),
+        (rated({"tokens": 1280}, decay="wsd", cooldown={"steps": 11}), ["learning_rate.cooldown", "11 steps"]),
     ],
 )
 def test_contradictions_between_units_are_named_with_their_numbers(run: dict[str, object], words: list[str]) -> None:

@@ -88,32 +88,6 @@ def test_the_ranks_blocks_concatenate_to_the_global_batch(case: Case, data: st.D
         assert np.concatenate(parts).tolist() == getattr(batch, name).tolist()
 
 
-@property_test
-@given(st.sampled_from(["truncate", "recycle"]).flatmap(lambda tail: cases(tail=tail)), st.data())
-def test_a_new_plan_that_starts_anywhere_gives_the_rest_of_the_run(case: Case, data: st.DataObject) -> None:
-    def read(plan: TrainingPlan, step: int) -> list[list[tuple[int, int]]]:
-        return tokens_read(global_batch(plan, step), plan.seq_len)
-
-    through, resumed = case.config.plan(), case.config.plan()
-    whole = [read(through, step) for step in range(through.steps)]
-    start = data.draw(st.integers(0, through.steps))
-    assert [read(resumed, step) for step in range(start, resumed.steps)] == whole[start:]
-
-
-def test_recycle_goes_on_in_the_stream_s_next_sample() -> None:
-    config = run_config(
-        seq_len=16,
-        batch_size=2,
-        duration={"steps": 4},
-        curriculum={"pacing": "discrete", "stages": [{"seq_len": 12, "duration": {"steps": 3}}], "multiple": 4},
-        data={"tail": "recycle"},
-    )
-    batches = [global_batch(config.plan(), step) for step in range(4)]
-    assert [batch.samples.tolist() for batch in batches] == [[0, 1], [0, 1], [2, 3], [4, 5]]
-    assert [batch.offsets.tolist() for batch in batches] == [[0, 0], [12, 12], [8, 8], [4, 4]]
-    assert [batch.next_samples.tolist() for batch in batches] == [[-1, -1], [2, 3], [4, 5], [6, 7]]
-
-
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused() -> None:
     plan = run_config(seq_len=8, batch_size=6, duration={"steps": 1}).plan()
     with pytest.raises(UserError, match=r"6 sequences .* 4 data-parallel ranks.*training\.batch_size"):
@@ -141,13 +115,6 @@ def test_micro_batches_are_as_few_as_fit_and_balanced(sequences: int, seq_len: i
     assert all(0 < size * seq_len <= max_tokens for size in sizes)
     assert not sizes or max(sizes) - min(sizes) <= 1
     assert (len(sizes) - 1) * (max_tokens // seq_len) < max(sequences, 1)  # one micro-batch fewer would not fit
-
-
-def test_micro_batches_of_known_steps() -> None:
-    assert micro_batch_sizes(8, 64, 512) == (8,)
-    assert micro_batch_sizes(8, 128, 1000) == (4, 4)
-    assert micro_batch_sizes(8, 128, 500) == (3, 3, 2)
-    assert micro_batch_sizes(8, 512, 512) == (1,) * 8
 
 
 PARTS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=4)

@@ -136,8 +136,10 @@ def test_a_builder_is_waited_for_until_it_is_killed_or_only_so_long(
     # A stopped process keeps its lock: others build a copy when their patience ends.
     os.kill(process.pid, signal.SIGSTOP)
     _check(IndexCache(tmp_path / "cache", patience_seconds=0.3).get(KEY, _arrays))
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(rf"waiting for the index [0-9a-f]{{32}}, which .* \(process {process.pid} on \S+\)", message)
+    waits, goes_on = [record.getMessage() for record in caplog.records]
+    holder = rf"process {process.pid} on \S+"
+    assert re.fullmatch(rf"waiting for the index [0-9a-f]{{32}}, which .* \({holder}; lock .*\)", waits)
+    assert re.search(rf"was held for 0 s \({holder}\); going on without it", goes_on)
     # A killed one ends its lock, before others wait or while they do.
     shutil.rmtree(_entries(tmp_path / "cache")[0])
     timer = threading.Timer(0.3, process.kill)

@@ -92,7 +92,7 @@ def run_steps(setup: Setup, first: int = 0, last: int | None = None) -> Curve:
         )
         curve.losses.append(float(result.loss))
         curve.grad_norms.append(float(result.grad_norm))
-        curve.skipped.append(result.skipped)
+        curve.skipped.append(bool(result.skipped))
         curve.seq_lens.append(planned.seq_len)
         curve.micro_batches.append(sizes)
         curve.prefix_losses.append(None if result.prefix_loss is None else float(result.prefix_loss))

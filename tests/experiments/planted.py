@@ -1,11 +1,11 @@
 """Planted problems: which probes fluctuate is known, and what each costs follows from the pacing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_ext.experiments.tune_search import Candidate, Grid, Verdict
+from megatron_ext.experiments.tune_search import Candidate, Grid, Outcome, Verdict, Verdicts, next_step
 
 FULL, UNIT = 1024, 50
 STEPS, BEGINNING, BATCH = 2 * UNIT, UNIT, 4
@@ -21,10 +21,20 @@ def durations(count: int, ratio: float = 1.1) -> tuple[int, ...]:
 
 
 def grid(count: int, starts: Sequence[int] = STARTS) -> Grid:
-    """The same durations for every start, compared at the notch next to three units."""
+    """The same durations for every start, compared at the T next to three units."""
     steps = durations(count)
     first = min(steps, key=lambda value: abs(value - 3 * UNIT))
     return Grid(durations=dict.fromkeys(starts, steps), first=first, beginning=BEGINNING)
+
+
+def search(
+    grid: Grid, probe: Callable[[Candidate], Verdict], *, known: Verdicts | None = None
+) -> tuple[Outcome, dict[Candidate, Verdict]]:
+    """Search to the end with ``probe``; returns the outcome and all verdicts, those in ``known`` included."""
+    verdicts = dict(known or {})
+    while isinstance(step := next_step(grid, verdicts), Candidate):
+        verdicts[step] = probe(step)
+    return step, verdicts
 
 
 @dataclass

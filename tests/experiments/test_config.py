@@ -83,8 +83,9 @@ def test_a_variant_may_be_a_file_that_extends_the_base(tmp_path: Path) -> None:
     (folder / "other.json").write_text(json.dumps(BASE | {"optimizer": {"eps": 1e-6}}))
     with pytest.raises(UserError, match=r"variants.other is parts/other.json, which does not extend .*base.json"):
         load(tmp_path, variants={"other": "parts/other.json"})
-    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
-        load(tmp_path, variants={"other": "nowhere.json"})
+    for missing in ({"variants": {"other": "nowhere.json"}}, {"base": "nowhere.json"}):
+        with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+            load(tmp_path, **missing)
 
 
 def test_an_experiment_may_extend_another(tmp_path: Path) -> None:
@@ -137,11 +138,6 @@ def test_all_wrong_variants_are_listed_at_once_each_with_its_name(tmp_path: Path
         raised.value
     )
     assert "variant wrong" in raised.value.problems[1]
-
-
-def test_a_missing_base_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
-        load(tmp_path, base="nowhere.json")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -105,19 +105,6 @@ def test_gpt3_with_ten_times_less_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "runs", "steps", "tokens"),
-    [
-        ("gpt2_117m_stability", 18, 1_974_110, 2_831_166_283_776),
-        ("gpt2_1.5b_stability", 18, 2_035_630, 2_831_159_721_984),
-        ("gpt3_125m_less_data", 6, 700_256, 450_011_234_304),
-    ],
-)
-def test_totals_that_a_cluster_is_asked_for(name: str, runs: int, steps: int, tokens: int) -> None:
-    plans = [run.config.plan() for run in study(name).runs]
-    assert (len(plans), sum(plan.steps for plan in plans), sum(plan.tokens for plan in plans)) == (runs, steps, tokens)
-
-
-@pytest.mark.parametrize(
     "path", sorted(EXPERIMENTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_part_of_a_study_is_a_run_by_itself(path: Path) -> None:

@@ -1,19 +1,22 @@
 """The search on probes that a made-up machine runs: what is started, stopped, kept and gone on with."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import megatron_ext.experiments.tune
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.experiments.tune import FILE_NAME, ProbeError, ProbeResult, Tuning
-from megatron_ext.experiments.tune_search import Candidate, Outcome
+from megatron_ext.experiments.tune import FILE_NAME, ProbeError, ProbeResult, Tuning, read_results, write_results
+from megatron_ext.experiments.tune_search import Candidate, Outcome, Point, Verdict
 from megatron_ext.experiments.tune_space import DurationSpacing, ProbeSettings, TuneRun, grid_of
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
@@ -160,6 +163,38 @@ def test_results_of_another_search_are_refused(tmp_path: Path) -> None:
     other = ProbeSettings(threshold=1.5, steps=20, validate_every=2, validation_samples=4)
     with pytest.raises(UserError, match=r"settings\.threshold is 1\.3 there and 1\.5 here.*--output"):
         finish(tuning(tmp_path, FakeRunner(), settings=other))
-    (tmp_path / FILE_NAME).write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        finish(tuning(tmp_path, FakeRunner()))
+
+
+numbers = st.floats(min_value=0) | st.just(math.nan)
+results = st.builds(
+    ProbeResult,
+    candidate=st.builds(Candidate, start=st.integers(1, 999), duration=st.integers(1, 10**6)),
+    verdict=st.builds(
+        Verdict,
+        fluctuated_at=st.none() | st.integers(1, 10**6),
+        worst_ratio=st.floats(min_value=0),
+        tokens=st.integers(0, 10**12),
+    ),
+    points=st.lists(st.builds(Point, step=st.integers(1, 10**6), perplexity=numbers), max_size=4).map(tuple),
+)
+
+
+@given(st.lists(results, max_size=4))
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, found: list[ProbeResult]) -> None:
+    folder = tmp_path_factory.mktemp("state")
+    written = {result.candidate: result for result in found}
+    identity = {"settings": {"split": (1, 2)}}
+    write_results(folder, identity, written)
+    json.loads((folder / FILE_NAME).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    # NaN differs from itself, so texts are compared.
+    assert repr(read_results(folder, identity)) == repr(written)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"format": 1, "probes": [{}], "identity": {}}', '{"format": 9}']
+)
+def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE_NAME).write_text(content)
+    with pytest.raises(UserError, match=FILE_NAME):
+        read_results(tmp_path, {})
+    assert read_results(tmp_path / "nowhere", {}) == {}

@@ -1,5 +1,6 @@
 """Probes' configs, durations, and what they refuse."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from megatron_ext.config.loading import parse_layers
 from megatron_ext.config.merging import Layer
+from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.pacings import LinearPacing, RootPacing
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune_search import Candidate
@@ -47,6 +49,12 @@ def test_a_probe_is_the_beginning_of_the_tuned_run(tmp_path: Path) -> None:
     assert base.probe_tokens(candidate, steps=3) == 8 * (8 + 8 + 16)
 
 
+def test_a_probe_has_no_guards(tmp_path: Path) -> None:
+    guarded = problem(guards={"non_finite": "skip", "loss_ratio": {"above": 2.0, "action": "stop"}})
+    assert not guarded.probe_config(Candidate(8, 30), output_dir=str(tmp_path)).guards.are_on
+    assert guarded.tuned(Candidate(8, 30)).guards.are_on
+
+
 def test_end_multiple_and_root_stay_as_the_run_has_them() -> None:
     tuned = problem(curriculum=LINEAR).tuned(Candidate(32, 40)).curriculum
     assert isinstance(tuned, LinearPacing)
@@ -61,7 +69,7 @@ def test_end_multiple_and_root_stay_as_the_run_has_them() -> None:
     assert isinstance(discrete.tuned(Candidate(16, 40)).curriculum, LinearPacing)
 
 
-def test_notches_are_units_in_a_ratio_as_far_as_the_run_goes() -> None:
+def test_durations_are_units_in_a_ratio_as_far_as_the_run_goes() -> None:
     grid = grid_of(problem(), (8, 16), DurationSpacing(unit=10, ratio=1.5, first=3), beginning=10)
     assert grid.first == 30
     assert grid.durations == {8: (13, 20, 30, 45, 68), 16: (13, 20, 30, 45, 68)}
@@ -73,45 +81,48 @@ def test_notches_are_units_in_a_ratio_as_far_as_the_run_goes() -> None:
 
 
 def test_the_unit_is_the_warmup_of_the_learning_rate() -> None:
-    assert unit_of(problem().config, start=8) == 10
+    assert unit(problem().config) == 10
     in_tokens = problem(learning_rate={"peak": 1e-3, "warmup": {"tokens": 1000}}).config
-    assert unit_of(in_tokens, start=8) == 16  # 1000 / (8 * 8), rounded up
+    assert unit(in_tokens) == 16  # 1000 / (8 * 8), rounded up
     with pytest.raises(UserError, match="--unit"):
-        unit_of(problem(learning_rate={"peak": 1e-3}).config, start=8)
+        unit(problem(learning_rate={"peak": 1e-3}).config)
+
+
+def unit(config: RunConfig) -> int:
+    return unit_of(config.learning_rate.warmup, start=8, batch_size=config.training.batch_size)
+
+
+def starts(config: RunConfig, *, parameters: int) -> tuple[int, ...]:
+    return default_starts(config.curriculum, seq_len=config.training.seq_len, parameters=parameters)
 
 
 def test_default_starts_suit_size_and_length() -> None:
     config = problem().config
-    assert default_starts(config, parameters=10**8) == (8, 16, 32, 64)
-    assert default_starts(config, parameters=2 * 10**9) == (64, 80, 96)
-    assert default_starts(problem(curriculum=LINEAR).config, parameters=10**8) == (16, 32, 64)
+    assert starts(config, parameters=10**8) == (8, 16, 32, 64)
+    assert starts(config, parameters=2 * 10**9) == (64, 80, 96)
+    assert starts(problem(curriculum=LINEAR).config, parameters=10**8) == (16, 32, 64)
     short = problem(training={"seq_len": 8, "batch_size": 8, "duration": {"steps": 100}}).config
     with pytest.raises(UserError, match="pass --starts"):
-        default_starts(short, parameters=10**6)
+        starts(short, parameters=10**6)
+
+
+THIRTY = DurationSpacing(unit=10, ratio=2, first=3)
+WARMUP = {"batch_size_warmup": {"start": 4, "increment": 4, "duration": {"steps": 5}}}
 
 
 @pytest.mark.parametrize(
-    ("starts", "spacing", "message"),
+    ("starts", "spacing", "training", "message"),
     [
-        ((8, 8), DurationSpacing(unit=10, ratio=2, first=3), "different lengths, rising"),
-        ((12,), DurationSpacing(unit=10, ratio=2, first=3), "curriculum.start is 12"),
-        ((8,), DurationSpacing(unit=10, ratio=2, first=30), "T = 300"),
-        ((8,), DurationSpacing(unit=10, ratio=2, first=3, given=(30, 10)), "different numbers of steps, rising"),
+        ((8, 8), THIRTY, {}, "different lengths, rising"),
+        ((12,), THIRTY, {}, "curriculum.start is 12"),
+        ((8,), replace(THIRTY, first=30), {}, "T = 300"),
+        ((8,), replace(THIRTY, given=(30, 10)), {}, "different numbers of steps, rising"),
+        ((8,), THIRTY, WARMUP, "batch_size_warmup"),
     ],
 )
-def test_what_does_not_suit_the_run_is_refused(starts: tuple[int, ...], spacing: DurationSpacing, message: str) -> None:
+def test_what_does_not_suit_the_run_is_refused(
+    starts: tuple[int, ...], spacing: DurationSpacing, training: dict[str, Any], message: str
+) -> None:
+    whole = {"seq_len": 128, "batch_size": 8, "duration": {"steps": 100}} | training
     with pytest.raises(UserError, match=message):
-        grid_of(problem(), starts, spacing, beginning=10)
-
-
-def test_a_probe_has_no_guards(tmp_path: Path) -> None:
-    guarded = problem(guards={"non_finite": "skip", "loss_ratio": {"above": 2.0, "action": "stop"}})
-    assert not guarded.probe_config(Candidate(8, 30), output_dir=str(tmp_path)).guards.are_on
-    assert guarded.tuned(Candidate(8, 30)).guards.are_on
-
-
-def test_batch_size_warmup_is_refused() -> None:
-    warmup = {"start": 4, "increment": 4, "duration": {"steps": 5}}
-    training = {"seq_len": 128, "batch_size": 8, "duration": {"steps": 100}, "batch_size_warmup": warmup}
-    with pytest.raises(UserError, match="batch_size_warmup"):
-        grid_of(problem(training=training), (8,), DurationSpacing(unit=10, ratio=2, first=3), beginning=10)
+        grid_of(problem(training=whole), starts, spacing, beginning=10)

@@ -1,4 +1,4 @@
-"""How results of kernels are judged: against float64, by what torch itself achieves in the same dtype.
+"""How exact results of kernels have to be: against float64, by what torch itself achieves in the same dtype.
 
 Errors are taken row by row (over the last dimension), relative to the largest value of the row: a row of small values
 is not excused by a row of large ones.

@@ -20,6 +20,8 @@ from pathlib import Path
 import ninja
 import pybind11
 
+from megatron_ext.ops.building.recipe import NVCC_FLAGS
+
 ROOT = Path(__file__).parents[2]
 # The mutation run has the tests build a copy of the sources.
 SOURCES = Path(os.environ.get("KERNEL_TEST_SOURCES", ROOT / "csrc"))
@@ -46,8 +48,7 @@ class Step:
     inputs: tuple[Path, ...]
     suffix: str
     toolchain: str
-    included: tuple[Path, ...] = ()
-    """What the command has a source include, which its text does not say."""
+    included: tuple[Path, ...] = ()  # what the command has a source include, which its text does not say
 
 
 @cache
@@ -66,7 +67,6 @@ def version_of(name: str) -> str:
 
 
 def python_flags() -> str:
-    """Include paths of a pybind11 module."""
     return f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
 
 
@@ -85,7 +85,6 @@ def with_includes(source: Path) -> list[Path]:
 
 
 def output_of(step: Step) -> Path:
-    """Where the output of a step is, or will be."""
     digest = hashlib.sha256(f"{step.toolchain}\n{step.command}\n{step.suffix}\n".encode())
     for source in (*step.inputs, *step.included):
         if source.parent == BUILDS:
@@ -99,8 +98,7 @@ def output_of(step: Step) -> Path:
 def make(steps: Sequence[Step]) -> list[Path]:
     """Runs the steps whose outputs are missing, two at a time; returns all outputs.
 
-    Raises:
-        AssertionError: a command failed, with what it printed.
+    Raises AssertionError if a command failed, with what it printed.
     """
     outputs = [output_of(step) for step in steps]
     missing = {output: step for output, step in zip(outputs, steps, strict=True) if not output.exists()}
@@ -133,3 +131,39 @@ def _forget_old() -> None:
     old = sorted(BUILDS.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_OUTPUTS:]
     for path in old:
         path.unlink(missing_ok=True)
+
+
+# Those of the build, but for the line numbers, which change no instruction.
+FLAGS = " ".join(flag for flag in NVCC_FLAGS if flag != "-lineinfo")
+
+
+def kernel_sources(root: Path = SOURCES) -> list[Path]:
+    sources = sorted((root / "cuda").glob("*.cu"))
+    if not sources:
+        raise CannotBuildError("there are no kernels in csrc/cuda")
+    return sources
+
+
+@cache
+def newest_architecture() -> int:
+    done = subprocess.run([tool("nvcc"), "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return max(int(number) for number in re.findall(r"compute_(\d+)", done.stdout))
+
+
+def ptx_of(sources: Sequence[Path], architecture: int) -> list[Path]:
+    command = f"{tool('nvcc')} {FLAGS} -ptx -arch=compute_{architecture} $in -o $out"
+    return make([Step(command, (source,), ".ptx", version_of("nvcc")) for source in sources])
+
+
+def device_code_of(sources: Sequence[Path], architecture: int) -> list[Path]:
+    """Device code of each source for ``sm_ARCHITECTURE``, from its PTX; ptxas's report lies beside it (``.log``)."""
+    command = f"{tool('ptxas')} -v -arch=sm_{architecture} $in -o $out > $log 2>&1"
+    return make([Step(command, (ptx,), ".cubin", version_of("ptxas")) for ptx in ptx_of(sources, architecture)])
+
+
+def device_library(sources: Sequence[Path]) -> Path:
+    """The kernels' C interface for the devices of this machine."""
+    compile_one = f"{tool('nvcc')} {FLAGS} -arch=native -c $in -o $out"
+    objects = make([Step(compile_one, (source,), ".o", version_of("nvcc")) for source in sources])
+    link = f"{tool('nvcc')} -shared -cudart static $in -o $out"
+    return make([Step(link, tuple(objects), ".so", version_of("nvcc"))])[0]

@@ -3,14 +3,15 @@
 Activations are [rows, cols] or, in attention, [batch, sq, sk]; arguments and results are those of csrc/common/abi.h.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from tests.kernels.backends import KernelBackend
-from tests.kernels.interface import DTYPES
+from tests.kernels.interface import DTYPES, Argument
 
-SEED_TYPE = torch.int64
+Results = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,29 +21,44 @@ class Noise:
     probability: float = 0.0
     seed: int = 0
 
-    def on(self, backend: KernelBackend) -> torch.Tensor | None:
-        """The seed in the backend's memory; None where nothing is dropped."""
-        return backend.tensor(torch.tensor([self.seed], dtype=SEED_TYPE)) if self.probability > 0 else None
+    def on(self, backend: KernelBackend) -> tuple[float, torch.Tensor | None]:
+        """The probability, and the seed in the backend's memory; None where nothing is dropped."""
+        seed = backend.tensor(torch.tensor([self.seed])) if self.probability > 0 else None
+        return self.probability, seed
 
 
 QUIET = Noise()
 
 
-def _maybe(backend: KernelBackend, value: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else backend.tensor(value)
+def _copies(backend: KernelBackend, *values: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if value is None else backend.tensor(value) for value in values]
+
+
+def _empty(backend: KernelBackend, dtype: torch.dtype, **shapes: tuple[int, ...]) -> Results:
+    return {name: backend.empty(*shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _call(
+    backend: KernelBackend,
+    function: str,
+    dtypes: Iterable[torch.dtype],
+    inputs: Iterable[Argument],
+    outputs: Mapping[str, torch.Tensor | None],
+    *rest: Argument,
+) -> Results:
+    """The outputs; those that are None are not asked for."""
+    backend.call(function, *(DTYPES[dtype] for dtype in dtypes), *inputs, *outputs.values(), *rest)
+    return {name: value for name, value in outputs.items() if value is not None}
 
 
 def layer_norm_forward(
     backend: KernelBackend, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """y, mean, rstd."""
     rows, cols = x.shape
-    dtypes = DTYPES[x.dtype], DTYPES[weight.dtype]
-    y = backend.empty(rows, cols, dtype=x.dtype)
-    mean, rstd = (backend.empty(rows, dtype=torch.float32) for _ in range(2))
-    inputs = [backend.tensor(each) for each in (x, weight, bias)]
-    backend.call("layer_norm_forward", *dtypes, *inputs, y, mean, rstd, rows, cols, eps)
-    return {"y": y, "mean": mean, "rstd": rstd}
+    outputs = _empty(backend, x.dtype, y=(rows, cols)) | _empty(backend, torch.float32, mean=(rows,), rstd=(rows,))
+    inputs = _copies(backend, x, weight, bias)
+    return _call(backend, "layer_norm_forward", (x.dtype, weight.dtype), inputs, outputs, rows, cols, eps)
 
 
 def layer_norm_backward(
@@ -53,16 +69,13 @@ def layer_norm_backward(
     *,
     statistics: tuple[torch.Tensor, torch.Tensor],
     partitions: int,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """dx, dweight, dbias; ``statistics``: mean and rstd."""
     rows, cols = dy.shape
-    dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
-    dx = backend.empty(rows, cols, dtype=dy.dtype)
-    dweight, dbias = (backend.empty(cols, dtype=weight.dtype) for _ in range(2))
+    outputs = _empty(backend, dy.dtype, dx=(rows, cols)) | _empty(backend, weight.dtype, dweight=(cols,), dbias=(cols,))
     workspace = backend.empty(2, partitions, cols, dtype=torch.float32)
-    inputs = [backend.tensor(each) for each in (dy, x, weight, *statistics)]
-    backend.call("layer_norm_backward", *dtypes, *inputs, dx, dweight, dbias, workspace, partitions, rows, cols)
-    return {"dx": dx, "dweight": dweight, "dbias": dbias}
+    dtypes, inputs = (dy.dtype, weight.dtype), _copies(backend, dy, x, weight, *statistics)
+    return _call(backend, "layer_norm_backward", dtypes, inputs, outputs, workspace, partitions, rows, cols)
 
 
 def add_layer_norm_forward(
@@ -74,17 +87,12 @@ def add_layer_norm_forward(
     *,
     noise: Noise = QUIET,
     eps: float = 1e-5,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """sum, y, mean, rstd; ``affine``: weight and bias."""
-    rows, cols = x.shape
-    dtypes = DTYPES[x.dtype], DTYPES[affine[0].dtype]
-    total, y = (backend.empty(rows, cols, dtype=x.dtype) for _ in range(2))
-    mean, rstd = (backend.empty(rows, dtype=torch.float32) for _ in range(2))
-    inputs = [_maybe(backend, each) for each in (x, x_bias, residual, *affine)]
-    outputs = (total, y, mean, rstd)
-    dropout = noise.probability, noise.on(backend)
-    backend.call("add_layer_norm_forward", *dtypes, *inputs, *outputs, *dropout, rows, cols, eps)
-    return {"sum": total, "y": y, "mean": mean, "rstd": rstd}
+    rows, cols = shape = tuple(x.shape)
+    outputs = _empty(backend, x.dtype, sum=shape, y=shape) | _empty(backend, torch.float32, mean=(rows,), rstd=(rows,))
+    dtypes, inputs = (x.dtype, affine[0].dtype), _copies(backend, x, x_bias, residual, *affine)
+    return _call(backend, "add_layer_norm_forward", dtypes, inputs, outputs, *noise.on(backend), rows, cols, eps)
 
 
 def add_layer_norm_backward(
@@ -96,39 +104,33 @@ def add_layer_norm_backward(
     with_x_bias: bool,
     partitions: int,
     noise: Noise = QUIET,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """dresidual, dx (with dropout), dweight, dbias, dx_bias (``with_x_bias``).
 
     ``gradients``: dy and dsum; ``saved``: sum, mean and rstd.
     """
     (dy, dsum), (total, *statistics) = gradients, saved
-    rows, cols = dy.shape
-    dtypes = DTYPES[dy.dtype], DTYPES[weight.dtype]
-    dresidual = backend.empty(rows, cols, dtype=dy.dtype)
-    dx = backend.empty(rows, cols, dtype=dy.dtype) if noise.probability > 0 else None
-    dweight, dbias = (backend.empty(cols, dtype=weight.dtype) for _ in range(2))
-    dx_bias = backend.empty(cols, dtype=weight.dtype) if with_x_bias else None
+    rows, cols = shape = tuple(dy.shape)
+    outputs: dict[str, torch.Tensor | None] = {
+        "dresidual": backend.empty(*shape, dtype=dy.dtype),
+        "dx": backend.empty(*shape, dtype=dy.dtype) if noise.probability > 0 else None,
+        **_empty(backend, weight.dtype, dweight=(cols,), dbias=(cols,)),
+        "dx_bias": backend.empty(cols, dtype=weight.dtype) if with_x_bias else None,
+    }
     workspace = backend.empty(3, partitions, cols, dtype=torch.float32)
-    inputs = [_maybe(backend, each) for each in (dy, dsum, total, weight, *statistics)]
-    outputs = (dresidual, dx, dweight, dbias, dx_bias, workspace, partitions)
-    dropout = noise.probability, noise.on(backend)
-    backend.call("add_layer_norm_backward", *dtypes, *inputs, *outputs, *dropout, rows, cols)
-    results = {"dresidual": dresidual, "dx": dx, "dweight": dweight, "dbias": dbias, "dx_bias": dx_bias}
-    return {name: value for name, value in results.items() if value is not None}
+    dtypes, inputs = (dy.dtype, weight.dtype), _copies(backend, dy, dsum, total, weight, *statistics)
+    rest = (workspace, partitions, *noise.on(backend), rows, cols)
+    return _call(backend, "add_layer_norm_backward", dtypes, inputs, outputs, *rest)
 
 
 def causal_softmax_forward(
     backend: KernelBackend, scores: torch.Tensor, scale: float, *, noise: Noise = QUIET
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """probs and, with dropout, dropped."""
-    probs = backend.empty(*scores.shape, dtype=scores.dtype)
     dropped = backend.empty(*scores.shape, dtype=scores.dtype) if noise.probability > 0 else None
-    dropout = noise.probability, noise.on(backend)
-    where = (probs, dropped, scale)
-    backend.call(
-        "causal_softmax_forward", DTYPES[scores.dtype], backend.tensor(scores), *where, *dropout, *scores.shape
-    )
-    return {"probs": probs} if dropped is None else {"probs": probs, "dropped": dropped}
+    outputs = {"probs": backend.empty(*scores.shape, dtype=scores.dtype), "dropped": dropped}
+    rest = (scale, *noise.on(backend), *scores.shape)
+    return _call(backend, "causal_softmax_forward", (scores.dtype,), _copies(backend, scores), outputs, *rest)
 
 
 def causal_softmax_backward(
@@ -139,24 +141,18 @@ def causal_softmax_backward(
     *,
     noise: Noise = QUIET,
     in_place: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """dscores, in the memory of dy where ``in_place``."""
     upstream = backend.tensor(dy)
-    dscores = upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype)
-    dropout = noise.probability, noise.on(backend)
-    where = (upstream, backend.tensor(probs), dscores, scale)
-    backend.call("causal_softmax_backward", DTYPES[dy.dtype], *where, *dropout, *dy.shape)
-    return {"dscores": dscores}
+    outputs = {"dscores": upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype)}
+    inputs, rest = (upstream, backend.tensor(probs)), (scale, *noise.on(backend), *dy.shape)
+    return _call(backend, "causal_softmax_backward", (dy.dtype,), inputs, outputs, *rest)
 
 
-def bias_gelu_forward(
-    backend: KernelBackend, x: torch.Tensor, bias: torch.Tensor | None, *, exact: bool
-) -> dict[str, torch.Tensor]:
-    """y."""
-    y = backend.empty(*x.shape, dtype=x.dtype)
-    dtypes = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
-    backend.call("bias_gelu_forward", *dtypes, backend.tensor(x), _maybe(backend, bias), y, int(exact), *x.shape)
-    return {"y": y}
+def bias_gelu_forward(backend: KernelBackend, x: torch.Tensor, bias: torch.Tensor | None, *, exact: bool) -> Results:
+    dtypes = (x.dtype, x.dtype if bias is None else bias.dtype)
+    outputs = _empty(backend, x.dtype, y=tuple(x.shape))
+    return _call(backend, "bias_gelu_forward", dtypes, _copies(backend, x, bias), outputs, int(exact), *x.shape)
 
 
 def bias_gelu_backward(
@@ -168,16 +164,15 @@ def bias_gelu_backward(
     exact: bool,
     partitions: int,
     in_place: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """dx, in the memory of dy where ``in_place``, and dbias (where there is a bias)."""
     upstream = backend.tensor(dy)
-    dx = upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype)
-    dtypes = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
+    dtypes = (x.dtype, x.dtype if bias is None else bias.dtype)
     dbias = None if bias is None else backend.empty(*bias.shape, dtype=bias.dtype)
     workspace = None if bias is None else backend.empty(partitions, *bias.shape, dtype=torch.float32)
-    inputs = (upstream, backend.tensor(x), _maybe(backend, bias))
-    backend.call("bias_gelu_backward", *dtypes, *inputs, dx, dbias, workspace, partitions, int(exact), *x.shape)
-    return {"dx": dx} if dbias is None else {"dx": dx, "dbias": dbias}
+    outputs = {"dx": upstream if in_place else backend.empty(*dy.shape, dtype=dy.dtype), "dbias": dbias}
+    inputs, rest = (upstream, *_copies(backend, x, bias)), (workspace, partitions, int(exact), *x.shape)
+    return _call(backend, "bias_gelu_backward", dtypes, inputs, outputs, *rest)
 
 
 def bias_dropout_add_forward(
@@ -187,13 +182,10 @@ def bias_dropout_add_forward(
     residual: torch.Tensor,
     *,
     noise: Noise = QUIET,
-) -> dict[str, torch.Tensor]:
-    """y."""
-    y = backend.empty(*x.shape, dtype=x.dtype)
-    dtypes = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
-    inputs = [_maybe(backend, each) for each in (x, bias, residual)]
-    backend.call("bias_dropout_add_forward", *dtypes, *inputs, y, noise.probability, noise.on(backend), *x.shape)
-    return {"y": y}
+) -> Results:
+    dtypes = (x.dtype, x.dtype if bias is None else bias.dtype)
+    outputs, inputs = _empty(backend, x.dtype, y=tuple(x.shape)), _copies(backend, x, bias, residual)
+    return _call(backend, "bias_dropout_add_forward", dtypes, inputs, outputs, *noise.on(backend), *x.shape)
 
 
 def bias_dropout_add_backward(
@@ -203,28 +195,26 @@ def bias_dropout_add_backward(
     *,
     partitions: int,
     noise: Noise = QUIET,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """dx (with dropout) and dbias (where there is a bias, of ``bias_dtype``)."""
     cols = dy.shape[1]
-    dx = backend.empty(*dy.shape, dtype=dy.dtype) if noise.probability > 0 else None
-    dbias = None if bias_dtype is None else backend.empty(cols, dtype=bias_dtype)
+    outputs = {
+        "dx": backend.empty(*dy.shape, dtype=dy.dtype) if noise.probability > 0 else None,
+        "dbias": None if bias_dtype is None else backend.empty(cols, dtype=bias_dtype),
+    }
     workspace = None if bias_dtype is None else backend.empty(partitions, cols, dtype=torch.float32)
-    dtypes = DTYPES[dy.dtype], DTYPES[bias_dtype or dy.dtype]
-    outputs = (dx, dbias, workspace, partitions)
-    dropout = noise.probability, noise.on(backend)
-    backend.call("bias_dropout_add_backward", *dtypes, backend.tensor(dy), *outputs, *dropout, *dy.shape)
-    return {name: value for name, value in (("dx", dx), ("dbias", dbias)) if value is not None}
+    dtypes, rest = (dy.dtype, bias_dtype or dy.dtype), (workspace, partitions, *noise.on(backend), *dy.shape)
+    return _call(backend, "bias_dropout_add_backward", dtypes, _copies(backend, dy), outputs, *rest)
 
 
 def cross_entropy_forward(
     backend: KernelBackend, logits: torch.Tensor, labels: torch.Tensor, *, first: int, real: int
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """maximum, total, target of a slice of ``real`` ids from ``first``."""
     rows, cols = logits.shape
-    results = {name: backend.empty(rows, dtype=torch.float32) for name in ("maximum", "total", "target")}
-    inputs = (DTYPES[logits.dtype], backend.tensor(logits), backend.tensor(labels))
-    backend.call("cross_entropy_forward", *inputs, *results.values(), first, real, rows, cols)
-    return results
+    outputs = _empty(backend, torch.float32, maximum=(rows,), total=(rows,), target=(rows,))
+    inputs = _copies(backend, logits, labels)
+    return _call(backend, "cross_entropy_forward", (logits.dtype,), inputs, outputs, first, real, rows, cols)
 
 
 def cross_entropy_backward(
@@ -235,20 +225,17 @@ def cross_entropy_backward(
     *,
     first: int,
     real: int,
-) -> dict[str, torch.Tensor]:
+) -> Results:
     """dlogits, from a copy of ``logits``; ``statistics``: maximum, total, grad."""
     changed = backend.tensor(logits)
-    inputs = [backend.tensor(each) for each in (labels, *statistics)]
+    inputs = _copies(backend, labels, *statistics)
     backend.call("cross_entropy_backward", DTYPES[logits.dtype], changed, *inputs, first, real, *logits.shape)
     return {"dlogits": changed}
 
 
-def adam_variance(
-    backend: KernelBackend, v: torch.Tensor, *, partitions: int, skipped: int = 0
-) -> dict[str, torch.Tensor]:
+def adam_variance(backend: KernelBackend, v: torch.Tensor, *, partitions: int, skipped: int = 0) -> Results:
     """result, of v without its first ``skipped`` elements, which then begins anywhere in memory."""
-    result = backend.empty(2, dtype=torch.float64)
+    outputs = _empty(backend, torch.float64, result=(2,))
     workspace = backend.empty(2, partitions, dtype=torch.float64)
     values = backend.tensor(v)[skipped:]
-    backend.call("adam_variance", DTYPES[v.dtype], values, result, workspace, partitions, values.numel())
-    return {"result": result}
+    return _call(backend, "adam_variance", (v.dtype,), (values,), outputs, workspace, partitions, values.numel())

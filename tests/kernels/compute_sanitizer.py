@@ -17,7 +17,6 @@ FOUND = 99
 
 
 def commands(program: str) -> Iterator[list[str]]:
-    """The command of each tool."""
     gpu_tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu", "-k", "cuda", "tests/kernels"]
     for tool in TOOLS:
         checked = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all"]

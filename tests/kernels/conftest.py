@@ -34,7 +34,6 @@ def is_slow(everywhere: Everywhere, test: str, parameters: Mapping[str, object])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test` leaves out."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         if "backend" in parameters:

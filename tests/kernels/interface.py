@@ -112,7 +112,6 @@ class GuardedMemory:
         return flat.view(shape)
 
     def copy(self, value: torch.Tensor, *, alignment: int = 16) -> torch.Tensor:
-        """A copy of ``value`` (on the CPU) in guarded memory."""
         return self.empty(*value.shape, dtype=value.dtype, alignment=alignment).copy_(value)
 
     def region(self, tensor: torch.Tensor) -> tuple[int, int, int, int]:

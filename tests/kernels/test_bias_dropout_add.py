@@ -66,15 +66,3 @@ def test_large_seed_and_index(backend: KernelBackend) -> None:
     for seed in (0, 1, 2**31, 2**32, 2**63 - 1, -1, -(2**63)):
         y = cpu(bias_dropout_add_forward(backend, x, None, zero, noise=Noise(0.5, seed))["y"])
         assert torch.equal(y, dropout_factors(x.shape, 0.5, seed).float()), seed
-
-
-@pytest.mark.parametrize("partitions", [1, 5, 300])
-def test_any_number_of_partitions(backend: KernelBackend, partitions: int) -> None:
-    dy = normal((333, 24), torch.float32, seed=1)
-    got = bias_dropout_add_backward(backend, dy, torch.float32, partitions=partitions)
-    check("dbias", got["dbias"], dy.double().sum(0), dy.sum(0))
-
-
-def test_no_rows(backend: KernelBackend) -> None:
-    got = bias_dropout_add_backward(backend, torch.empty(0, 24), torch.float32, partitions=2, noise=NOISE)
-    assert (cpu(got["dbias"]) == 0).all()

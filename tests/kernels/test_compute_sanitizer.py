@@ -7,29 +7,20 @@ import pytest
 from tests.kernels import compute_sanitizer
 
 
-def _stand_in(folder: Path, status: int) -> Path:
-    program = folder / "compute-sanitizer"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\nexit {status}\n')
+@pytest.mark.parametrize(("status", "tools"), [(0, ["memcheck", "racecheck", "initcheck"]), (99, ["memcheck"])])
+def test_each_tool_runs_the_tests_of_the_device_until_one_finds_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, tools: list[str]
+) -> None:
+    program, asked = tmp_path / "compute-sanitizer", tmp_path / "asked"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexit {status}\n')
     program.chmod(0o755)
-    return folder / "asked"
-
-
-def test_each_tool_runs_the_tests_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _stand_in(tmp_path, 0)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert compute_sanitizer.main() == 0
+    assert compute_sanitizer.main() == status
     lines = asked.read_text().splitlines()
-    assert [line.split()[1] for line in lines] == ["memcheck", "racecheck", "initcheck"]
+    assert [line.split()[1] for line in lines] == tools
     for line in lines:
         assert "--error-exitcode 99" in line
         assert line.endswith("-m gpu -k cuda tests/kernels")
-
-
-def test_a_tool_that_finds_something_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _stand_in(tmp_path, 99)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert compute_sanitizer.main() == 99
-    assert len(asked.read_text().splitlines()) == 1
 
 
 def test_without_it_the_reason_is_said(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional
 
 from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, normal, same_bits
 from tests.kernels.backends import KernelBackend
@@ -74,37 +73,6 @@ def test_slice(backend: KernelBackend, shape: tuple[int, int, int], dtype: torch
     own_gradient = _gradient(logits.float(), labels, statistics, real).to(dtype)
     check("dlogits", changed, true, own_gradient)
     assert (cpu(changed)[:, real:] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_slices_put_together_are_torchs_cross_entropy(backend: KernelBackend, dtype: torch.dtype) -> None:
-    """Three ranks' slices of an odd vocabulary, the last of them padded, as ranks put them together."""
-    rows, real, width = 6, 1001, 336
-    logits, labels = normal((rows, real), dtype, seed=3, scale=4), torch.arange(rows) * 199
-    grad = torch.full((rows,), 1 / rows)
-    slices = []
-    for rank in range(3):
-        part = logits[:, rank * width : (rank + 1) * width]
-        slices.append(functional.pad(part, (0, width - part.shape[1]), value=float("nan")))
-    counts = [min(width, real - rank * width) for rank in range(3)]
-    parts = [
-        {name: cpu(value) for name, value in
-         cross_entropy_forward(backend, each, labels, first=rank * width, real=counts[rank]).items()}
-        for rank, each in enumerate(slices)
-    ]  # fmt: skip
-    maximum = torch.stack([part["maximum"] for part in parts]).amax(0)
-    total = torch.stack([part["total"] * (part["maximum"] - maximum).exp() for part in parts]).sum(0)
-    loss = total.log() + maximum - torch.stack([part["target"] for part in parts]).sum(0)
-    wide = logits.double().requires_grad_()
-    exact = functional.cross_entropy(wide, labels, reduction="none")
-    (true_gradient,) = torch.autograd.grad(exact.mean(), wide)
-    check("loss", loss, exact, functional.cross_entropy(logits.float(), labels, reduction="none"))
-    for rank, each in enumerate(slices):
-        changed = cross_entropy_backward(
-            backend, each, labels, (maximum, total, grad), first=rank * width, real=counts[rank]
-        )["dlogits"]
-        true = true_gradient[:, rank * width : (rank + 1) * width]
-        check("dlogits", cpu(changed)[:, : counts[rank]], true, true.to(dtype))
 
 
 def test_a_slice_without_ids(backend: KernelBackend) -> None:

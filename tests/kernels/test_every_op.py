@@ -21,22 +21,22 @@ NOISE = calls.Noise(probability=0.2, seed=11)
 PARTITIONS = 3
 
 
-def _layer_norm(backend: KernelBackend, cols: int) -> Results:
-    x, dy = normal((50, cols), torch.float16, seed=1), normal((50, cols), torch.float16, seed=2)
+def _layer_norm(backend: KernelBackend, cols: int, *, rows: int = 50, partitions: int = PARTITIONS) -> Results:
+    x, dy = normal((rows, cols), torch.float16, seed=1), normal((rows, cols), torch.float16, seed=2)
     weight, bias = normal((cols,), torch.float32, seed=3), normal((cols,), torch.float32, seed=4)
     forward = calls.layer_norm_forward(backend, x, weight, bias)
     mean, rstd = forward["mean"].cpu(), forward["rstd"].cpu()
-    return forward | calls.layer_norm_backward(backend, dy, x, weight, statistics=(mean, rstd), partitions=PARTITIONS)
+    return forward | calls.layer_norm_backward(backend, dy, x, weight, statistics=(mean, rstd), partitions=partitions)
 
 
-def _add_layer_norm(backend: KernelBackend, cols: int) -> Results:
+def _add_layer_norm(backend: KernelBackend, cols: int, *, partitions: int = PARTITIONS) -> Results:
     x, residual, dy, dsum = (normal((50, cols), torch.bfloat16, seed=seed) for seed in range(4))
     weight, bias = normal((cols,), torch.bfloat16, seed=5), normal((cols,), torch.bfloat16, seed=6)
     forward = calls.add_layer_norm_forward(backend, x, bias, residual, (weight, bias), noise=NOISE)
     statistics = forward["mean"].cpu(), forward["rstd"].cpu()
     return forward | calls.add_layer_norm_backward(
         backend, (dy, dsum), (forward["sum"].cpu(), *statistics), weight,
-        with_x_bias=True, partitions=PARTITIONS, noise=NOISE,
+        with_x_bias=True, partitions=partitions, noise=NOISE,
     )  # fmt: skip
 
 
@@ -46,16 +46,16 @@ def _causal_softmax(backend: KernelBackend, cols: int) -> Results:
     return forward | calls.causal_softmax_backward(backend, dy, forward["probs"].cpu(), 0.5, noise=NOISE)
 
 
-def _bias_gelu(backend: KernelBackend, cols: int) -> Results:
-    x, dy, bias = (normal(shape, torch.float16, seed=1) for shape in ((150, cols), (150, cols), (cols,)))
+def _bias_gelu(backend: KernelBackend, cols: int, *, rows: int = 150, partitions: int = PARTITIONS) -> Results:
+    x, dy, bias = (normal(shape, torch.float16, seed=1) for shape in ((rows, cols), (rows, cols), (cols,)))
     forward = calls.bias_gelu_forward(backend, x, bias, exact=False)
-    return forward | calls.bias_gelu_backward(backend, dy, x, bias, exact=True, partitions=PARTITIONS)
+    return forward | calls.bias_gelu_backward(backend, dy, x, bias, exact=True, partitions=partitions)
 
 
-def _bias_dropout_add(backend: KernelBackend, cols: int) -> Results:
-    x, residual, bias = (normal(shape, torch.float16, seed=1) for shape in ((150, cols), (150, cols), (cols,)))
+def _bias_dropout_add(backend: KernelBackend, cols: int, *, rows: int = 150, partitions: int = PARTITIONS) -> Results:
+    x, residual, bias = (normal(shape, torch.float16, seed=1) for shape in ((rows, cols), (rows, cols), (cols,)))
     forward = calls.bias_dropout_add_forward(backend, x, bias, residual, noise=NOISE)
-    return forward | calls.bias_dropout_add_backward(backend, x, x.dtype, partitions=PARTITIONS, noise=NOISE)
+    return forward | calls.bias_dropout_add_backward(backend, x, x.dtype, partitions=partitions, noise=NOISE)
 
 
 def _cross_entropy(backend: KernelBackend, cols: int) -> Results:
@@ -69,7 +69,8 @@ def _adam_variance(backend: KernelBackend, cols: int) -> Results:
     return calls.adam_variance(backend, normal((9 * cols,), torch.float32, seed=1).abs(), partitions=PARTITIONS)
 
 
-OPS: list[Callable[[KernelBackend, int], Results]] = [
+Op = Callable[..., Results]
+OPS: list[Op] = [
     _layer_norm,
     _add_layer_norm,
     _causal_softmax,
@@ -85,7 +86,7 @@ COLS = [24, 31, 1048, 1025]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_in_every_order(op: Callable[[KernelBackend, int], Results]) -> None:
+def test_in_every_order(op: Op) -> None:
     try:
         forward, *others = (BACKENDS[f"emulator-{order}"]() for order in ("forward", "reverse", "random"))
     except CannotBuildError as missing:
@@ -98,7 +99,7 @@ def test_in_every_order(op: Callable[[KernelBackend, int], Results]) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_from_run_to_run(backend: KernelBackend, op: Callable[[KernelBackend, int], Results]) -> None:
+def test_from_run_to_run(backend: KernelBackend, op: Op) -> None:
     for cols in COLS[2:]:
         expected = op(backend, cols)
         for name, value in op(backend, cols).items():
@@ -134,13 +135,32 @@ class Shifted:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 @pytest.mark.parametrize("cols", [24, 264])
-def test_results_are_those_of_aligned_tensors(
-    backend: KernelBackend, op: Callable[[KernelBackend, int], Results], cols: int
-) -> None:
-    expected = op(backend, cols)
-    for name, value in op(Shifted(backend), cols).items():
+def test_results_are_those_of_aligned_tensors(backend: KernelBackend, op: Op, cols: int) -> None:
+    _close(op(Shifted(backend), cols), op(backend, cols))
+
+
+def _close(found: Results, expected: Results) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
         got, right = cpu(value).double(), cpu(expected[name]).double()
         assert torch.equal(got.isfinite(), right.isfinite()), name
         # Sums in another order, rounded once: a unit in the last place of the largest.
         unit = max(torch.finfo(value.dtype).eps, 4 * torch.finfo(torch.float32).eps)
         assert (got - right).abs().max() <= 2 * unit * right.abs().max(), name
+
+
+WITH_SUMS: list[Op] = [_layer_norm, _add_layer_norm, _bias_gelu, _bias_dropout_add]
+
+
+@pytest.mark.parametrize("partitions", [1, 40, 600])
+@pytest.mark.parametrize("op", WITH_SUMS, ids=lambda op: op.__name__)
+def test_any_number_of_partitions(backend: KernelBackend, op: Op, partitions: int) -> None:
+    for cols in (24, 31):
+        _close(op(backend, cols, partitions=partitions), op(backend, cols))
+
+
+@pytest.mark.parametrize("op", [_layer_norm, _bias_gelu, _bias_dropout_add], ids=lambda op: op.__name__)
+def test_no_rows(backend: KernelBackend, op: Op) -> None:
+    sums = [value for name, value in op(backend, 24, rows=0).items() if name in {"dweight", "dbias"}]
+    assert sums
+    assert all((cpu(value) == 0).all() for value in sums)

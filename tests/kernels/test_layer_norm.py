@@ -130,17 +130,3 @@ def test_what_is_not_finite_stays_in_its_row(backend: KernelBackend, cols: int) 
     assert y[[1, 4]].isnan().all()
     check("rows beside", y[[0, 2, 3, 5]], _forward(x.double(), weight.double(), bias.double(), EPS)["y"][[0, 2, 3, 5]],
           _forward(x, weight, bias, EPS)["y"][[0, 2, 3, 5]])  # fmt: skip
-
-
-@pytest.mark.parametrize("partitions", [1, 3, 40])
-def test_any_number_of_partitions(backend: KernelBackend, partitions: int) -> None:
-    for shape in ((30, 24), (30, 31)):
-        _check_backward(backend, _inputs(shape, torch.float32, torch.float32), partitions=partitions)
-
-
-def test_no_rows(backend: KernelBackend) -> None:
-    x, weight, bias, dy = _inputs((0, 24), torch.float32, torch.float32)
-    layer_norm_forward(backend, x, weight, bias, EPS)
-    got = layer_norm_backward(backend, dy, x, weight, statistics=(dy.sum(-1), dy.sum(-1)), partitions=2)
-    assert (cpu(got["dweight"]) == 0).all()
-    assert (cpu(got["dbias"]) == 0).all()

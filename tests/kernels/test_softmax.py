@@ -5,12 +5,7 @@ import torch
 
 from tests.kernels.accuracy import BF16, F16, F32, FLOATS, check, cpu, dropout_factors, normal, same_bits
 from tests.kernels.backends import KernelBackend, KernelError
-from tests.kernels.calls import (
-    QUIET,
-    Noise,
-    causal_softmax_backward,
-    causal_softmax_forward,
-)
+from tests.kernels.calls import QUIET, Noise, causal_softmax_backward, causal_softmax_forward
 
 SCALE = 0.3
 NAN, INF = float("nan"), float("inf")
@@ -122,21 +117,6 @@ def test_extreme_scores(backend: KernelBackend, cols: int) -> None:
         exact, own = _softmax(scores.double(), hidden), _softmax(scores, hidden)
         check("probs", probs, exact, own)
         assert (probs[hidden.expand(probs.shape)] == 0).all()
-
-
-def test_noise_of_a_tensor_does_not_depend_on_its_path(backend: KernelBackend) -> None:
-    """The same elements dropped for a seed whatever the dtype, and others for another seed or a high word of it."""
-    scores = torch.zeros(2, 12, 12)
-    factors = dropout_factors(scores.shape, 0.5, 77)
-    visible = ~_beyond(12, 12).expand(scores.shape)
-    for dtype in FLOATS:
-        dropped = causal_softmax_forward(backend, scores.to(dtype), 1.0, noise=Noise(0.5, 77))["dropped"]
-        assert torch.equal((cpu(dropped) != 0)[visible], (factors != 0)[visible])
-    for seed in (78, 77 + 2**32, -1):
-        dropped = causal_softmax_forward(backend, scores, 1.0, noise=Noise(0.5, seed))["dropped"]
-        expected = dropout_factors(scores.shape, 0.5, seed)
-        assert torch.equal((cpu(dropped) != 0)[visible], (expected != 0)[visible])
-        assert not torch.equal(expected, factors)
 
 
 def test_backward_in_place_gives_the_same_bits(backend: KernelBackend) -> None:

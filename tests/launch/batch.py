@@ -114,21 +114,17 @@ class Batch:
         return process.returncode, output.decode(errors="replace")
 
     def calls(self) -> list[dict[str, Any]]:
-        """How ranks were called."""
         path = self.folder / "calls.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def srun_arguments(self) -> list[list[str]]:
-        """Arguments of each call of srun."""
         texts = [path.read_bytes() for path in self.folder.glob("srun.arguments.*")]
         return [[os.fsdecode(part) for part in text.split(b"\0")[:-1]] for text in texts]
 
     def scontrol(self) -> list[list[str]]:
-        """Arguments of each call of scontrol."""
         return [shlex.split(line) for line in (self.folder / "scontrol.arguments").read_text().splitlines()]
 
     def program(self, name: str, text: str) -> str:
-        """Path of a new program beside the others."""
         path = self.folder / name
         path.write_text(text)
         path.chmod(0o755)
@@ -136,7 +132,6 @@ class Batch:
 
 
 def training_job(folder: Path, batch: Batch, **changes: Any) -> TrainingJob:
-    """A job of one run in ``folder``."""
     run_dir = folder / "run"
     (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
     given: dict[str, Any] = {

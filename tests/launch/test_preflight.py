@@ -1,6 +1,8 @@
 """What the ranks' answers mean; hosts that are really different are in tests/cluster."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +29,8 @@ def outcome(rank: int, _world_size: int, folder: str, differs: str, limits: dict
     """Report, or the one message, of a rank of which rank 1 may be odd."""
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1 and differs == "clock":
-            patch.setattr("megatron_ext.launch.preflight.time", _LateClock())
+            late = SimpleNamespace(**vars(time) | {"time": lambda: time.time() - 1800})  # half an hour
+            patch.setattr("megatron_ext.launch.preflight.time", late)
         if rank == 1 and differs == "device":
             patch.setattr("megatron_ext.launch.preflight.device_title", lambda _: "another GPU")
         output_dir = f"{folder}/{rank}" if differs == "files" else folder
@@ -44,20 +47,6 @@ def outcome(rank: int, _world_size: int, folder: str, differs: str, limits: dict
                 return lines
         except UserError as error:
             return [str(error)]
-
-
-class _LateClock:
-    """Half an hour late, and otherwise the time module."""
-
-    def time(self) -> float:
-        import time
-
-        return time.time() - 1800
-
-    def __getattr__(self, name: str) -> object:
-        import time
-
-        return getattr(time, name)
 
 
 def test_fit_hosts_are_reported(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from megatron_ext.config.training import MetricsConfig
-from megatron_ext.metrics.console import ProgressBar
 from megatron_ext.metrics.jsonl import ROLLED_BACK_NAME
+from megatron_ext.metrics.progress_bar import ProgressBar
 from megatron_ext.metrics.reading import read_metrics
 from megatron_ext.metrics.recorder import Recorder, Sink, open_sinks
 from megatron_ext.metrics.records import EvalRecord
@@ -88,15 +88,6 @@ def test_a_terminal_gets_a_bar_and_the_log_file_lines_in_any_case(
         assert ("step 4 |" in shown) == (not terminal)
         for line in ("step 2 |", "step 4 |", "validation after step 4"):
             assert line in kept
-
-
-def test_without_sinks_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    recorder = Recorder()
-    record_steps(recorder, 1, 2)
-    recorder.event("checkpoint", step=2)
-    recorder.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("terminal", [False, True])

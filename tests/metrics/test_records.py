@@ -23,24 +23,25 @@ from megatron_ext.metrics.records import (
 )
 from tests.engine.training import small_config
 
+TRAIN: dict[str, Any] = {
+    "step": 3,
+    "tokens": 192,
+    "samples": 24,
+    "seq_len": 8,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "micro_batches": 2,
+    "lr": 1e-4,
+    "loss": 5.5,
+    "loss_ratio": 0.97,
+    "grad_norm": 1.25,
+    "step_time_s": 0.5,
+    "tokens_per_s": 128.0,
+}
+
 
 def train_record(**changes: Any) -> TrainRecord:
-    values: dict[str, Any] = {
-        "step": 3,
-        "tokens": 192,
-        "samples": 24,
-        "seq_len": 8,
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "micro_batches": 2,
-        "lr": 1e-4,
-        "loss": 5.5,
-        "loss_ratio": 0.97,
-        "grad_norm": 1.25,
-        "step_time_s": 0.5,
-        "tokens_per_s": 128.0,
-    }
-    return TrainRecord(**{**values, **changes})
+    return TrainRecord(**TRAIN | changes)
 
 
 def same(left: object, right: object) -> bool:
@@ -84,24 +85,7 @@ def test_every_value_survives_strict_json(record: TrainRecord | EvalRecord) -> N
 
 def test_the_fields_of_a_train_line() -> None:
     line = json.loads(encode(train_record()))
-    assert line.pop("kind") == "train"
-    assert line == {
-        "step": 3,
-        "tokens": 192,
-        "samples": 24,
-        "seq_len": 8,
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "micro_batches": 2,
-        "lr": 1e-4,
-        "loss": 5.5,
-        "loss_ratio": 0.97,
-        "grad_norm": 1.25,
-        "step_time_s": 0.5,
-        "tokens_per_s": 128.0,
-        "mfu": None,
-        "skipped": False,
-    }
+    assert line == TRAIN | {"kind": "train", "mfu": None, "skipped": False}
     detail = {"layers": {"0": (1.5, 0.5)}, "kinds": {"mlp": (1.5, 0.5), "norm": (0.5, 0.25)}}
     line = json.loads(encode(train_record(adam_var=detail)))
     assert line["adam_var"] == {"layers": {"0": [1.5, 0.5]}, "kinds": {"mlp": [1.5, 0.5], "norm": [0.5, 0.25]}}
@@ -120,19 +104,6 @@ def test_non_finite_values_are_null_and_named() -> None:
     line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
     assert line["position_loss"] == [4.0, None]
     assert line["non_finite"] == {"loss": "nan", "perplexity": "nan", "position_loss[1]": "nan"}
-
-
-def test_the_fields_of_an_eval_line() -> None:
-    losses = np.array([4.0] * 8 + [2.0] * 4)
-    line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
-    assert line.pop("perplexity") == pytest.approx(math.exp(40 / 12))
-    assert line.pop("loss") == pytest.approx(40 / 12)
-    buckets = {"position_edges": [0, 8, 12], "position_loss": [4.0, 2.0]}
-    assert line == {"kind": "eval", "step": 2, "tokens": 64, **buckets}
-    assert "position_loss" not in encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=False))
-
-
-def test_non_finite_values_inside_are_null_and_named() -> None:
     detail = {"layers": {"0": [1.5, math.inf], "11": [math.nan, math.nan]}, "kinds": {"mlp": [1.0, 0.5]}}
     record = train_record(adam_var=detail)
     line = json.loads(encode(record))
@@ -144,6 +115,16 @@ def test_non_finite_values_inside_are_null_and_named() -> None:
     }
     assert same(decode(line), record)
     assert detail["layers"]["0"] == [1.5, math.inf], "the record itself is left alone"
+
+
+def test_the_fields_of_an_eval_line() -> None:
+    losses = np.array([4.0] * 8 + [2.0] * 4)
+    line = json.loads(encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=True)))
+    assert line.pop("perplexity") == pytest.approx(math.exp(40 / 12))
+    assert line.pop("loss") == pytest.approx(40 / 12)
+    buckets = {"position_edges": [0, 8, 12], "position_loss": [4.0, 2.0]}
+    assert line == {"kind": "eval", "step": 2, "tokens": 64, **buckets}
+    assert "position_loss" not in encode(EvalRecord.from_positions(losses, step=2, tokens=64, buckets=False))
 
 
 def test_perplexity_of_a_loss() -> None:
@@ -205,10 +186,7 @@ def test_bucket_means_are_means_and_average_to_the_loss(losses: list[float]) -> 
     assert weighted / len(losses) == pytest.approx(np.mean(losses))
 
 
-def test_the_prefix_is_the_first_length_unless_it_is_given() -> None:
+def test_the_prefix_is_the_first_length_unless_it_is_given_and_never_longer_than_the_full_one() -> None:
     assert [prefix_length(prefix, 8) for prefix in (None, 0, 24)] == [8, 0, 24]
-
-
-def test_a_prefix_beyond_the_full_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"metrics\.prefix is 33, more than training\.seq_len 32: write at most 32"):
         small_config(metrics={"prefix": 33})

@@ -57,13 +57,16 @@ def test_tensors_of_a_drain_are_copied_together(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "item", refused)
     monkeypatch.setattr(Tensor, "__float__", refused)
     pending = PendingSteps()
+    vectors = {1: [1.0, math.inf, 3.0], 3: [0.1]}
     for step in range(5):
-        vector = torch.ones(3, dtype=torch.float64) if step == 2 else None
+        vector = torch.tensor(vectors[step], dtype=torch.float64) if step in vectors else None
         norm = torch.tensor(0.5, dtype=torch.bfloat16)
         pending.add(finished(step), result(torch.tensor(float(step)), norm), adam_variance=vector)
     assert copies == []
-    assert [step.loss for step in pending.drain()] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert copies == [(13,)]
+    steps = pending.drain()
+    assert [step.loss for step in steps] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert [step.adam_variance for step in steps] == [None, (1.0, math.inf, 3.0), None, (0.1,), None]
+    assert copies == [(14,)]
 
 
 def test_drain_returns_steps_once_and_in_order() -> None:
@@ -74,17 +77,6 @@ def test_drain_returns_steps_once_and_in_order() -> None:
     assert pending.drain() == [FetchedStep(finished(0), 2.0, 1.5), FetchedStep(finished(1), math.inf, None)]
     assert len(pending) == 0
     assert pending.drain() == []
-
-
-def test_vectors_come_with_the_steps_that_have_one() -> None:
-    pending = PendingSteps()
-    vectors = {1: [1.0, math.inf, 3.0], 3: [0.1]}
-    for step in range(4):
-        vector = torch.tensor(vectors[step], dtype=torch.float64) if step in vectors else None
-        pending.add(finished(step), result(torch.tensor(float(step)), None), adam_variance=vector)
-    steps = pending.drain()
-    assert [step.loss for step in steps] == [0.0, 1.0, 2.0, 3.0]
-    assert [step.adam_variance for step in steps] == [None, (1.0, math.inf, 3.0), None, (0.1,)]
 
 
 def test_a_buffer_that_is_used_again_does_not_change_what_was_added() -> None:

@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 
 from megatron_ext.config.run import RunConfig
 from megatron_ext.engine.deepspeed_engine import DeepSpeedEngine
+from megatron_ext.engine.engine import StepResult
 from megatron_ext.engine.second_moments import SecondMoment
 from megatron_ext.metrics.adam_variance import AdamVariance, VarianceSummary
 from megatron_ext.model.gpt import build_gpt
@@ -76,15 +77,7 @@ class _Bare:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return _Result(total, norm)
-
-
-@dataclass(frozen=True)
-class _Result:
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    skipped: bool = False
-    prefix_loss: None = None
+        return StepResult(loss=total, grad_norm=norm, skipped=False)
 
 
 class GivenMoments:

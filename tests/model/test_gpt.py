@@ -149,12 +149,8 @@ def test_the_state_dict_holds_tensors_only_and_loads_strictly(layout: Layout) ->
     other.load_state_dict(state, strict=True)
     tokens = random_tokens(1, 8)
     assert torch.equal(other(tokens), model(tokens))
+    with pytest.raises(UserError, match=r"41 tokens.*max_position_embeddings is 40"):
+        model(random_tokens(1, 41))
     del state["decoder.final_layernorm.bias"]
     with pytest.raises(RuntimeError, match=r"decoder\.final_layernorm\.bias"):
         other.load_state_dict(state, strict=True)
-
-
-def test_a_sequence_longer_than_the_position_table_is_refused(layout: Layout) -> None:
-    model = build_small(layout)
-    with pytest.raises(UserError, match=r"41 tokens.*max_position_embeddings is 40"):
-        model(random_tokens(1, 41))

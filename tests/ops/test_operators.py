@@ -1,5 +1,6 @@
 """The operators as torch sees them: schemas, fakes, devices; and what they say about unfit arguments."""
 
+import re
 from typing import Any
 
 import pytest
@@ -78,8 +79,5 @@ UNFIT: list[tuple[str, tuple[Any, ...], str]] = [
 
 @pytest.mark.parametrize(("name", "arguments", "message"), UNFIT, ids=[message for _, _, message in UNFIT])
 def test_unfit_arguments_are_named(name: str, arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(RuntimeError, match=f"megatron_ext::{name}: "):
+    with pytest.raises(RuntimeError, match=f"megatron_ext::{name}: .*{re.escape(message)}"):
         getattr(torch.ops.megatron_ext, name)(*arguments)
-    with pytest.raises(RuntimeError) as raised:
-        getattr(torch.ops.megatron_ext, name)(*arguments)
-    assert message in str(raised.value)

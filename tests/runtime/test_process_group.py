@@ -71,7 +71,7 @@ def test_port_of_another_program() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         info = RankInfo(
-            rank=0, local_rank=0, world_size=1, local_world_size=1, master_address="127.0.0.1", master_port=port
+            rank=0, local_rank=0, world_size=2, local_world_size=2, master_address="127.0.0.1", master_port=port
         )
         with (
             pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use"),

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.launch.slurm import jobs_of
 from tests.cluster.lab import ROOT, Lab, LabOptions, why_not
-from tests.train.small_run import train_records, write_config, write_corpus
+from tests.train.small_run import corpus_data, train_records, write_config
 
 _SLURM_LINES = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE"""
@@ -36,7 +36,6 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the commands, which jobs get from them."""
         return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
     def submit(self, config: Path, *options: str) -> list[str]:
@@ -45,23 +44,19 @@ class Cluster:
         return [word for word in output.splitlines()[0].partition(";")[0].split() if word.isdigit()]
 
     def status(self, run: Path) -> dict[str, Any]:
-        """What ``status --json`` says of a run."""
         found = json.loads(self.cli("status", str(run), "--json"))
         assert isinstance(found, dict)
         return found
 
     def slurm(self, *command: str) -> str:
-        """What a program of SLURM prints; it has to succeed."""
         done = self.lab.run(command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """SLURM's word for a job."""
         return self.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
     def wait_for_step(self, run: Path, step: int) -> None:
-        """Return when the run has finished ``step`` steps."""
         self.wait(lambda: any(record["step"] >= step for record in train_records(run)), f"step {step}", run)
 
     def wait_for_end(self, run: Path, *, events: tuple[str, ...] = ("ended",)) -> None:
@@ -101,22 +96,9 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(lab)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with token files and tokenizer of the small run."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
 def small_config(folder: Path, corpus: Path, **sections: Any) -> Path:
     """A run of 40 steps in ``folder / "small"``, long enough to be interrupted."""
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-    }
-    path = write_config(folder, data=data, **sections)
+    path = write_config(folder, data=corpus_data(corpus), **sections)
     tree = json.loads(path.read_text())
     # What is tested here is no matter of kernels, and needs none to be built.
     tree["model"]["kernels"] = "reference"

@@ -43,6 +43,9 @@ class Planted:
     factor: float = float("nan")
     """What the losses of a spoiled batch are multiplied with."""
 
+    weight_at: int | None = None
+    """0-based step before which one weight of the last rank becomes ``factor``."""
+
     dies_at: tuple[int, int] | None = None
     """(step, time): the process ends before it reads this step for the time-th time."""
 
@@ -51,12 +54,15 @@ class Planted:
 class _Spoiler:
     planted: Planted
     on: bool = False
+    model: torch.nn.Module | None = None
     seen: dict[int, int] = field(default_factory=dict)
 
     def look(self, step: PlannedStep, batch: Batch, rank: int, ranks: int) -> None:
         self.seen[step.step] = self.seen.get(step.step, 0) + 1
         if self.planted.dies_at == (step.step, self.seen[step.step]):
             raise KilledError
+        if step.step == self.planted.weight_at and rank == ranks - 1 and self.model is not None:
+            next(self.model.parameters()).data.flatten()[0] = self.planted.factor
         own = range(rank * len(batch.tokens), (rank + 1) * len(batch.tokens))
         reads = any(int(batch.samples[place]) in self.planted.samples for place in own)
         hit = step.step in self.planted.steps and self.seen[step.step] <= self.planted.times
@@ -83,6 +89,7 @@ def _planted(planted: Planted) -> Iterator[None]:
     def build_spoiled(*arguments: Any, **options: Any) -> torch.nn.Module:
         model = build_gpt(*arguments, **options)
         model.register_forward_hook(spoiler.hook)
+        spoiler.model = model
         return model
 
     with patch.object(build, "TrainLoader", Loader), patch.object(build, "build_gpt", build_spoiled):

@@ -29,6 +29,12 @@ def write_corpus(folder: Path) -> None:
     preprocess((folder / "corpus.jsonl",), folder / "corpus", options)
 
 
+def corpus_data(corpus: Path) -> dict[str, Any]:
+    """The data section of a run on what ``write_corpus`` wrote into ``corpus``."""
+    tokenizer = str(corpus / "tokenizer.json")
+    return {"sources": [{"prefix": str(corpus / "corpus")}], "split": [90, 10, 0], "tokenizer": tokenizer}
+
+
 def write_config(folder: Path, **sections: Any) -> Path:
     """Write a run of 40 steps, length 8 to 32 over 30 of them, checkpoint every 10; ``sections`` replace whole ones."""
     base: dict[str, Any] = {
@@ -42,11 +48,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
             "hidden_dropout": 0.1,
             "attention_dropout": 0.1,
         },
-        "data": {
-            "sources": [{"prefix": str(folder / "corpus")}],
-            "split": [90, 10, 0],
-            "tokenizer": str(folder / "tokenizer.json"),
-        },
+        "data": corpus_data(folder),
         "training": {"seq_len": 32, "batch_size": 8, "duration": {"steps": 40}},
         "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 30}},
         "learning_rate": {"peak": 3e-3, "warmup": {"steps": 5}},

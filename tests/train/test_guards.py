@@ -136,17 +136,69 @@ def test_rollbacks_that_do_not_help_end(tmp_path: Path, corpus: Path) -> None:
     assert not (tmp_path / "early" / "small" / "checkpoints").exists()
 
 
+NO_ZERO = {"zero_stage": 0, "micro_batch_tokens": 64}
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, corpus: Path) -> None:
-    # Without ZeRO in fp32 nothing but a guard keeps a NaN from the weights, and one that logs does not.
-    log = guarded(tmp_path / "log", corpus, {"non_finite": "log"}, parallel={"zero_stage": 0, "micro_batch_tokens": 64})
-    assert run_ranks(run_once, 2, [(str(log), [], Planted(samples=(BAD_SAMPLE,)))]) == [[""]] * 2
-    run = tmp_path / "log" / "small"
-    assert [(event["action"], event["reason"]) for event in events(run, "guard")] == [
-        ("log", "loss"),
-        ("no checkpoint", "weights"),
-        ("no checkpoint", "weights"),
+    guards: list[dict[str, Any]] = [{"non_finite": "log"}, {}]
+    configs = [guarded(tmp_path / name, corpus, g, parallel=NO_ZERO) for name, g in zip("ab", guards, strict=True)]
+    ends = run_ranks(run_once, 2, [(str(config), list[str](), Planted(weight_at=BAD_STEP)) for config in configs])
+    assert ends[0] == ends[1]
+    for name, end, first in zip("ab", ends[0], ("log", "skip"), strict=True):
+        assert f"weights are not finite at the last step, {STEPS}, so they are not saved" in end
+        run = tmp_path / name / "small"
+        events_found = [(event["action"], event["reason"]) for event in events(run, "guard")]
+        # The guard that logs, and without one the run itself.
+        logged = [("log", "loss")] if first == "log" else []
+        assert sorted(events_found) == sorted([*logged, ("skip", "loss"), *[("no checkpoint", "weights")] * 2])
+        assert (run / "checkpoints" / "latest").read_text() == f"step_{2 * EVERY}\n"
+        assert all(record["skipped"] for record in train_records(run)[BAD_STEP:])
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_gradients_that_stay_broken_end_the_run(tmp_path: Path, corpus: Path, stage: int) -> None:
+    layout = {"zero_stage": stage, "micro_batch_tokens": 64}
+    config = guarded(tmp_path / "off", corpus, {"max_non_finite": 4}, parallel=layout)
+    # Two steps that are left out and are forgotten, then one after the other.
+    planted = Planted(steps=(1, 2, *range(BAD_STEP, STEPS)))
+    ends = run_ranks(run_once, 2, [(str(config), list[str](), planted)])
+    assert ends[0] == ends[1]
+    last = BAD_STEP + 4
+    assert f"stopped the run at step {last}: the loss is not finite; guards.max_non_finite: 4 updates" in ends[0][0]
+    assert f"step_{3 * EVERY} is the newest checkpoint" in ends[0][0]
+    run = tmp_path / "off" / "small"
+    skipped = [record["step"] for record in train_records(run) if record["skipped"]]
+    assert skipped == [2, 3, *range(BAD_STEP + 1, last + 1)]
+    assert [(event["action"], event["step"]) for event in events(run, "guard")] == [
+        ("skip", 2),
+        ("skip", BAD_STEP + 1),
+        ("stop", last),
     ]
-    assert (run / "checkpoints" / "latest").read_text() == f"step_{2 * EVERY}\n"
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path, corpus: Path) -> None:
+    config = guarded(tmp_path / "off", corpus, {"max_non_finite": 5})
+    planted = Planted(steps=tuple(range(BAD_STEP, STEPS)))
+    stop = ['training.stop_after={"steps": 12}']
+    ends = run_ranks(run_once, 2, [(str(config), stop, planted), (str(config), list[str](), planted)])
+    assert ends[0] == ends[1]
+    assert ends[0][0] == ""
+    assert f"stopped the run at step {BAD_STEP + 5}: " in ends[0][1]
+
+
+def test_copies_that_differ_end_the_run(tmp_path: Path, corpus: Path) -> None:
+    one_bit = Planted(weight_at=BAD_STEP, factor=0.125)
+    checked, whole = (
+        guarded(tmp_path / name, corpus, {"check_copies_every": 3}, parallel=NO_ZERO) for name in ("checked", "whole")
+    )
+    ends = run_ranks(run_once, 2, [(str(checked), list[str](), one_bit), (str(whole), [], Planted())])
+    assert ends[0] == ends[1]
+    message, nothing = ends[0]
+    assert nothing == "", "copies of a healthy run are equal"
+    # Gradients are averaged over the ranks, so the other weights stay equal.
+    name = "embedding.word_embeddings.weight"
+    assert message.startswith(f"the copies of {name} are not equal after step 12: rank 0 against rank 1. ")
+    assert f"step_{2 * EVERY} is the newest checkpoint" in message
 
 
 @pytest.mark.slow

@@ -20,27 +20,22 @@ class Case:
 
     op: str
     shape: tuple[int, ...]
-    dtype: str
-    """"float32", "float16" or "bfloat16"."""
+    dtype: str  # "float32", "float16" or "bfloat16"
 
     @property
     def width(self) -> int:
-        """Bytes of a value."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix that the input is."""
         return prod(self.shape[:-1])
 
     @property
     def cols(self) -> int:
-        """Columns of that matrix."""
         return self.shape[-1]
 
     @property
     def bytes(self) -> int:
-        """Size of the largest input."""
         return prod(self.shape) * self.width
 
     def __str__(self) -> str:
@@ -142,9 +137,7 @@ class Measured:
 
     case: Case
     forward: Mapping[str, float]
-    both: Mapping[str, float]
-    """Forward and backward; empty where there is no backward."""
-
+    both: Mapping[str, float]  # forward and backward; empty where there is no backward
     failures: Mapping[str, str]
 
 
@@ -156,18 +149,13 @@ class Figures:
     direction: str
     microseconds: float
     gigabytes_per_second: float
-    share_of_copy: float
-    """Of the rate at which the device copies."""
-
+    share_of_copy: float  # of the rate at which the device copies
+    # How many times as long each other implementation took; for the backward, forward and backward together.
     ratios: Mapping[str, float]
-    """How many times as long each other implementation took; for the backward, forward and backward together."""
 
 
 def figures(measured: Measured, *, copy_bytes_per_second: float) -> list[Figures]:
-    """The figures of both directions.
-
-    The backward's time is what forward and backward take together less what the forward takes.
-    """
+    """The figures of both directions. The backward's time is that of both less the forward's."""
     moved = traffic(measured.case)
     rows = [("forward", measured.forward, measured.forward[FUSED], moved.forward)]
     if measured.both:

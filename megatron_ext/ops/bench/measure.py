@@ -186,17 +186,10 @@ def implementations(op: str, *, compiled: bool) -> dict[str, Compute]:
 class Effort:
     """How much is measured."""
 
-    rounds: int = 7
-    """Of which the median is taken."""
-
-    seconds: float = 0.1
-    """Of an implementation in a round, at least one call."""
-
-    cold_bytes: int = 2**29
-    """Buffers of all sets together; one set where a single one is larger."""
-
-    compiled: bool = True
-    """Whether torch.compile takes part."""
+    rounds: int = 7  # of which the median is taken
+    seconds: float = 0.1  # of an implementation in a round, at least one call
+    cold_bytes: int = 2**29  # buffers of all sets together; one set where a single one is larger
+    compiled: bool = True  # whether torch.compile takes part
 
 
 def measure(case: Case, device: Device, effort: Effort) -> Measured:

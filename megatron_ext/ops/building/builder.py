@@ -1,11 +1,10 @@
 """Libraries from the cache, or built into it: once, whole, and without waiting for anybody who is gone.
 
 Each build has a folder of its own, of which the first to finish is published, so the lock only saves work. It is the
-kernel's lock on an open file (``filelock``): it ends with its holder, however that ends, also over a network. Where a
+kernel's lock on an open file (run_lock.py): it ends with its holder, however that ends, also over a network. Where a
 file system has none, or a holder hangs, a process builds beside the others.
 """
 
-import errno
 import json
 import os
 import platform
@@ -14,26 +13,24 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from megatron_ext.ops.building.recipe import Backend, Recipe, digest, prebuilt_folder, source_folder
 from megatron_ext.ops.building.toolchain import KernelsUnavailableError, cpu_features, find_torch, runs_on
 from megatron_ext.runtime.files import publish_directory
-from megatron_ext.runtime.log import LOGGER
+from megatron_ext.runtime.run_lock import advisory_lock
 
 _METADATA = "build.json"
 _LOG = "build.log"
 _PARTIAL = ".partial-"
 _PATIENCE_SECONDS = 1800.0
 _ABANDONED_SECONDS = 24 * 3600.0
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,9 @@ class Library:
 
     backend: Backend
     path: Path
-    seconds: float
-    """How long its build took."""
-
-    built_now: bool
-    """Whether this call built it; False where it was there."""
-
-    architectures: tuple[str, ...]
-    """CUDA architectures it was compiled for, empty of the CPU's."""
+    seconds: float  # how long its build took
+    built_now: bool  # whether this call built it; False where it was there
+    architectures: tuple[str, ...]  # CUDA architectures it was compiled for, empty of the CPU's
 
 
 def cached_library(recipe: Recipe, cache: Path) -> Library | None:
@@ -60,20 +52,11 @@ def cached_library(recipe: Recipe, cache: Path) -> Library | None:
 def build_library(
     recipe: Recipe, cache: Path, *, jobs: int, force: bool = False, patience_seconds: float = _PATIENCE_SECONDS
 ) -> Library:
-    """The library of ``recipe`` in ``cache``, built where it is not there.
+    """The library of ``recipe`` in the folder ``cache``, built where it is not there, with ``jobs`` compilers at once.
 
-    Of several processes that ask at once one builds, and the others take what it built.
-
-    Args:
-        recipe: What to build.
-        cache: Folder of all results; is made.
-        jobs: Compilers to run at once.
-        force: Build also where the result is there, and replace it.
-        patience_seconds: How long to wait for another process that builds it before building it as well.
-
-    Raises:
-        KernelsUnavailableError: a compiler failed, now or when the same was tried before, or the cache cannot be
-            written.
+    Of several processes that ask at once one builds, and the others take what it built; one that has waited for
+    ``patience_seconds`` builds it as well. ``force`` builds also where the result is there, and replaces it. Raises
+    KernelsUnavailableError if a compiler failed, now or when the same was tried before, or the cache cannot be written.
     """
     folder, failed = cache / recipe.key, _failure_log(cache, recipe)
     before = _publication(folder) if force else None
@@ -81,7 +64,8 @@ def build_library(
         failed.unlink(missing_ok=True)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{recipe.key}.lock", recipe.backend, patience_seconds):
+        lock, what = cache / f"{recipe.key}.lock", f"the {recipe.backend} kernels"
+        with advisory_lock(lock, what=what, say_after_seconds=0.0, patience_seconds=patience_seconds):
             library = _read(folder, recipe.backend)
             if library is not None and _publication(folder) != before:
                 return library
@@ -94,28 +78,6 @@ def build_library(
         raise KernelsUnavailableError(
             f"the cache of kernels {cache} cannot be used ({error}); set MEGATRON_EXT_KERNEL_CACHE to another folder"
         ) from error
-
-
-@contextmanager
-def _locked(path: Path, backend: Backend, patience_seconds: float) -> Iterator[None]:
-    """Hold the lock ``path``, or go on without it after ``patience_seconds`` or where the file system has no locks."""
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            LOGGER.info("kernels: waiting for another process that builds the %s library (lock %s)", backend, path)
-            lock.acquire(timeout=patience_seconds)
-    except Timeout:
-        LOGGER.warning("kernels: %s was held for %.0f s; building without it", path, patience_seconds)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        LOGGER.warning("kernels: the file system of %s has no locks; building without one", path)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def prebuilt_library(backend: Backend, devices: Iterable[tuple[int, int]] = ()) -> Library | None:

@@ -48,11 +48,7 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-Wall")
 
 
 def source_folder() -> Path:
-    """The folder csrc: inside an installed package, or beside the package in a checkout.
-
-    Raises:
-        KernelsUnavailableError: neither has it.
-    """
+    """The folder csrc, of the package or beside it. Raises KernelsUnavailableError if there is none."""
     for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "common" / "abi.h").is_file():
             return folder
@@ -101,23 +97,17 @@ class Recipe:
     """A library that can be built here."""
 
     backend: Backend
-    folder: Path
-    """csrc."""
-
+    folder: Path  # csrc
     torch: Torch
     compiler: Tool
     ninja: Tool
     nvcc: Tool | None
     architectures: tuple[Architecture, ...]
-    sources: str
-    """Digest of the files."""
-
-    features: frozenset[str]
-    """Instruction sets that the result may use."""
+    sources: str  # digest of the files
+    features: frozenset[str]  # instruction sets that the result may use
 
     @property
     def file(self) -> str:
-        """Name of the library's file."""
         return f"libmegatron_ext_{self.backend}.so"
 
     @property
@@ -188,16 +178,7 @@ class Recipe:
 
 
 def recipe_for(backend: Backend, environment: KernelEnvironment, devices: Iterable[tuple[int, int]] = ()) -> Recipe:
-    """What building the library of ``backend`` takes here.
-
-    Args:
-        backend: Which library.
-        environment: What the environment says.
-        devices: Compute capabilities of the CUDA devices present.
-
-    Raises:
-        KernelsUnavailableError: a compiler or torch is missing or unfit.
-    """
+    """How ``backend`` is built for ``devices`` (compute capabilities). Raises KernelsUnavailableError if it is not."""
     folder, torch, compiler, ninja = source_folder(), find_torch(), find_compiler(environment), find_ninja()
     nvcc, architectures = None, tuple[Architecture, ...]()
     if backend == "cuda":
@@ -231,5 +212,4 @@ def _quoted(path: Path | str) -> str:
 
 
 def _path(path: Path) -> str:
-    """A path as a ninja input."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

@@ -42,17 +42,14 @@ class Torch:
 
     folder: Path
     version: str
-    cuda: str | None
-    """CUDA version that it was built for, such as "13.0"; None of a CPU build."""
+    cuda: str | None  # CUDA version that it was built for, such as "13.0"; None of a CPU build
 
     @property
     def include(self) -> Path:
-        """Folder of its headers."""
         return self.folder / "include"
 
     @property
     def libraries(self) -> Path:
-        """Folder of its libraries."""
         return self.folder / "lib"
 
     @property
@@ -62,11 +59,7 @@ class Torch:
 
 
 def find_torch() -> Torch:
-    """The torch of this Python.
-
-    Raises:
-        KernelsUnavailableError: there is none, or it came without headers.
-    """
+    """The torch of this Python. Raises KernelsUnavailableError if there is none, or it came without headers."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise KernelsUnavailableError("torch is not installed; pip install torch")
@@ -82,11 +75,7 @@ def find_torch() -> Torch:
 
 
 def find_compiler(environment: KernelEnvironment) -> Tool:
-    """The C++ compiler.
-
-    Raises:
-        KernelsUnavailableError: it is missing, does not run, or is too old for torch's headers.
-    """
+    """The C++ compiler. Raises KernelsUnavailableError if it is missing, does not run, or is too old for torch."""
     path = shutil.which(environment.compiler)
     if path is None:
         raise KernelsUnavailableError(
@@ -102,11 +91,7 @@ def find_compiler(environment: KernelEnvironment) -> Tool:
 
 
 def find_ninja() -> Tool:
-    """The build program; the one of this Python's environment before the system's.
-
-    Raises:
-        KernelsUnavailableError: it is missing or does not run.
-    """
+    """ninja, of this Python's environment before the system's. Raises KernelsUnavailableError if there is none."""
     path = find_program("ninja")
     if path is None:
         raise KernelsUnavailableError("ninja is not installed; pip install ninja")
@@ -114,11 +99,7 @@ def find_ninja() -> Tool:
 
 
 def find_nvcc(environment: KernelEnvironment, torch: Torch) -> Tool:
-    """The CUDA compiler.
-
-    Raises:
-        KernelsUnavailableError: it is missing, does not run, is too old, or is of another CUDA than torch's.
-    """
+    """The CUDA compiler. Raises KernelsUnavailableError if it is missing, too old, or of another CUDA than torch's."""
     homes = [environment.cuda_home] if environment.cuda_home else []
     places = [home / "bin" / "nvcc" for home in [*homes, Path("/usr/local/cuda")]]
     path = next((str(place) for place in places[: len(homes)] if place.is_file()), None)
@@ -186,7 +167,6 @@ class Architecture:
 
     @property
     def options(self) -> list[str]:
-        """nvcc's options."""
         code = f"[sm_{self.name},compute_{self.name}]" if self.ptx else f"sm_{self.name}"
         return ["-gencode", f"arch=compute_{self.name},code={code}"]
 
@@ -196,13 +176,9 @@ def choose_architectures(
 ) -> tuple[Architecture, ...]:
     """What to compile for: ``listed``, else the devices, else DEFAULT_ARCHITECTURES as far as nvcc knows it.
 
-    Args:
-        listed: Content of TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX"; None where it is not set.
-        devices: Compute capabilities of the devices present.
-        known: What nvcc compiles for.
-
-    Raises:
-        KernelsUnavailableError: the list cannot be read, or nvcc does not know one of them.
+    ``listed`` is TORCH_CUDA_ARCH_LIST where it is set, such as "8.0;9.0+PTX"; ``devices`` are the compute capabilities
+    present, ``known`` is what nvcc compiles for. Raises KernelsUnavailableError if the list cannot be read, or nvcc
+    does not know one of them.
     """
     if listed is not None:
         return _checked(_parsed(listed), known, "TORCH_CUDA_ARCH_LIST names")

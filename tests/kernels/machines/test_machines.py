@@ -8,10 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.kernels.building import CannotBuildError
-from tests.kernels.emulator.build import emulator_module, load
+from tests.kernels.building import CannotBuildError, ptx_of
+from tests.kernels.emulator.backend import emulator_module, load
 from tests.kernels.interface import GuardedMemory
-from tests.kernels.nvcc import ptx_of
 from tests.kernels.ptx.backend import PtxModule
 from tests.kernels.ptx.parser import PtxError
 

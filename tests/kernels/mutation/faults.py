@@ -20,7 +20,6 @@ class Fault:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it is in a kernel for the CPU."""
         return self.file.startswith("cpu/")
 
     def occurrences(self, root: Path) -> int:

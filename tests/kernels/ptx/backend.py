@@ -7,12 +7,12 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from tests.kernels.emulator.build import kernels
+from tests.kernels.building import kernel_sources, ptx_of
+from tests.kernels.emulator.backend import kernels
 from tests.kernels.interface import STREAM, Argument, Guarded, GuardedMemory, KernelError, addresses, check_canaries
-from tests.kernels.nvcc import kernel_sources, ptx_of
-from tests.kernels.ptx.batch import Dimensions, Launch
 from tests.kernels.ptx.machine import Program, run_launch
 from tests.kernels.ptx.parser import Kernel, PtxError, parse_kernel, parse_module
+from tests.kernels.ptx.program import Dimensions, Launch
 from tests.kernels.ptx.values import Array
 
 Recorded = tuple[str, Dimensions, Dimensions, int, list[bytes]]
@@ -41,7 +41,6 @@ class PtxModule:
         return self.programs[name]
 
     def run(self, recorded: Recorded, tensors: list[tuple[int, int]]) -> None:
-        """Runs one launch."""
         name, grid, block, dynamic_shared, arguments = recorded
         program = self.program(name)
         parameters = parameter_space(program.kernel, arguments)
@@ -86,6 +85,5 @@ class PtxBackend(Guarded):
 
 
 def ptx_backend(architecture: int) -> PtxBackend:
-    """The kernels for ``compute_ARCHITECTURE``."""
     files = ptx_of(kernel_sources(), architecture)
     return PtxBackend(f"ptx-{architecture}", GuardedMemory(), kernels(), PtxModule.of_files(files))

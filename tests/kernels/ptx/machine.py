@@ -9,11 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests.kernels.ptx.batch import Batch, Launch
-from tests.kernels.ptx.memory import AccessError, GlobalMemory
+from tests.kernels.ptx.memory import EPOCH, WARP_EPOCH, AccessError, GlobalMemory, Index
 from tests.kernels.ptx.parser import Instruction, Kernel, PtxError
-from tests.kernels.ptx.program import Compiled, compile_kernel
-from tests.kernels.ptx.shadow import EPOCH, WARP_EPOCH, Index
+from tests.kernels.ptx.program import Batch, Compiled, Launch, compile_kernel
 from tests.kernels.ptx.values import ALL, Array, Lanes, reader
 
 # Threads that are run together: enough to pay for an instruction's overhead, few enough for caches.

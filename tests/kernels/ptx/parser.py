@@ -33,7 +33,6 @@ class Instruction:
 
     @property
     def type(self) -> str:
-        """The last piece of the opcode that is a type."""
         return next(part for part in reversed(self.parts) if part in SIZES)
 
 

@@ -9,8 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.kernels.building import CannotBuildError, Step, make, tool
-from tests.kernels.nvcc import device_code_of, kernel_sources, newest_architecture
+from tests.kernels.building import (
+    CannotBuildError,
+    Step,
+    device_code_of,
+    kernel_sources,
+    make,
+    newest_architecture,
+    tool,
+)
 
 # What the library is built for where nobody says otherwise; the newest one stands for what is to come.
 ARCHITECTURES = ("80", "90", "100", "newest")
@@ -42,7 +49,6 @@ class Accesses:
 
 
 def architecture_number(name: str) -> int:
-    """The number of one of ``ARCHITECTURES``."""
     return newest_architecture() if name == "newest" else int(name)
 
 
@@ -56,7 +62,6 @@ def readable(names: Iterable[str]) -> dict[str, str]:
 
 @cache
 def resources(architecture: str) -> dict[str, Resources]:
-    """What each kernel takes, by readable name."""
     found: dict[str, Resources] = {}
     for code in device_code_of(kernel_sources(), architecture_number(architecture)):
         report = Path(f"{code}.log").read_text(encoding="utf-8")
@@ -132,7 +137,6 @@ class Limits:
 
 
 def read_table() -> dict[str, Limits]:
-    """The table, by readable name of the kernel."""
     return {name: Limits(**values) for name, values in json.loads(TABLE.read_text(encoding="utf-8")).items()}
 
 
@@ -147,7 +151,6 @@ def limits_of(taken: list[Resources], accessed: list[Accesses], before: Limits |
 
 
 def rewrite_table() -> None:
-    """Writes the table for the kernels as they are."""
     before = read_table() if TABLE.exists() else {}
     taken = [resources(architecture) for architecture in ARCHITECTURES]
     accessed = [accesses(architecture) for architecture in ARCHITECTURES]

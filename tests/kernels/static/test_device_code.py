@@ -23,13 +23,11 @@ REWRITE = "`python -m tests.kernels.static` rewrites the table, if this is meant
 # All but one are slow: what is right for one is mostly right for all.
 @pytest.fixture(params=[pytest.param(name, marks=() if name == "90" else pytest.mark.slow) for name in ARCHITECTURES])
 def architecture(request: pytest.FixtureRequest) -> str:
-    """A name of an architecture."""
     return str(request.param)
 
 
 @pytest.fixture
 def taken(architecture: str) -> dict[str, Resources]:
-    """What ptxas says of each kernel."""
     try:
         return resources(architecture)
     except CannotBuildError as missing:
@@ -38,7 +36,6 @@ def taken(architecture: str) -> dict[str, Resources]:
 
 @pytest.fixture
 def accessed(architecture: str) -> dict[str, Accesses]:
-    """What the machine code does to memory."""
     try:
         return accesses(architecture)
     except CannotBuildError as missing:

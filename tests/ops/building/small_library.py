@@ -1,4 +1,4 @@
-"""A library of three lines, so that tests of the build take no time to compile; its compiler waits while it is told to.
+"""A library of three lines, so that tests of the build take no time to compile; its compiler waits for a file to go.
 
 Run as a program it builds the library: ``python -m tests.ops.building.small_library FOLDER``.
 """
@@ -39,7 +39,6 @@ def small_recipe(folder: Path) -> Recipe:
 
 
 def build_small(folder: Path, *, force: bool = False) -> Library:
-    """Build it into ``folder``/cache."""
     return build_library(small_recipe(folder), folder / "cache", jobs=1, force=force)
 
 

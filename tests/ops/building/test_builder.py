@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch  # noqa: F401 - brings the libraries that the built one asks for
-from filelock import FileLock
 
 from megatron_ext.ops.building import builder
 from megatron_ext.ops.building.builder import cached_library, fitting_library, prebuilt_library
 from megatron_ext.ops.building.recipe import BACKENDS, Recipe, digest, source_folder, translation_units
 from megatron_ext.ops.building.toolchain import KernelsUnavailableError
 from megatron_ext.runtime.log import LOGGER
+from megatron_ext.runtime.run_lock import file_lock
 from tests.ops.building.small_library import build_small, compilations, small_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +36,7 @@ def build_elsewhere(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def names(cache: Path) -> list[str]:
-    """What is in the cache; whether a lock's file stays is filelock's business."""
+    """What is in the cache; a lock's file stays."""
     return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
 
 
@@ -98,12 +99,13 @@ def test_who_waits_says_for_what_and_does_not_wait_for_ever(
     recipe, cache = small_recipe(tmp_path), tmp_path / "cache"
     lock = cache / f"{recipe.key}.lock"
     cache.mkdir()
-    with FileLock(lock):
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with file_lock(lock):
         library = builder.build_library(recipe, cache, jobs=1, patience_seconds=0.2)
     assert library.built_now
     assert [record.getMessage() for record in caplog.records if record.name == LOGGER.name] == [
-        f"kernels: waiting for another process that builds the cpu library (lock {lock})",
-        f"kernels: {lock} was held for 0 s; building without it",
+        f"waiting for the cpu kernels, which another process makes ({holder}; lock {lock})",
+        f"{lock} was held for 0 s ({holder}); going on without it",
     ]
 
 

@@ -6,13 +6,11 @@ keeps two processes from training the same experiment, and ``configs/RUN.json``,
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
-
-import typer
 
 from megatron_ext.config.resolved import resolved_json
 from megatron_ext.curriculum.plan import TrainingPlan
@@ -26,6 +24,12 @@ from megatron_ext.text import finite_or_none
 
 if TYPE_CHECKING:
     from megatron_ext.analysis.run_data import RunData
+
+Say = Callable[..., None]
+"""``say(line)``, ``say(line, err=True)`` about what failed; as typer.echo."""
+
+ATTEMPTS = 2
+"""Of a run: one that failed is tried once more, from its newest checkpoint."""
 
 _BAD_INPUT = 2
 """Exit status of a run whose input is wrong: another attempt would find it as wrong."""
@@ -114,12 +118,12 @@ def _status(
     return RunStatus(run=run, state=state, progress=progress, note=note, queued=situation.queued)
 
 
-def train_all(experiment: Experiment, *, nproc: int | None = None) -> bool:
+def train_all(experiment: Experiment, *, nproc: int | None = None, say: Say) -> bool:
     """Train every run that is not finished, one after the other; whether all of them are finished then.
 
     A run that fails is tried once more, from its newest checkpoint; then it is marked and the next one begins. Those
     that have a job in the queue are left to it. SIGINT and SIGTERM end the present run with a checkpoint, and no other
-    begins.
+    begins. ``say`` is called with each line for people.
 
     Raises:
         UserError: a run's directory holds another run, or another process is training this experiment. Nothing has been
@@ -133,49 +137,48 @@ def train_all(experiment: Experiment, *, nproc: int | None = None) -> bool:
     with ledger.lock(), stop_on_signal() as stop:
         for number, status in enumerate(before, start=1):
             if stop.requested:
-                typer.echo(f"stopped on {stop.signal_name}; the same command goes on from here")
+                say(f"stopped on {stop.signal_name}; the same command goes on from here")
                 break
             head = f"[{number}/{len(before)}] {status.name}"
             if status.state == "finished":
-                typer.echo(f"{head}: finished before, skipped")
+                say(f"{head}: finished before, skipped")
                 continue
             if status.queued is not None:
-                typer.echo(f"{head}: job {status.queued.job} is {status.queued.state}, skipped")
+                say(f"{head}: job {status.queued.job} is {status.queued.state}, skipped")
                 continue
             step = status.progress.step
-            typer.echo(f"{head}: {f'from step {step:,}' if step else 'new'}")
-            ledger.begin(status.run)
-            exit_status, note = _train_twice(status.run, ledger, nproc=nproc or experiment.config.nproc, stop=stop)
-            ledger.end(status.run, exit_status, note=note)
+            say(f"{head}: {f'from step {step:,}' if step else 'new'}")
+            ledger.note(status.run, began=True)
+            ranks = nproc or experiment.config.nproc
+            exit_status, note = _train(status.run, ledger, nproc=ranks, stop=stop, say=say)
+            ledger.note(status.run, exit_status=exit_status, note=note)
     after = statuses(experiment)
     for status in after:
         if status.state == "failed":
-            typer.echo(f"{status.name} failed: {status.note}", err=True)
+            say(f"{status.name} failed: {status.note}", err=True)
     return all(status.state == "finished" for status in after)
 
 
-def _train_twice(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
+def _train(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any, say: Say) -> tuple[int, str]:
     """Exit status of the run, of its second attempt where the first failed, and what to say of it if that is not 0."""
-    exit_status, note = _train(run, ledger, nproc=nproc, stop=stop)
-    if exit_status in {0, _BAD_INPUT} or stop.requested:
-        return exit_status, note
-    typer.echo(f"{run.config.name} failed ({note}); once more from its newest checkpoint", err=True)
-    return _train(run, ledger, nproc=nproc, stop=stop)
-
-
-def _train(run: ExperimentRun, ledger: "Ledger", *, nproc: int | None, stop: Any) -> tuple[int, str]:
-    """Exit status of the run, and what to say of it if that is not 0."""
     from megatron_ext.launch.launcher import launch, this_machine
 
-    try:
-        ledger.write_config(run)
-        exit_status = launch(this_machine(nproc), run.config, stop=stop)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        return _BAD_INPUT, str(error)
-    if exit_status == 0:
-        return 0, ""
-    return exit_status, f"exit status {exit_status}; the reason is above, or in {run.config.run_dir / 'log.txt'}"
+    exit_status, note = 0, ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            say(f"{run.config.name} failed ({note}); once more from its newest checkpoint", err=True)
+        try:
+            ledger.write_config(run)
+            exit_status = launch(this_machine(nproc), run.config, stop=stop)
+        except UserError as error:
+            say(f"error: {error}", err=True)
+            return _BAD_INPUT, str(error)
+        if exit_status == 0:
+            return 0, ""
+        note = f"exit status {exit_status}; the reason is above, or in {run.config.run_dir / 'log.txt'}"
+        if exit_status == _BAD_INPUT or stop.requested:
+            break
+    return exit_status, note
 
 
 def data_of(experiment: Experiment) -> "list[RunData]":
@@ -203,7 +206,8 @@ def data_of(experiment: Experiment) -> "list[RunData]":
 
 def _refuse_other_runs(experiment: Experiment) -> None:
     """Raise UserError where a run's directory holds a run of another config."""
-    from megatron_ext.checkpoint.store import check_resumable, newest_checkpoint, read_manifest
+    from megatron_ext.checkpoint.store import newest_checkpoint
+    from megatron_ext.checkpoint.verify import check_resumable, read_manifest
 
     for run in experiment.runs:
         newest = newest_checkpoint(run.config.run_dir / "checkpoints")
@@ -226,13 +230,9 @@ class Ledger:
         found = self._read().get(run.config.name, {})
         return found if isinstance(found, dict) else {}
 
-    def begin(self, run: ExperimentRun) -> None:
-        """Remember that the run is being trained."""
-        self._write(self._read() | {run.config.name: {"began": True}})
-
-    def end(self, run: ExperimentRun, exit_status: int, *, note: str) -> None:
-        """Remember how the run ended."""
-        self._write(self._read() | {run.config.name: {"exit_status": exit_status, "note": note}})
+    def note(self, run: ExperimentRun, **entry: Any) -> None:
+        """Remember that the run began, or how it ended."""
+        self._write(self._read() | {run.config.name: entry})
 
     def forget(self, run: ExperimentRun) -> None:
         """Remember nothing of how the run ended: from here on its job says so."""
