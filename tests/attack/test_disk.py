@@ -166,7 +166,7 @@ def test_a_disk_that_stays_full_is_one_message_at_the_checkpoint(small_disk: Pat
 def test_a_start_after_a_killed_build_of_deepspeed_builds_it(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """M3 of the review, and the same with a file that torch alone has left."""
+    """A kill in the middle of the build, and a lock that torch alone has left."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     sections = {"parallel": {"micro_batch_tokens": 64, "zero_stage": 2, "offload_optimizer": "cpu"}}
     config = config_in(tmp_path, corpus, **sections)
@@ -184,7 +184,8 @@ def test_a_start_after_a_killed_build_of_deepspeed_builds_it(
     assert done.returncode == 0, done.stderr
     assert f"{lock} was left by a process that has ended" in done.stderr
     lock.touch()
-    os.utime(lock, (1, 1))
+    for path in lock.parent.iterdir():
+        os.utime(path, (1, 1))  # the folder of an earlier day
     done = worker(config)
     assert done.returncode == 0, done.stderr
     assert f"{lock} was left by a process that has ended" in done.stderr
