@@ -35,7 +35,7 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -p no:c
 WORKERS ?= 2
 IN_PARALLEL := -n $(WORKERS) --dist loadfile
 
-.PHONY: help venv demo test test-fast golden test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu \
+.PHONY: help venv demo test test-fast test-attack golden test-cluster test-cluster-hosts test-cluster-slurm test-slow test-gpu \
 	test-lowest test-newest check format bench clean distclean
 
 help:
@@ -46,6 +46,7 @@ help:
 	@echo 'golden       write down the losses that a test compares with, after a change of numerics'
 	@echo 'test-cluster the tests over several hosts, which are namespaces on this machine (as root)'
 	@echo 'test-slow    the long tests            test-gpu     the tests that need an NVIDIA GPU'
+	@echo 'test-attack  faults and strangers: ports, files, disks (slow, seeded)'
 	@echo 'test-mutation  planted faults in the kernels: each has to be noticed by their tests'
 	@echo 'test-lowest  `test` with the lowest versions that pyproject.toml allows, in $(LOWEST_VENV)'
 	@echo 'test-newest  the newest versions that pyproject.toml allows, on Python 3.12, in $(NEWEST_VENV)'
@@ -103,6 +104,10 @@ test-slow: venv
 test-gpu: venv
 	$(PYTEST) -m gpu
 	$(BIN)/python -m tests.kernels.compute_sanitizer
+
+# Faults and strangers, seeded: garbage on ports, damaged and hostile files, full disks. Some minutes.
+test-attack: venv
+	$(PYTEST) -m 'slow and not gpu' tests/attack
 
 # Plants faults in copies of the kernels; fails where the kernels' tests do not notice one. Half an hour on two cores.
 test-mutation: venv

@@ -24,7 +24,7 @@ from megatron_ext.engine.engine import Engine
 from megatron_ext.errors import RunStopped
 from megatron_ext.metrics.adam_variance import AdamVariance
 from megatron_ext.metrics.recorder import Recorder, open_sinks
-from megatron_ext.metrics.step_log import PendingSteps, Rates
+from megatron_ext.metrics.step_log import PendingSteps, Utilization
 from megatron_ext.model.gpt import build_gpt
 from megatron_ext.ops.choice import choose_kernels
 from megatron_ext.ops.kernels import Kernels
@@ -55,7 +55,7 @@ class Run:
     guard: Guard | None
     variance: AdamVariance
     pending: PendingSteps
-    rates: Rates | None
+    rates: Utilization | None
     recorder: Recorder
     profiler: "StepProfiler | None"
     first_step: int
@@ -192,13 +192,13 @@ def _checkpointer(config: RunConfig, engine: Engine, *, streams: RngStreams, pro
     return checkpointer
 
 
-def _rates(model: ModelConfig, peak_tflops: float, *, ranks: int) -> Rates | None:
+def _rates(model: ModelConfig, peak_tflops: float, *, ranks: int) -> Utilization | None:
     """What utilization is computed from; None where the peak rate of a device is not known."""
     if not peak_tflops:
         return None
     from megatron_ext.model.counts import step_flops
 
-    return Rates(
+    return Utilization(
         flops=lambda step: step_flops(model, batch_size=step.batch_size, seq_len=step.seq_len),
         peak_flops=peak_tflops * 1e12 * ranks,
     )

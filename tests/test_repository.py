@@ -76,7 +76,7 @@ def test_a_built_wheel_holds_modules_presets_and_the_typing_marker(tmp_path: Pat
 
 def test_make_offers_its_targets() -> None:
     described = make("help")
-    targets = "demo test test-fast golden check test-slow test-gpu test-lowest test-newest bench clean venv"
+    targets = "demo test test-fast test-attack golden check test-slow test-gpu test-lowest test-newest bench clean venv"
     for target in targets.split():
         assert re.search(rf"\b{target}\b", described), target
 

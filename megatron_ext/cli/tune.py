@@ -93,7 +93,7 @@ def command(config: ConfigPath, *, overrides: Overrides = None, options: TuneOpt
     Example: megatron-ext tune configs/gpt2/1.5b_slw.json --starts 64,96,128 --nproc 8
     """
     from megatron_ext.config.loading import parse_layers, parse_overrides, read_layers
-    from megatron_ext.config.merging import Layer
+    from megatron_ext.config.merging import ConfigLayer
     from megatron_ext.experiments import tune_space
     from megatron_ext.experiments.tune import Tuning
     from megatron_ext.model.counts import count_parameters
@@ -101,7 +101,7 @@ def command(config: ConfigPath, *, overrides: Overrides = None, options: TuneOpt
     if not options.threshold > 1 or not options.notch > 1:
         raise UserError(f"--threshold is {options.threshold:g} and --notch is {options.notch:g}: write numbers above 1")
     changes = parse_overrides(overrides or ())
-    layers = (*read_layers(config), Layer("--set", changes))
+    layers = (*read_layers(config), ConfigLayer("--set", changes))
     run = parse_layers(layers)
     parameters = count_parameters(run.model, positions=run.max_positions).total
     usual = {"seq_len": run.training.seq_len, "parameters": parameters}

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from megatron_ext.config.merging import Layer, Tree, dotted, merge_all
+from megatron_ext.config.merging import ConfigLayer, Tree, dotted, merge_all
 from megatron_ext.config.messages import explain, show
 from megatron_ext.config.regular import read_regular
 from megatron_ext.config.run import RunConfig
@@ -40,11 +40,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     layers = read_layers(Path(path))
     if overrides:
-        layers.append(Layer("--set", parse_overrides(overrides)))
+        layers.append(ConfigLayer("--set", parse_overrides(overrides)))
     return parse_layers(layers)
 
 
-def parse_layers(layers: Sequence[Layer]) -> RunConfig:
+def parse_layers(layers: Sequence[ConfigLayer]) -> RunConfig:
     """The run config that ``layers`` describe together; see ``load_config``."""
     tree = merge_all(layer.tree for layer in layers)
     if "base" in tree and ("variants" in tree or "grid" in tree):
@@ -103,7 +103,7 @@ def preset_names() -> list[str]:
     return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
-def read_layers(path: Path) -> list[Layer]:
+def read_layers(path: Path) -> list[ConfigLayer]:
     """The file and everything it extends, first the most basic one; a later layer overrides an earlier one.
 
     Raises:
@@ -112,12 +112,12 @@ def read_layers(path: Path) -> list[Layer]:
     """
     # From the last one to the first, so that of a file that is reached several times the last place is kept: there it
     # wins over what comes before, whatever that is.
-    layers: dict[Path | str, Layer] = {}
+    layers: dict[Path | str, ConfigLayer] = {}
     _read(path, chain=(), into=layers)
     return list(reversed(layers.values()))
 
 
-def _read(path: Path, *, chain: tuple[Path, ...], into: dict[Path | str, Layer]) -> None:
+def _read(path: Path, *, chain: tuple[Path, ...], into: dict[Path | str, ConfigLayer]) -> None:
     resolved = _resolve(path)
     if resolved in chain:
         loop = " -> ".join(str(item) for item in (*chain[chain.index(resolved) :], resolved))
@@ -128,7 +128,7 @@ def _read(path: Path, *, chain: tuple[Path, ...], into: dict[Path | str, Layer])
         raise UserError(f'{chain[-1]}: "extends" leads to more than {_MAX_FILES} files; put some of them together')
     text = _read_text(path, named_by=chain[-1] if chain else None)
     tree = parse_json(text, source=str(path), quote=not chain)
-    into[resolved] = Layer(str(path), {key: value for key, value in tree.items() if key != "extends"})
+    into[resolved] = ConfigLayer(str(path), {key: value for key, value in tree.items() if key != "extends"})
     for name in reversed(_extended(tree, source=str(path))):
         if not name.startswith(_PRESET):
             _read(path.parent / name, chain=(*chain, resolved), into=into)
@@ -152,14 +152,14 @@ def _extended(tree: Tree, *, source: str) -> Sequence[str]:
     return names
 
 
-def _preset(name: str, *, source: str) -> Layer:
+def _preset(name: str, *, source: str) -> ConfigLayer:
     names = preset_names()
     if name not in names:
         close = get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean preset:{close[0]}? " if close else ""
         raise UserError(f"{source}: there is no preset {name!r}; {hint}The presets are {', '.join(names)}")
     file = resources.files("megatron_ext.config").joinpath("presets", f"{name}.json")
-    return Layer(_PRESET + name, parse_json(file.read_text(encoding="utf-8"), source=_PRESET + name))
+    return ConfigLayer(_PRESET + name, parse_json(file.read_text(encoding="utf-8"), source=_PRESET + name))
 
 
 def _read_text(path: Path, *, named_by: Path | None) -> str:

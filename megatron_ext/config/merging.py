@@ -14,7 +14,7 @@ _UNITS = frozenset({"steps", "tokens"})
 
 
 @dataclass(frozen=True)
-class Layer:
+class ConfigLayer:
     """What one file (or the command line) says, and the name under which a message refers to it."""
 
     source: str

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from megatron_ext.base import Section
 from megatron_ext.config.deepspeed import refusal, refused_keys
 from megatron_ext.config.foreign import hint_for, key_for, refused_setting, replacement
-from megatron_ext.config.merging import KeyPath, Layer, Tree, dotted, lookup
+from megatron_ext.config.merging import ConfigLayer, KeyPath, Tree, dotted, lookup
 from megatron_ext.errors import UserError
 
 _MISSING: Final = {"missing", "union_tag_not_found"}
@@ -32,7 +32,7 @@ class ConfigError(UserError):
         super().__init__("\n  ".join([*heading, *self.problems, *rest]))
 
 
-def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: Sequence[Layer]) -> ConfigError:
+def explain(error: ValidationError, *, root: type[Section], tree: Tree, layers: Sequence[ConfigLayer]) -> ConfigError:
     """All errors of ``error`` as one exception to raise.
 
     Args:
@@ -69,7 +69,7 @@ def _key_path(loc: Sequence[str | int], tree: Tree) -> KeyPath:
     return tuple(path)
 
 
-def _source(path: KeyPath, layers: Sequence[Layer]) -> str:
+def _source(path: KeyPath, layers: Sequence[ConfigLayer]) -> str:
     """The last layer that says something about ``path``, or else about the section it is in."""
     for end in range(len(path), 0, -1):
         for layer in reversed(layers):

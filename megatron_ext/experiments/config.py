@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from megatron_ext.base import PositiveInt, Section, Seed
 from megatron_ext.config.loading import parse_layers, read_layers
-from megatron_ext.config.merging import Layer, Tree, merge
+from megatron_ext.config.merging import ConfigLayer, Tree, merge
 from megatron_ext.config.messages import ConfigError, explain
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
@@ -120,7 +120,7 @@ def _runs(config: ExperimentConfig, path: Path) -> list[ExperimentRun]:
         under = base if variant.file is None else _layers_of(variant, base, path)
         for seed in config.seeds:
             own = {"name": _run_name(config, variant.name, seed), "output_dir": config.output_dir, "seed": seed}
-            layers = [*under, Layer(f"{path} (variant {variant.name})", variant.changes | own)]
+            layers = [*under, ConfigLayer(f"{path} (variant {variant.name})", variant.changes | own)]
             try:
                 found.append(ExperimentRun(variant=variant.name, seed=seed, config=parse_layers(layers)))
             except ConfigError as error:
@@ -140,7 +140,7 @@ class Variant:
     file: str | None = None
 
 
-def _layers_of(variant: Variant, base: list[Layer], path: Path) -> list[Layer]:
+def _layers_of(variant: Variant, base: list[ConfigLayer], path: Path) -> list[ConfigLayer]:
     """The layers of a variant's file, which have to hold those of the base."""
     assert variant.file is not None, "the variant is a file"
     layers = read_layers(path.parent / variant.file)

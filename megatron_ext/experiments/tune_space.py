@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ext.base import Duration
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Layer, Tree
+from megatron_ext.config.merging import ConfigLayer, Tree
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.pacing import Pacing
 from megatron_ext.curriculum.plan import TrainingPlan
@@ -36,7 +36,7 @@ class ProbeSettings:
 class TuneRun:
     """A run whose curriculum is to be found."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[ConfigLayer, ...]
     """The run's config, as files and overrides say it."""
 
     config: RunConfig
@@ -55,8 +55,10 @@ class TuneRun:
             UserError: they contradict each other.
         """
         # Merging over a section of the same pacing would keep its other keys; there is nothing to keep.
-        cleared = Layer("the curriculum without its old values", {"curriculum": None})
-        layer = Layer(f"s = {candidate.start}, T = {candidate.duration}", {"curriculum": self.curriculum(candidate)})
+        cleared = ConfigLayer("the curriculum without its old values", {"curriculum": None})
+        layer = ConfigLayer(
+            f"s = {candidate.start}, T = {candidate.duration}", {"curriculum": self.curriculum(candidate)}
+        )
         return parse_layers([*self.layers, cleared, layer])
 
     def plan(self, candidate: Candidate) -> TrainingPlan:
@@ -87,8 +89,8 @@ class TuneRun:
             # A guard would mend or end what the probe is to show.
             "guards": {"loss_ratio": None, "non_finite": None},
         }
-        tuned = Layer("the tuned run", self.tuned(candidate).model_dump(mode="json"))
-        return parse_layers([tuned, Layer("tune", changes)])
+        tuned = ConfigLayer("the tuned run", self.tuned(candidate).model_dump(mode="json"))
+        return parse_layers([tuned, ConfigLayer("tune", changes)])
 
     def identity(self) -> dict[str, Any]:
         """What the verdicts of earlier probes depend on, as JSON values."""

@@ -99,7 +99,7 @@ class PendingSteps:
 
 
 @dataclass(frozen=True)
-class Rates:
+class Utilization:
     """What turns the time of a step into model FLOPs utilization."""
 
     flops: Callable[[PlannedStep], float]
@@ -110,7 +110,7 @@ class Rates:
 
 
 def train_record(
-    step: FetchedStep, rates: Rates | None, *, loss_ratio: float, variance: Mapping[str, Any]
+    step: FetchedStep, rates: Utilization | None, *, loss_ratio: float, variance: Mapping[str, Any]
 ) -> TrainRecord:
     """The line of a step in the metrics.
 

@@ -11,7 +11,7 @@ from tests.runtime.test_channel import RUN, SECRET, said
 
 pytestmark = pytest.mark.slow
 
-CONVERSATION = [{"beat": 0}, {"failure": {"text": "x" * 50, "status": 1}}, {"beat": 0}, {"bye": 0}]
+CONVERSATION: list[Message] = [{"beat": 0}, {"failure": {"text": "x" * 50, "status": 1}}, {"beat": 0}, {"bye": 0}]
 
 
 def damaged(lines: list[bytes], choice: random.Random) -> bytes:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.config.foreign import ALIASES, hint_for, key_for, translate_data_efficiency, translate_legacy
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Layer, dotted
+from megatron_ext.config.merging import ConfigLayer, dotted
 from megatron_ext.config.messages import ConfigError, all_keys
 from megatron_ext.config.run import RunConfig
 from tests.config.builders import small_config, small_tree
@@ -81,7 +81,7 @@ def data_efficiency(**metrics: Any) -> dict[str, Any]:
 
 def problems(block: dict[str, Any], **sections: Any) -> list[str]:
     try:
-        parse_layers([Layer("run.json", small_tree(deepspeed=block, **sections))])
+        parse_layers([ConfigLayer("run.json", small_tree(deepspeed=block, **sections))])
     except ConfigError as error:
         return [problem.removeprefix("run.json: ") for problem in error.problems]
     return []

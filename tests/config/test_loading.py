@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config.loading import load_config, parse_json, parse_layers, read_layers
-from megatron_ext.config.merging import Layer, merge_all
+from megatron_ext.config.merging import ConfigLayer, merge_all
 from megatron_ext.errors import UserError
 from tests.config.builders import small_tree, write
 
@@ -194,7 +194,7 @@ json_values = st.recursive(
 def damaged_trees(draw: st.DrawFn) -> dict[str, Any]:
     """A valid config, fully written out, in which some values are replaced and some keys are added."""
     curriculum = {"pacing": "root", "start": 8, "end": 128, "degree": 2, "duration": {"steps": 9}}
-    tree = parse_layers([Layer("x", small_tree(curriculum=curriculum))]).model_dump(mode="json")
+    tree = parse_layers([ConfigLayer("x", small_tree(curriculum=curriculum))]).model_dump(mode="json")
     for _ in range(draw(st.integers(1, 3))):
         node: Any = tree
         while True:
@@ -210,7 +210,7 @@ def damaged_trees(draw: st.DrawFn) -> dict[str, Any]:
 @given(damaged_trees())
 def test_whatever_is_in_the_file_it_loads_or_is_refused_in_our_words(tree: dict[str, Any]) -> None:
     try:
-        config = parse_layers([Layer("run.json", json.loads(json.dumps(tree)))])
+        config = parse_layers([ConfigLayer("run.json", json.loads(json.dumps(tree)))])
     except UserError as error:
         told = str(error)
         for line in told.splitlines():
@@ -219,7 +219,7 @@ def test_whatever_is_in_the_file_it_loads_or_is_refused_in_our_words(tree: dict[
         if not _FOREIGN.search(written):
             assert not _FOREIGN.search(told)
     else:
-        assert parse_layers([Layer("again", config.model_dump(mode="json"))]) == config
+        assert parse_layers([ConfigLayer("again", config.model_dump(mode="json"))]) == config
 
 
 def test_an_experiment_is_not_taken_for_a_run(tmp_path: Path) -> None:

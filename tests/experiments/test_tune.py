@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import megatron_ext.experiments.tune
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Layer
+from megatron_ext.config.merging import ConfigLayer
 from megatron_ext.config.run import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.experiments.tune import FILE_NAME, ProbeError, ProbeResult, Tuning, read_results, write_results
@@ -90,7 +90,7 @@ class FakeRunner:
 
 
 def tuning(folder: Path, runner: FakeRunner, *, settings: ProbeSettings = SETTINGS) -> Tuning:
-    layers = (Layer("run.json", small_tree(learning_rate={"peak": 1e-3, "warmup": {"steps": 10}})),)
+    layers = (ConfigLayer("run.json", small_tree(learning_rate={"peak": 1e-3, "warmup": {"steps": 10}})),)
     tune_run = TuneRun(layers, parse_layers(layers), settings)
     spacing = DurationSpacing(unit=10, ratio=1.25, first=2, given=(10, 20, 30, 40, 50, 60, 70, 80))
     return Tuning(tune_run, grid_of(tune_run, (8, 16), spacing, beginning=6), folder=folder, runner=runner)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.loading import parse_layers
-from megatron_ext.config.merging import Layer
+from megatron_ext.config.merging import ConfigLayer
 from megatron_ext.config.run import RunConfig
 from megatron_ext.curriculum.pacings import LinearPacing, RootPacing
 from megatron_ext.errors import UserError
@@ -28,7 +28,7 @@ LINEAR = {"pacing": "linear", "start": 16, "end": 96, "multiple": 16, "duration"
 
 def problem(**sections: Any) -> TuneRun:
     sections = {"learning_rate": {"peak": 1e-3, "warmup": {"steps": 10}}} | sections
-    layers = (Layer("run.json", small_tree(**sections)),)
+    layers = (ConfigLayer("run.json", small_tree(**sections)),)
     return TuneRun(layers, parse_layers(layers), SETTINGS)
 
 

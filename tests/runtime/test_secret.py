@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from torch.distributed.distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from megatron_ext.errors import UserError
 from megatron_ext.runtime import secret as module
