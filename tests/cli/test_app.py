@@ -77,7 +77,7 @@ def test_python_m_is_the_same_program() -> None:
         (["validate", SLW_1_5B, "--sat", "a=b"], "No such option"),
         (["validat", SLW_1_5B], "No such command 'validat'"),
         (["validate", "nowhere.json"], "error: config file nowhere.json does not exist"),
-        (["validate", SLW_1_5B, "--set", "seed"], "error: --set 'seed' is not of the form"),
+        (["validate", SLW_1_5B, "--set", "seed"], 'error: --set "seed" is not of the form'),
         (["validate", SLW_1_5B, "--set", "seed=-1"], "error: --set: seed is -1: expected at least 0"),
     ],
 )

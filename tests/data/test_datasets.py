@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.data import datasets, index_cache
+from megatron_ext.data import datasets, index_apart, index_cache
 from megatron_ext.data.blend import Blend
 from megatron_ext.data.datasets import GPTSamples, Samples, _Vocabulary, build_training
 from megatron_ext.data.sources import check_data
@@ -166,9 +167,11 @@ def test_blend_has_the_order_of_megatron(tmp_path: Path) -> None:
     np.testing.assert_array_equal(theirs.dataset_sample_index, train.index_of)
 
 
-def _save_pickled(build: index_cache.Build, folder: Path) -> dict[str, int]:
+def _call_pickled(function: Callable[..., Any], *arguments: Any, directory: Path) -> Any:
     """As another process would, whose start takes seconds: that it is one is test_index_cache's matter."""
-    return index_cache._save(pickle.loads(pickle.dumps(build)), folder)
+    assert directory.is_dir()
+    called, given = pickle.loads(pickle.dumps((function, arguments)))
+    return called(*given)
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -177,7 +180,7 @@ def test_large_index_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     here = build(config).train
     monkeypatch.setattr(index_cache, "_LARGE", 300)  # the blend, and the larger of the two indexes
     if not real:
-        monkeypatch.setattr(index_cache, "_save_apart", _save_pickled)
+        monkeypatch.setattr(index_apart, "call_apart", _call_pickled)
     _assert_equal(build(run_config(config.model_dump()["data"] | {"index_cache": str(tmp_path / "b")})).train, here)
 
 
