@@ -67,9 +67,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kernels)
         if any(_starts_processes(function, seen) for function in _functions(item)):
             item.add_marker(pytest.mark.processes)
-    # The files that take longest first, so that no worker is left alone with one at the end.
-    long = {item.path for item in items if item.get_closest_marker("processes")}
-    items.sort(key=lambda item: item.path not in long)
 
 
 def _functions(item: pytest.Item) -> Iterator[Callable[..., object]]:
