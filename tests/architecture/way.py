@@ -6,13 +6,10 @@ follows it may have to open.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from tests.golden.golden import CONFIG, write_corpus
+from tests.golden.golden import CONFIG, one_rank, write_corpus
 
 PACKAGE = Path(__file__).parents[2] / "megatron_ext"
 SHORTEST = 5
@@ -22,9 +19,11 @@ _PROGRAM = """
 import json, sys
 from megatron_ext.worker import main
 status = main(sys.argv[1:])
+if status:
+    sys.exit(status)
 modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "megatron_ext"]
 files = [module.__file__ for module in modules if getattr(module, "__file__", None)]
-print(json.dumps({"status": status, "files": files}))
+print(json.dumps(files))
 """
 
 
@@ -42,22 +41,8 @@ def resolved(folder: Path) -> Path:
 
 def loaded_files(folder: Path) -> dict[str, int]:
     """Files of the package that a rank has loaded when its run ends, and their lines."""
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, resolved(folder).name],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["status"] == 0, done.stderr[-4000:]
-    counted = {
-        str(Path(file).relative_to(PACKAGE)): len(Path(file).read_text().splitlines()) for file in answer["files"]
-    }
+    files = json.loads(one_rank(folder, "-c", _PROGRAM, resolved(folder).name).splitlines()[-1])
+    counted = {str(Path(file).relative_to(PACKAGE)): len(Path(file).read_text().splitlines()) for file in files}
     # The program of a rank is started as a module of its own name.
     return {file: lines for file, lines in sorted(counted.items()) if lines >= SHORTEST}
 

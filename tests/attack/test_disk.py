@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.faults import build_faults, environment
-from tests.train.small_run import cli, records, started, train_records, wait_for_step, write_config, write_corpus
+from tests.train.small_run import cli, corpus_data, records, started, train_records, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -25,27 +25,15 @@ ROUNDS = 12
 
 
 def config_in(folder: Path, corpus: Path, **sections: Any) -> Path:
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-        "index_cache": str(folder / "index"),
-    }
+    data = corpus_data(corpus) | {"index_cache": str(folder / "index")}
     folder.mkdir(parents=True, exist_ok=True)
     return write_config(folder, data=data, **sections)
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path) -> list[dict[str, Any]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[dict[str, Any]]:
     """Train records of the run that nothing happens to, on one rank."""
-    folder = corpus / "undisturbed"
+    folder = tmp_path_factory.mktemp("undisturbed")
     done = worker(config_in(folder, corpus))
     assert done.returncode == 0, done.stderr
     return train_records(folder / "small")

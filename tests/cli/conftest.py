@@ -12,7 +12,7 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.metrics.jsonl import JsonlSink
 from megatron_ext.metrics.records import EvalRecord
 from tests.metrics.test_records import train_record
-from tests.train.small_run import write_config, write_corpus
+from tests.train.small_run import corpus_data, write_config
 
 
 class Done(NamedTuple):
@@ -96,22 +96,10 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Path:
     """A run of 40 steps, batch 8, in ``tmp_path / "small"``."""
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-    }
-    return write_config(tmp_path, data=data)
+    return write_config(tmp_path, data=corpus_data(corpus))
 
 
 def queued(programs: Path, *jobs: tuple[str, str]) -> None:

@@ -17,20 +17,15 @@ from megatron_ext.launch import launcher
 from megatron_ext.worker import main as worker
 from tests.cli.conftest import leave_traces
 from tests.ranks import run_ranks
-from tests.train.small_run import VOCABULARY, cli, write_config, write_corpus
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    write_corpus(folder)
-    return folder
+from tests.train.small_run import VOCABULARY, cli, write_config
 
 
 @pytest.fixture
-def folder(tmp_path: Path, made: Path) -> Path:
-    for path in made.iterdir():
-        shutil.copy(path, tmp_path / path.name)
+def folder(tmp_path: Path, corpus: Path) -> Path:
+    """A copy of the corpus, which a test may spoil, without the index that others have built of it."""
+    for path in corpus.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / path.name)
     return tmp_path
 
 

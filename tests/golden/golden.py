@@ -60,15 +60,14 @@ def write_corpus(prefix: Path, *, documents: int = 120, length: int = 100) -> No
     prefix.with_suffix(".idx").write_bytes(header + lengths + positions + boundaries)
 
 
-def train(folder: Path, config: dict[str, Any]) -> Path:
-    """Train ``config`` in ``folder`` on one CPU rank; the run directory."""
-    path = folder / f"{config['name']}.json"
-    path.write_text(json.dumps(config))
+def one_rank(folder: Path, *arguments: str) -> str:
+    """What ``python ARGUMENTS``, started in ``folder`` as the only rank, on the CPU, prints; it has to succeed."""
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_ext.worker", path.name],
+        [sys.executable, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -77,6 +76,14 @@ def train(folder: Path, config: dict[str, Any]) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def train(folder: Path, config: dict[str, Any]) -> Path:
+    """Train ``config`` in ``folder`` on one CPU rank; the run directory."""
+    path = folder / f"{config['name']}.json"
+    path.write_text(json.dumps(config))
+    one_rank(folder, "-m", "megatron_ext.worker", path.name)
     return folder / str(config["name"])
 
 

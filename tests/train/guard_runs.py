@@ -22,7 +22,7 @@ from megatron_ext.runtime.process_group import Processes
 from megatron_ext.runtime.signals import StopRequest
 from megatron_ext.trainer import train
 from tests.engine.training import CPU
-from tests.train.small_run import write_config
+from tests.train.small_run import corpus_data, write_config
 
 BATCH, STEPS, EVERY = 8, 16, 4
 
@@ -117,12 +117,7 @@ def guarded(folder: Path, corpus: Path, guards: dict[str, Any], *, tail: str = "
     """Write the config of a run of 16 steps with a checkpoint every 4; ``sections`` replace whole ones."""
     folder.mkdir(exist_ok=True)
     values: dict[str, Any] = {
-        "data": {
-            "sources": [{"prefix": str(corpus / "corpus")}],
-            "split": [90, 10, 0],
-            "tail": tail,
-            "tokenizer": str(corpus / "tokenizer.json"),
-        },
+        "data": corpus_data(corpus) | {"tail": tail},
         "training": {"seq_len": 32, "batch_size": BATCH, "duration": {"steps": STEPS}},
         "curriculum": {"pacing": "linear", "start": 8, "duration": {"steps": 10}},
         "checkpoint": {"every": {"steps": EVERY}, "keep_last": 2},

@@ -7,17 +7,10 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.train.guard_runs import BATCH, EVERY, STEPS, Planted, events, guarded, rolled_back, run_once
-from tests.train.small_run import cli, train_records, write_corpus
+from tests.train.small_run import cli, train_records
 
 BAD_STEP = 10
 BAD_SAMPLE = BAD_STEP * BATCH + 6  # read by the second rank
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 def test_rollback_skips_the_samples_and_resumes_exactly(tmp_path: Path, corpus: Path) -> None:

@@ -9,40 +9,27 @@ import pytest
 
 from tests.train.small_run import (
     cli,
+    corpus_data,
     rank_processes,
     records,
     started,
     train_records,
     wait_for_step,
     write_config,
-    write_corpus,
 )
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """Run directory of the run that is never interrupted."""
-    folder = corpus / "undisturbed"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("undisturbed")
     done = cli("train", str(config_in(folder, corpus)), "--nproc", "2")
     assert done.returncode == 0, done.stderr
     return folder / "small"
 
 
 def config_in(folder: Path, corpus: Path) -> Path:
-    data = {
-        "sources": [{"prefix": str(corpus / "corpus")}],
-        "split": [90, 10, 0],
-        "tokenizer": str(corpus / "tokenizer.json"),
-    }
-    return write_config(folder, data=data)
+    return write_config(folder, data=corpus_data(corpus))
 
 
 def test_undisturbed_run_leaves_what_it_should(undisturbed: Path) -> None:
