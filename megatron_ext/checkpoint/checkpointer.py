@@ -145,8 +145,7 @@ class Checkpointer:
 
     def newest_whole(self, *, not_after: int | None = None) -> Path | None:
         """As ``newest``, but whole: newer ones that cannot be used are set aside. Raises as ``resume`` does."""
-        found = self._processes.agree_from_main(self._found(not_after))
-        assert isinstance(found, list)
+        found = self._found(not_after)
         if not found:
             return None
         from megatron_ext.checkpoint.recovery import choose_whole
@@ -167,14 +166,18 @@ class Checkpointer:
 
     def newest(self, *, not_after: int | None = None) -> Path | None:
         """The newest complete checkpoint, or the newest after at most ``not_after`` finished steps."""
-        # One rank looks, so that all take the same one whatever a network file system shows them at this moment.
-        agreed = self._processes.agree_from_main(self._found(not_after))
-        assert isinstance(agreed, list)
-        return agreed[-1] if agreed else None
+        found = self._found(not_after)
+        return found[-1] if found else None
 
     def _found(self, not_after: int | None) -> list[Path]:
-        found = complete_checkpoints(self._directory)
-        return [path for path in found if not_after is None or step_of(path) <= not_after]
+        """Complete checkpoints after at most ``not_after`` finished steps, the same ones on all ranks."""
+        # One rank looks, so that all take the same one whatever a network file system shows them at this moment.
+        found = complete_checkpoints(self._directory) if self._processes.info.is_main else []
+        agreed: Any = self._processes.agree_from_main(
+            [path for path in found if not_after is None or step_of(path) <= not_after]
+        )
+        assert isinstance(agreed, list)
+        return agreed
 
     def load(self, checkpoint: Path) -> Manifest:
         """Load a checkpoint that ``newest_whole`` found.

@@ -26,16 +26,16 @@ A loss that is not finite counts as infinite.
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Final
 
+from megatron_ext.curriculum.guards import check_complete, ratio_to
 from megatron_ext.curriculum.pacing import RunSpec
 from megatron_ext.curriculum.pacings import AdaptivePacing
 from megatron_ext.curriculum.plan import Action, Decision, PlannedStep, Schedule, TrainingPlan, bounding_plans
 from megatron_ext.curriculum.segments import Level, Phase, phases_of, value_at
-from megatron_ext.errors import UserError
 
 _VARIANCES: Final = 32  # measurements of which the running median of the variance is taken
 _FEWEST: Final = 8  # measurements without which it is not: Adam's second moment needs some steps to fill
@@ -74,7 +74,7 @@ class InstabilityTracker:
         """Take a step: its length in tokens, its loss, and the largest sqrt of the second moment if it was measured."""
         self._losses = [*self._losses, (seq_len, loss if math.isfinite(loss) else math.inf)][-self._smoothing :]
         if len(self._losses) == self._smoothing:
-            ratio = median(_ratio(each, self._lowest_up_to(length)) for length, each in self._losses)
+            ratio = median(ratio_to(each, self._lowest_up_to(length)) for length, each in self._losses)
             self._loss_ratio = _larger(self._loss_ratio, ratio)
             smooth = median(each for _, each in self._losses)
             if math.isfinite(smooth):
@@ -83,7 +83,7 @@ class InstabilityTracker:
             return
         variance = variance if math.isfinite(variance) else math.inf
         if len(self._variances) >= _FEWEST:
-            self._variance_ratio = _larger(self._variance_ratio, _ratio(variance, float(median(self._variances))))
+            self._variance_ratio = _larger(self._variance_ratio, ratio_to(variance, float(median(self._variances))))
         self._variances = [*self._variances, variance][-_VARIANCES:]
 
     def next_interval(self, *, shorter: bool) -> None:
@@ -104,7 +104,7 @@ class InstabilityTracker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned. Raises UserError if a key is missing."""
-        _check_complete(state, self.state_dict().keys())
+        check_complete(state, self.state_dict(), "pacing")
         self._losses = [(int(seq_len), float(loss)) for seq_len, loss in state["losses"]]
         self._lowest = [(int(seq_len), float(loss)) for seq_len, loss in state["lowest"]]
         self._variances = [float(variance) for variance in state["variances"]]
@@ -185,7 +185,7 @@ class AdaptiveSchedule(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned. Raises UserError if a key is missing."""
-        _check_complete(state, self.state_dict().keys())
+        check_complete(state, self.state_dict(), "pacing")
         batch_size = self._run.batch_size
         phases: list[Phase] = []
         tokens = 0
@@ -239,22 +239,5 @@ class AdaptiveSchedule(Schedule):
         )
 
 
-def _ratio(value: float, reference: float | None) -> float:
-    if reference is None or value == reference:
-        return 1.0
-    if math.isinf(value) or reference == 0.0:
-        return math.inf
-    return value / reference
-
-
 def _larger(before: float | None, ratio: float) -> float:
     return ratio if before is None else max(before, ratio)
-
-
-def _check_complete(state: Mapping[str, Any], keys: Iterable[str]) -> None:
-    missing = sorted(set(keys) - state.keys())
-    if missing:
-        raise UserError(
-            f"the checkpoint's pacing state lacks {', '.join(missing)}: it was written by another version; resume "
-            "with that version"
-        )

@@ -38,7 +38,9 @@ class LossRatio:
 
     def update(self, loss: float) -> float:
         """Count one step with this training loss (nats per token) and return its ratio."""
-        ratio = self._ratio(loss)
+        ratio = math.inf
+        if math.isfinite(loss):
+            ratio = ratio_to(loss, self.lowest if self.lowest < math.inf else None)
         self.steps += 1
         self.largest = max(self.largest, ratio)
         for threshold in THRESHOLDS:
@@ -48,15 +50,6 @@ class LossRatio:
         else:
             self.non_finite += 1
         return ratio
-
-    def _ratio(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            return math.inf
-        if math.isinf(self.lowest):
-            return 1.0
-        if self.lowest == 0.0:
-            return 1.0 if loss == 0.0 else math.inf
-        return loss / self.lowest
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on, as plain values."""
@@ -70,12 +63,7 @@ class LossRatio:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned. Raises UserError if that is no state of this version's."""
-        missing = sorted(self.state_dict().keys() - state.keys())
-        if missing:
-            raise UserError(
-                f"the checkpoint's loss ratio state lacks {', '.join(missing)}: "
-                "it was written by another version; resume with that version"
-            )
+        check_complete(state, self.state_dict(), "loss ratio")
         above = {float(threshold): int(count) for threshold, count in state["above"]}
         if tuple(above) != THRESHOLDS:
             raise UserError(
@@ -87,6 +75,25 @@ class LossRatio:
         self.non_finite = int(state["non_finite"])
         self.largest = float(state["largest"])
         self.above = above
+
+
+def ratio_to(value: float, reference: float | None) -> float:
+    """``value`` over ``reference``, both >= 0: 1 without a reference or to an equal one, infinite to 0."""
+    if reference is None or value == reference:
+        return 1.0
+    if math.isinf(value) or reference == 0.0:
+        return math.inf
+    return value / reference
+
+
+def check_complete(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Raise UserError where the state of ``what``, from a checkpoint, lacks a key of the ``expected`` one."""
+    missing = sorted(expected.keys() - state.keys())
+    if missing:
+        raise UserError(
+            f"the checkpoint's {what} state lacks {', '.join(missing)}: it was written by another version; resume "
+            "with that version"
+        )
 
 
 GuardAction = Literal["log", "stop", "skip", "rollback"]

@@ -30,7 +30,9 @@ from megatron_ext.curriculum.segments import (
     Floats,
     Ints,
     Segment,
+    amount,
     amounts,
+    steps_of,
     steps_to_reach,
     tokens_after,
     too_long,
@@ -138,7 +140,7 @@ def learning_rate(config: LearningRateConfig, segments: Sequence[Segment], durat
     Raises UserError if the warmup or the cooldown does not fit between the start of the run and the end of the decay.
     """
     run_steps = segments[-1].end_step
-    warmup_steps = _steps(config.warmup, segments) if config.warmup else 0
+    warmup_steps = steps_of(config.warmup, segments) if config.warmup else 0
     warmup_end = tokens_after(segments, warmup_steps)
     if warmup_steps > run_steps:
         raise UserError(
@@ -153,11 +155,12 @@ def learning_rate(config: LearningRateConfig, segments: Sequence[Segment], durat
             f"but the decay ends after {decay_end:,} tokens ({decay_key} {decay_duration}): shorten the warmup or "
             "decay longer"
         )
+    warmup, in_tokens = amount(config.warmup) if config.warmup else (0, False)
     return LearningRate(
         peak=config.peak,
         minimum=config.min,
-        warmup=(config.warmup.tokens or config.warmup.steps or 0) if config.warmup else 0,
-        warmup_in_tokens=config.warmup is not None and config.warmup.tokens is not None,
+        warmup=warmup,
+        warmup_in_tokens=in_tokens,
         shape="linear" if config.decay == "wsd" else config.decay,
         decay_from=_cooldown_start(config, segments, warmup_end, decay_end) if config.cooldown else warmup_end,
         decay_until=decay_end,
@@ -178,10 +181,6 @@ def _cooldown_start(config: LearningRateConfig, segments: Sequence[Segment], war
             "tokens: shorten the cooldown or the warmup"
         )
     return start
-
-
-def _steps(duration: Duration, segments: Sequence[Segment]) -> int:
-    return duration.steps if duration.steps is not None else steps_to_reach(segments, duration.tokens or 0)
 
 
 def _tokens(duration: Duration, segments: Sequence[Segment]) -> int:

@@ -15,7 +15,17 @@ from pydantic import ConfigDict, Field
 
 from megatron_ext.base import Duration, NonNegativeFloat, PositiveInt, Section
 from megatron_ext.curriculum.pacing import Pacing, Rising, RunSpec, no_multiple
-from megatron_ext.curriculum.segments import CycleSegments, Levels, Segment, constant, discrete, rising, too_long, total
+from megatron_ext.curriculum.segments import (
+    CycleSegments,
+    Levels,
+    Segment,
+    amounts,
+    constant,
+    discrete,
+    rising,
+    too_long,
+    total,
+)
 
 
 class ConstantPacing(Pacing):
@@ -254,12 +264,13 @@ class AdaptivePacing(Rising):
 
     def _bound_problems(self) -> Iterator[str]:
         fastest, slowest = self.fastest, self.slowest
-        if (fastest.tokens is None) != (slowest.tokens is None):
+        found = amounts(fastest, slowest)
+        if found is None:
             yield (
                 f"curriculum.fastest is {fastest} and curriculum.slowest is {slowest}: they bound the length at the "
                 "same point of the run; write both in steps or both in tokens"
             )
-        elif (fastest.tokens or fastest.steps or 0) > (slowest.tokens or slowest.steps or 0):
+        elif found[0] > found[1]:
             yield (
                 f"curriculum.fastest is {fastest}, longer than curriculum.slowest, {slowest}: a plan that takes longer "
                 "is slower; exchange the two"

@@ -23,6 +23,7 @@ from megatron_ext.curriculum.segments import (
     Segment,
     samples_of_streams,
     segment_of,
+    steps_of,
     steps_to_reach,
     tokens_after,
 )
@@ -176,8 +177,7 @@ class TrainingPlan:
         """Steps of the run up to and including the one that reaches ``part``; all steps with None or a longer one."""
         if part is None:
             return self.steps
-        wanted = part.steps if part.steps is not None else steps_to_reach(self.segments, part.tokens or 0)
-        return min(wanted, self.steps)
+        return min(steps_of(part, self.segments), self.steps)
 
     def arrays(self) -> PlanArrays:
         """All steps at once, for plots and sums."""

@@ -61,7 +61,7 @@ def rising(start: int, end: int, *, multiple: int, duration: Duration, degree: i
     assert start > 0, f"levels start above 0, not at {start}"
     assert rise >= 0, f"levels from {start} to {end} do not rise"
     assert rise % multiple == 0, f"the rise from {start} to {end} is no multiple of {multiple}"
-    total, in_tokens = _amount(duration)
+    total, in_tokens = amount(duration)
     highest_at: dict[int, int] = {0: start}
     for height in range(multiple, rise + 1, multiple):
         highest_at[-(-total * height**degree // rise**degree)] = start + height
@@ -73,8 +73,8 @@ def discrete(stages: Sequence[tuple[int, Duration]], *, full: int) -> Levels:
     levels = [Level(value=stages[0][0], begins=0, in_tokens=False)]
     values = [value for value, _ in stages[1:]] + [full]
     for value, (_, duration) in zip(values, stages, strict=True):
-        amount, in_tokens = _amount(duration)
-        levels.append(Level(value=value, begins=amount, in_tokens=in_tokens, from_previous=True))
+        begins, in_tokens = amount(duration)
+        levels.append(Level(value=value, begins=begins, in_tokens=in_tokens, from_previous=True))
     assert all(low.value <= high.value for low, high in pairwise(levels)), "discrete stages must rise"
     return tuple(levels)
 
@@ -88,7 +88,8 @@ def value_at(levels: Levels, *, step: int, tokens: int) -> int:
     return levels[bisect_right(levels, done, key=lambda level: level.begins) - 1].value
 
 
-def _amount(duration: Duration) -> tuple[int, bool]:
+def amount(duration: Duration) -> tuple[int, bool]:
+    """The number, and whether it counts tokens; otherwise steps."""
     return (duration.tokens, True) if duration.tokens is not None else (duration.steps or 0, False)
 
 
@@ -219,6 +220,11 @@ def steps_to_reach(segments: Sequence[Segment], tokens: int) -> int:
         return 0
     segment = segments[bisect_left(segments, tokens, key=lambda segment: segment.first_tokens) - 1]
     return segment.first_step + -(-(tokens - segment.first_tokens) // segment.step_tokens)
+
+
+def steps_of(duration: Duration, segments: Sequence[Segment]) -> int:
+    """Steps after which ``duration`` is reached, beyond the run as above."""
+    return duration.steps if duration.steps is not None else steps_to_reach(segments, duration.tokens or 0)
 
 
 def samples_of_streams(batch_size: int | Ints, tokens: Ints, seq_len: int) -> Ints:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.engine.update_gate import own_part
 from megatron_ext.model.parameters import split_dimension
 from megatron_ext.parallel.groups import Layout
 
@@ -20,14 +21,11 @@ def checksums(named: Iterable[tuple[str, torch.nn.Parameter]], layout: Layout) -
     """
     keys, sums = [], []
     for name, parameter in named:
-        part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
         place = "" if split_dimension(name) is None else f"tensor rank {layout.tensor_rank}"
-        values = parameter.detach()
-        if part is not None:
+        if getattr(parameter, "ds_tensor", None) is not None:
             place += f" data rank {layout.data_rank}"
-            total = int(parameter.ds_numel)  # type: ignore[attr-defined]
-            values = part.flatten()[: max(0, total - layout.data_rank * part.numel())]
         keys.append((name, place))
+        values = own_part(parameter, layout.data_rank).detach()
         bits = values.contiguous().view(_BITS[values.element_size()])
         sums.append(bits.sum(dtype=torch.int64))
     return dict(zip(keys, torch.stack(sums).tolist(), strict=True))

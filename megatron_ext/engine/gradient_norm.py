@@ -26,10 +26,11 @@ class GradientNorm:
         tensor_rank: int,
         tensor_group: dist.ProcessGroup,
     ) -> None:
-        self._parameters = list(parameters)
-        self._counted = [
-            tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False) for parameter in self._parameters
-        ]
+        self._counted: list[torch.nn.Parameter] = []
+        self._copies: list[torch.nn.Parameter] = []
+        for parameter in parameters:
+            counts = tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+            (self._counted if counts else self._copies).append(parameter)
         self._clip = clip
         self._group = tensor_group
         self.last: torch.Tensor | None = None
@@ -37,10 +38,9 @@ class GradientNorm:
     @torch.no_grad()
     def __call__(self) -> None:
         """Compute the norm of the reduced gradients and scale them down to ``clip`` where they exceed it."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        counted = [g for g, count in zip(gradients, self._counted, strict=True) if count and g is not None]
-        copies = [g for g, count in zip(gradients, self._counted, strict=True) if not count and g is not None]
-        present = [g for g in gradients if g is not None]
+        counted = [parameter.grad for parameter in self._counted if parameter.grad is not None]
+        copies = [parameter.grad for parameter in self._copies if parameter.grad is not None]
+        present = counted + copies
         assert present, "the optimizer stepped without a gradient"
         squares = present[0].new_zeros((), dtype=torch.float32)
         if counted:

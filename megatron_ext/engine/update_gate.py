@@ -129,13 +129,14 @@ def weights_finite(parameters: Iterable[torch.nn.Parameter], *, data_rank: int, 
         data_rank: This rank among the data-parallel ranks.
         device: This rank's device, on which the answer is reduced.
     """
-    checks = [_own_part(parameter, data_rank).isfinite().all().to(device) for parameter in parameters]
+    checks = [own_part(parameter, data_rank).isfinite().all().to(device) for parameter in parameters]
     bad = (~torch.stack(checks)).any().int()
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return not bool(bad)
 
 
-def _own_part(parameter: torch.nn.Parameter, data_rank: int) -> torch.Tensor:
+def own_part(parameter: torch.nn.Parameter, data_rank: int) -> torch.Tensor:
+    """The parameter, or where ZeRO 3 partitions it this data rank's part, flat."""
     part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter

@@ -225,14 +225,14 @@ class TrainingJob:
     def _output(self, file: str) -> str:
         folder = str(self.output)
         # A backslash switches the replacement of %j off, and a line break cannot be written there.
-        if re.search(r"[\\\x00-\x1f\x7f]", folder):
+        if "\\" in folder or _CONTROL.search(folder):
             return "/dev/null"
         return folder.replace("%", "%%") + "/" + file
 
 
 def _label(name: str) -> str:
     """A name that only people read, in a form that SLURM takes."""
-    return re.sub(r"[\x00-\x1f\x7f]", "_", name)[:200]
+    return _CONTROL.sub("_", name)[:200]
 
 
 def lead_seconds(asked: Resources) -> int:

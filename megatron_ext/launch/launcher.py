@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,9 +46,8 @@ from megatron_ext.launch.hosts import (
 )
 from megatron_ext.launch.supervisor import Orders
 from megatron_ext.runtime.environment import PRIVATE_VARIABLES, SECRET, current_environment, find_program
-from megatron_ext.runtime.network import is_local
 from megatron_ext.runtime.places import check_place, unwritable
-from megatron_ext.runtime.signals import StopRequest
+from megatron_ext.runtime.signals import StopRequest, interrupts_handled
 
 _ASK_SECONDS = 30.0
 _POLL_SECONDS = 0.2
@@ -111,7 +110,7 @@ class Ranks:
 
     def __init__(self, orders: Orders, environment: Mapping[str, str], folder: "_Folder", output: Path | None) -> None:
         self._orders, self._folder = orders, folder
-        with output.open("ab") if output is not None else _nothing() as file:
+        with output.open("ab") if output is not None else nullcontext() as file:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "megatron_ext.launch.supervisor"],
                 stdin=subprocess.PIPE,
@@ -144,13 +143,9 @@ class Ranks:
             stop.receive(number)
             self._say("stop")
 
-        previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with interrupts_handled(pass_on):
             while (status := self.poll()) is None:
                 time.sleep(_POLL_SECONDS)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         return status
 
     def close(self) -> None:
@@ -178,11 +173,6 @@ class Ranks:
         with suppress(OSError, ValueError):
             self._supervisor.stdin.write(line.encode() + b"\n")
             self._supervisor.stdin.flush()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
 
 
 def start_ranks(
@@ -353,6 +343,6 @@ def _master_address(target: Target, cluster: ClusterConfig, first: HostReport) -
     with suppress(OSError):
         known = {str(entry[4][0]) for entry in socket.getaddrinfo(target.hosts[0].name, None)}
         for address in first.reachable:
-            if address in known and not is_local(address):
+            if address in known:
                 return address
     return next(iter(first.reachable), "127.0.0.1")

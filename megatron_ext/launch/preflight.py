@@ -44,14 +44,6 @@ class RankReport:
     problem: str = ""  # what it found wrong by itself
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What was measured."""
-
-    tflops: list[float]  # matrix multiplication rate of each rank, 10^12 operations per second
-    bandwidth: float  # bus bandwidth of an all-reduce over all ranks, 10^9 bytes per second; 0 for one rank
-
-
 class Preflight:
     """The examination of a run's hosts; every rank makes one."""
 
@@ -69,8 +61,7 @@ class Preflight:
 
     def measure(self, processes: Processes) -> list[str]:
         """Measure; a line for each host, and one for all. Raises UserError, on all ranks, for a slow rank or link."""
-        rates: list[float] = [0.0] * processes.info.world_size
-        dist.all_gather_object(rates, self._matmul_tflops(), group=processes.host_group)
+        rates: list[Any] = processes.gather(self._matmul_tflops())
         self._check_matmul(rates)
         bandwidth = self._all_reduce_bandwidth(processes) if processes.info.world_size > 1 else 0.0
         if 0 < bandwidth < self._limits.min_bandwidth_gb_per_second:
@@ -79,7 +70,7 @@ class Preflight:
                 f"cluster.preflight.min_bandwidth_gb_per_second {self._limits.min_bandwidth_gb_per_second:g}"
                 f"{self._slowest_link(processes)}"
             )
-        return list(self._lines(Rates(rates, bandwidth)))
+        return list(self._lines(rates, bandwidth))
 
     def _gather_reports(self) -> list[RankReport]:
         """Every rank's report, in the order of ranks, on every rank."""
@@ -206,8 +197,7 @@ class Preflight:
                 dist.send(message, other.rank, group=processes.host_group)
             elif me == other:
                 dist.recv(message, one.rank, group=processes.host_group)
-            taken = [0.0] * processes.info.world_size
-            dist.all_gather_object(taken, time.perf_counter() - start, group=processes.host_group)
+            taken: list[Any] = processes.gather(time.perf_counter() - start)
             if slowest is None or taken[other.rank] > slowest[0]:
                 slowest = (taken[other.rank], one, other)
         assert slowest is not None
@@ -215,20 +205,20 @@ class Preflight:
         rate = size / seconds / 1e9
         return f"; the slowest link is that between {one.host} and {other.host}, {rate:.3g} GB/s over gloo"
 
-    def _lines(self, rates: Rates) -> Iterator[str]:
-        """What was found, for people."""
+    def _lines(self, tflops: list[float], bandwidth: float) -> Iterator[str]:
+        """What was found, for people: each rank's matmul rate, and GB/s of the all-reduce (0 for one rank)."""
         leaders, members = self._rendezvous.leaders, self._rendezvous.members
         for leader in leaders:
             ranks = [member.rank for member in members if member.machine == leader.machine]
             report = self._reports[leader.rank]
             yield (
                 f"{leader.host}: {len(ranks)} x {report.device}, {leader.address}, "
-                f"matmul {min(rates.tflops[rank] for rank in ranks):.3g} TFLOP/s a rank, "
+                f"matmul {min(tflops[rank] for rank in ranks):.3g} TFLOP/s a rank, "
                 f"{report.free_gib:.1f} GiB free, clock {report.seconds - self._reports[0].seconds:+.2f} s"
             )
         seconds = time.perf_counter() - self._started
-        bandwidth = f", all-reduce {rates.bandwidth:.3g} GB/s" if rates.bandwidth else ""
-        yield f"preflight passed in {seconds:.1f} s: hosts {len(leaders)}, ranks {len(members)}{bandwidth}"
+        reduced = f", all-reduce {bandwidth:.3g} GB/s" if bandwidth else ""
+        yield f"preflight passed in {seconds:.1f} s: hosts {len(leaders)}, ranks {len(members)}{reduced}"
 
 
 def _write_probe(run_dir: Path) -> tuple[str, str]:

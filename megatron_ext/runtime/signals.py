@@ -1,7 +1,7 @@
 """What makes a run stop after its step: SIGTERM, SIGINT, SIGUSR1."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -30,13 +30,19 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Catch SIGTERM and SIGINT while the body runs, then restore what was there before."""
     request = StopRequest()
-    caught = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, request.receive) for number in caught}
-    try:
+    with interrupts_handled(request.receive):
         yield request
+
+
+@contextmanager
+def interrupts_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Hand SIGTERM and SIGINT to ``handler`` while the body runs, then restore what was there before."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 _ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
